@@ -1,0 +1,172 @@
+"""Worker processes that stay alive between tests, so that a distributed test costs milliseconds, not a torch import.
+
+`pool.run(2, "tests.attention.workers:ring", length)` opens a fresh gloo group on the first two workers, calls
+`ring(length)` on both, closes the group and returns `[result of rank 0, result of rank 1]`:
+
+    test process ── pipe ──> worker 0  init_process_group -> ring(length) -> destroy_process_group
+                 ── pipe ──> worker 1  the same
+
+The function is named, not passed, so a worker imports it itself and nothing of the test is pickled but arguments.
+Each worker computes on one thread. What the function changes in its process beyond the group (Megatron's
+`parallel_state`, seeds, environment) it must put back itself; the pool restarts workers only after a failure.
+"""
+
+import importlib
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Self
+
+GRACE_SECONDS = 3.0  # how long the other ranks may take to answer once one of them has failed
+
+
+class RankError(RuntimeError):
+    """A rank raised, died or hung. The message names the rank and carries its traceback."""
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+
+
+@dataclass
+class _Task:
+    rank: int
+    world_size: int
+    target: str
+    arguments: tuple[Any, ...]
+    store: str
+    timeout: float
+
+
+class WorkerPool:
+    """Up to `max_workers` processes, started when first needed; usable as a context manager."""
+
+    def __init__(self, max_workers: int = 4) -> None:
+        self.max_workers = max_workers
+        self._workers: list[_Worker] = []
+
+    def run(self, world_size: int, target: str, *arguments: Any, timeout: float = 120.0) -> list[Any]:
+        """Call `target` ("package.module:function") on `world_size` ranks; return their results, rank 0 first.
+
+        Arguments and results must be picklable. `timeout` (seconds) bounds the whole call. Raises `RankError` with
+        the first failure; the workers concerned are then ended, and new ones started by the next call.
+        """
+        if not 1 <= world_size <= self.max_workers:
+            raise ValueError(f"world_size={world_size}: this pool has 1 to {self.max_workers} workers")
+        self._start_up_to(world_size)
+        with tempfile.TemporaryDirectory(prefix="pool-") as folder:
+            for rank, worker in enumerate(self._workers[:world_size]):
+                task = _Task(rank, world_size, target, arguments, os.path.join(folder, "store"), timeout)
+                worker.connection.send_bytes(pickle.dumps(task))
+            try:
+                return self._collect(world_size, target, timeout)
+            except BaseException:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """End all workers. The pool stays usable: the next `run` starts new ones."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+            worker.connection.close()
+        self._workers.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start_up_to(self, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        while len(self._workers) < count:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()  # so that a dead worker reads as end-of-file here
+            self._workers.append(_Worker(process, ours))
+
+    def _collect(self, world_size: int, target: str, timeout: float) -> list[Any]:
+        """Wait for every rank; after the first failure, give the others a moment and raise that failure."""
+        ranks = {worker.connection: rank for rank, worker in enumerate(self._workers[:world_size])}
+        results: dict[int, Any] = {}
+        failures: list[str] = []
+        deadline = time.monotonic() + timeout
+        while ranks:
+            ready = wait(list(ranks), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                failures.append(f"rank(s) {sorted(ranks.values())} of {target} gave no answer within {timeout:g} s")
+                break
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = ranks.pop(connection)
+                succeeded, answer = self._receive(connection, rank)
+                if succeeded:
+                    results[rank] = answer
+                else:
+                    failures.append(f"rank {rank} of {world_size} failed in {target}\n{answer}")
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if failures:
+            raise RankError(failures[0])
+        return [results[rank] for rank in range(world_size)]
+
+    def _receive(self, connection: Connection, rank: int) -> tuple[bool, Any]:
+        try:
+            # plain pickle: multiprocessing's own would pass tensors as shared memory that dies with the worker
+            succeeded, answer = pickle.loads(connection.recv_bytes())
+            return succeeded, answer
+        except EOFError:
+            process = self._workers[rank].process
+            process.join()
+            return False, f"the process died with exit code {process.exitcode}"
+
+
+def _serve(connection: Connection) -> None:
+    """A worker's life: answer tasks until the other end of the pipe is gone."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's own name need not resolve
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            task = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer = pickle.dumps((True, _perform(task)))
+        except BaseException:  # noqa: BLE001 - even SystemExit is an answer the test must see
+            answer = pickle.dumps((False, traceback.format_exc()))
+        connection.send_bytes(answer)
+
+
+def _perform(task: _Task) -> Any:
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    module, function = task.target.split(":")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{task.store}",
+        rank=task.rank,
+        world_size=task.world_size,
+        timeout=timedelta(seconds=task.timeout),
+    )
+    try:
+        return getattr(importlib.import_module(module), function)(*task.arguments)
+    finally:
+        if dist.is_initialized():  # the function may have closed it
+            dist.destroy_process_group()
