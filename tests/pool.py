@@ -101,39 +101,45 @@ class WorkerPool:
         """Wait for every rank; after the first failure, give the others a moment and raise that failure."""
         ranks = {worker.connection: rank for rank, worker in enumerate(self._workers[:world_size])}
         results: dict[int, Any] = {}
-        failures: list[str] = []
+        failures: list[tuple[float, str]] = []  # when, what
         deadline = time.monotonic() + timeout
         while ranks:
             ready = wait(list(ranks), max(0.0, deadline - time.monotonic()))
             if not ready:
-                failures.append(f"rank(s) {sorted(ranks.values())} of {target} gave no answer within {timeout:g} s")
+                silent = f"rank(s) {sorted(ranks.values())} of {target} gave no answer within {timeout:g} s"
+                failures.append((time.monotonic(), silent))
                 break
             for connection in ready:
                 assert isinstance(connection, Connection)
                 rank = ranks.pop(connection)
-                succeeded, answer = self._receive(connection, rank)
+                succeeded, moment, answer = self._receive(connection, rank)
                 if succeeded:
                     results[rank] = answer
                 else:
-                    failures.append(f"rank {rank} of {world_size} failed in {target}\n{answer}")
+                    failures.append((moment, f"rank {rank} of {world_size} failed in {target}\n{answer}"))
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if failures:
-            raise RankError(failures[0])
+            raise RankError(min(failures)[1])  # the later ones are mostly "connection closed by peer"
         return [results[rank] for rank in range(world_size)]
 
-    def _receive(self, connection: Connection, rank: int) -> tuple[bool, Any]:
+    def _receive(self, connection: Connection, rank: int) -> tuple[bool, float, Any]:
         try:
             # plain pickle: multiprocessing's own would pass tensors as shared memory that dies with the worker
-            succeeded, answer = pickle.loads(connection.recv_bytes())
-            return succeeded, answer
+            succeeded, moment, answer = pickle.loads(connection.recv_bytes())
+            return succeeded, moment, answer
         except EOFError:
             process = self._workers[rank].process
             process.join()
-            return False, f"the process died with exit code {process.exitcode}"
+            # it fell silent before it could note the time, and before any rank that missed it
+            return False, 0.0, f"the process died with exit code {process.exitcode}"
 
 
 def _serve(connection: Connection) -> None:
-    """A worker's life: answer tasks until the other end of the pipe is gone."""
+    """A worker's life: answer tasks until the other end of the pipe is gone, or until one fails.
+
+    A failure ends the process: its closed connections free ranks that wait for it in a collective. The answer says
+    when it happened, so that the cause can be told from what followed.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
     if any(name == "lo" for _, name in socket.if_nameindex()):
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's own name need not resolve
@@ -146,9 +152,10 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            answer = pickle.dumps((True, _perform(task)))
+            answer = pickle.dumps((True, 0.0, _perform(task)))
         except BaseException:  # noqa: BLE001 - even SystemExit is an answer the test must see
-            answer = pickle.dumps((False, traceback.format_exc()))
+            connection.send_bytes(pickle.dumps((False, time.monotonic(), traceback.format_exc())))
+            return
         connection.send_bytes(answer)
 
 
@@ -165,8 +172,7 @@ def _perform(task: _Task) -> Any:
         world_size=task.world_size,
         timeout=timedelta(seconds=task.timeout),
     )
-    try:
-        return getattr(importlib.import_module(module), function)(*task.arguments)
-    finally:
-        if dist.is_initialized():  # the function may have closed it
-            dist.destroy_process_group()
+    result = getattr(importlib.import_module(module), function)(*task.arguments)
+    if dist.is_initialized():  # the function may have closed it
+        dist.destroy_process_group()
+    return result
