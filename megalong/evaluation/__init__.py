@@ -1,0 +1,1 @@
+"""Measuring what long context is worth: losses by position, tables and pictures."""
