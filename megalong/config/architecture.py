@@ -1,0 +1,99 @@
+"""The shape of a model: everything needed to build it, nothing about how it is trained.
+
+An `Architecture` comes from a Hugging Face `config.json`, from a checkpoint's `megalong.json`, or from the
+`model.architecture` section for a random start. It is the same object in all three cases, so a random start, an
+import and a resume build the same model.
+
+Vocabulary padding has one rule: up to the next multiple of 128, whatever the layout. 515 tokens become 640 rows at
+every tensor-parallel size that divides 128, so checkpoints of different layouts have the same shapes; `vocab_size`
+stays the true size and export cuts the rest off.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from megalong.config.rope import RopeSettings
+from megalong.config.section import Section
+
+VOCABULARY_MULTIPLE = 128
+
+
+class Architecture(Section):
+    """Shape of a Llama. `kv_channels` (the head dimension) may be left out: hidden_size / num_attention_heads."""
+
+    hidden_size: int = Field(ge=1)
+    ffn_hidden_size: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_query_groups: int = Field(ge=1)
+    kv_channels: int = Field(ge=2)
+    vocab_size: int = Field(ge=1)
+    norm_epsilon: float = Field(default=1e-5, gt=0)
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = Field(ge=1)
+    rope: RopeSettings
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    torch_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table: `vocab_size` rounded up to a multiple of 128."""
+        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    def with_rope(self, override: RopeSettings | None) -> "Architecture":
+        """The same model under other positions (`model.rope` of a configuration); `None` changes nothing.
+
+        The override replaces the scaling as a whole. Only two of its values may be left to the checkpoint: the base
+        (`rope_theta`), and the length before any scaling: the checkpoint's own original length, or, where it was never
+        scaled, its `max_position_embeddings`. A scaled model reads `factor * original` positions, and says so in
+        `max_position_embeddings`: transformers versions that derive the factor from the two lengths then find the
+        same one. Applying the same override twice gives the same model.
+        """
+        if override is None:
+            return self
+        original = (
+            override.original_max_position_embeddings
+            or self.rope.original_max_position_embeddings
+            or self.max_position_embeddings
+        )
+        scaled = override.type != "none"
+        rope = override.model_copy(
+            update={
+                "rope_theta": override.rope_theta or self.rope.rope_theta,
+                "original_max_position_embeddings": original if scaled else None,
+            }
+        )
+        longest = round(override.factor * original) if scaled else self.max_position_embeddings
+        return self.model_copy(update={"rope": rope, "max_position_embeddings": longest})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _head_dimension(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("kv_channels") is not None:
+            return values
+        hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
+        if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+            if hidden % heads:
+                raise ValueError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+            return {**values, "kv_channels": hidden // heads}
+        return values
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_query_groups {self.num_query_groups}: every KV group serves the same number of heads"
+            )
+        if self.kv_channels % 2:
+            raise ValueError(f"kv_channels {self.kv_channels} must be even: rotary positions turn pairs of channels")
+        if self.rope.rope_theta is None:
+            raise ValueError("rope.rope_theta is required: a model has a rotary base; Llama 3 writes 500000.0")
+        if self.rope.type in ("yarn", "llama3") and self.rope.original_max_position_embeddings is None:
+            raise ValueError(
+                f"rope.original_max_position_embeddings is required with type {self.rope.type}: "
+                "the longest sequence trained before scaling"
+            )
+        return self

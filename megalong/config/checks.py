@@ -1,0 +1,107 @@
+"""Rules that span sections, the cluster or the model. Each failure names the rule, the values and the mend.
+
+Three moments, three functions: `check_config` as soon as the file is read, `check_world` when the number of processes
+is known, `check_model` when the architecture is known. All three need no torch and run before a process is spawned.
+"""
+
+from typing import TYPE_CHECKING
+
+from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    from megalong.config.architecture import Architecture
+    from megalong.config.schema import Config
+
+
+def check_config(config: "Config") -> None:
+    """Check what the configuration alone can tell.
+
+    `sequence_parallel` with one tensor-parallel rank is refused rather than ignored: what a file says is what runs.
+    """
+    _check_sequence(config)
+    optimizer, training = config.optimizer, config.training
+    if optimizer.warmup_iters >= training.train_iters:
+        raise UserError(
+            f"optimizer.warmup_iters {optimizer.warmup_iters} must be below training.train_iters "
+            f"{training.train_iters}: shorten the warm-up or train longer"
+        )
+    if training.global_batch_size % training.micro_batch_size:
+        raise UserError(
+            f"training.global_batch_size {training.global_batch_size} is not a multiple of training.micro_batch_size "
+            f"{training.micro_batch_size}: write a multiple of it"
+        )
+    if config.evaluation.interval and not config.data.split_weights[1]:
+        raise UserError(
+            f"evaluation.interval {config.evaluation.interval} needs held-out data, but data.split "
+            f'"{config.data.split}" gives validation nothing; write data.split: "99,1", or evaluation.interval: 0'
+        )
+
+
+def _check_sequence(config: "Config") -> None:
+    length, parallel = config.data.seq_length, config.parallel
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if parallel.sequence_parallel and tensor == 1:
+        raise UserError(
+            "parallel.sequence_parallel needs parallel.tensor_model_parallel_size above 1 (it splits activations over "
+            "the tensor-parallel ranks): write sequence_parallel: false, or a larger tensor_model_parallel_size"
+        )
+    if context > 1:
+        name = "2 * parallel.context_parallel_size"
+        why = "every context-parallel rank holds a chunk of the first half and one of the second"
+        _check_length(length, 2 * context, name, why)
+    if parallel.sequence_parallel:
+        name = "parallel.tensor_model_parallel_size * parallel.context_parallel_size"
+        why = "sequence parallelism splits a context-parallel shard over the tensor-parallel ranks"
+        _check_length(length, tensor * context, name, why)
+
+
+def _check_length(length: int, divisor: int, name: str, why: str) -> None:
+    if length % divisor:
+        below, above = length // divisor * divisor, (length // divisor + 1) * divisor
+        mend = f"{below} or {above}" if below else str(above)
+        raise UserError(f"data.seq_length {length} is not a multiple of {name} = {divisor} ({why}): write {mend}")
+
+
+def check_replicas(config: "Config", world_size: int) -> None:
+    """Refuse a number of processes that does not hold a whole number of replicas (world = TP * CP * PP * DP)."""
+    parallel, divisor = config.parallel, config.world_divisor
+    if world_size < 1 or world_size % divisor:
+        raise UserError(
+            f"{world_size} processes cannot hold whole replicas of tensor {parallel.tensor_model_parallel_size} * "
+            f"context {parallel.context_parallel_size} * pipeline {parallel.pipeline_model_parallel_size} = {divisor} "
+            f"ranks: start a multiple of {divisor} processes, or lower a size under parallel"
+        )
+
+
+def check_world(config: "Config", world_size: int) -> None:
+    """Refuse a configuration that `world_size` processes cannot run: whole replicas, and batches that come out even."""
+    check_replicas(config, world_size)
+    replicas, training = world_size // config.world_divisor, config.training
+    step = training.micro_batch_size * replicas
+    if training.global_batch_size % step:
+        above = (training.global_batch_size // step + 1) * step
+        raise UserError(
+            f"training.global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
+            f"{training.micro_batch_size} * data parallel {replicas} = {step} (data parallel = {world_size} processes "
+            f"/ {config.world_divisor}): write {above}, or use fewer processes"
+        )
+
+
+def check_model(config: "Config", architecture: "Architecture") -> None:
+    """Refuse a layout that does not cut the model evenly: heads, KV groups, MLP, vocabulary and layers."""
+    tensor = config.parallel.tensor_model_parallel_size
+    pipeline = config.parallel.pipeline_model_parallel_size
+    tensor_key, pipeline_key = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+    for what, size, divisor, key in (
+        ("attention heads", architecture.num_attention_heads, tensor, tensor_key),
+        ("KV groups", architecture.num_query_groups, tensor, tensor_key),
+        ("MLP channels (ffn_hidden_size)", architecture.ffn_hidden_size, tensor, tensor_key),
+        ("vocabulary rows (padded to a multiple of 128)", architecture.padded_vocab_size, tensor, tensor_key),
+        ("layers", architecture.num_layers, pipeline, pipeline_key),
+    ):
+        if size % divisor:
+            fits = ", ".join(str(n) for n in range(1, divisor) if size % n == 0)
+            raise UserError(
+                f"{key} {divisor} does not divide the model's {size} {what}: every rank holds the same share; "
+                f"sizes that fit: {fits}"
+            )

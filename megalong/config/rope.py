@@ -1,0 +1,55 @@
+"""How positions are scaled: the settings of rotary embeddings, without their mathematics (that is `megalong/rope`).
+
+A model trained to `original_max_position_embeddings` positions is asked to read `factor` times as many. Each type
+says how the rotation frequencies give way:
+
+    none     unchanged; with another `rope_theta` this is the base change of ABF
+    linear   every frequency divided by factor (position interpolation)
+    ntk      base * factor^(d / (d - 2)): slow pairs interpolated, fast ones nearly untouched
+    yarn     fast pairs kept, slow pairs divided by factor, a ramp between beta_fast and beta_slow rotations, and a
+             temperature of 0.1 ln(factor) + 1 on queries and keys (attention_factor, or the mscale pair, replace it)
+    llama3   as yarn with its ramp between low_freq_factor and high_freq_factor rotations, without temperature
+
+Sources: position interpolation arXiv 2306.15595, YaRN arXiv 2309.00071, ABF arXiv 2309.16039; llama3 as in
+transformers' `modeling_rope_utils.py`. Keys bear the names of transformers' `rope_parameters`.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from megalong.config.section import Section
+
+RopeType = Literal["none", "linear", "ntk", "yarn", "llama3"]
+
+
+class RopeSettings(Section):
+    """Scaling of rotary positions; `None` for theta or the original length means "what the checkpoint says"."""
+
+    type: RopeType = "none"
+    rope_theta: float | None = Field(default=None, gt=0)
+    factor: float = Field(default=1.0, ge=1)
+    original_max_position_embeddings: int | None = Field(default=None, ge=1)
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
+    attention_factor: float | None = Field(default=None, gt=0)
+    mscale: float | None = Field(default=None, ge=0)
+    mscale_all_dim: float | None = Field(default=None, ge=0)
+    truncate: bool = True
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, gt=0)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.type == "none" and self.factor != 1:
+            raise ValueError(f"factor {self.factor:g} has no effect with type none; write type: yarn, or drop factor")
+        if self.type == "yarn" and self.beta_fast <= self.beta_slow:
+            raise ValueError(
+                f"beta_fast {self.beta_fast:g} must be above beta_slow {self.beta_slow:g} "
+                "(rotations over the original length: the ramp runs from beta_slow up to beta_fast)"
+            )
+        if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor:g} must be above low_freq_factor {self.low_freq_factor:g}"
+            )
+        return self

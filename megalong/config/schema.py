@@ -1,0 +1,233 @@
+"""The configuration tree: every key, its type, its range and its default.
+
+Names are Megatron's own where it has one. A section validates itself (types, ranges, keys that contradict each other);
+rules that span sections are in `checks.py` and run as soon as the tree is whole. What depends on the number of
+processes or on the model waits for `checks.check_world` and `checks.check_model`.
+
+    world size = tensor parallel * context parallel * pipeline parallel * data parallel
+    global batch = micro-batch * data parallel * micro-batches accumulated
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from megalong.config import checks
+from megalong.config.architecture import Architecture
+from megalong.config.rope import RopeSettings
+from megalong.config.section import Section
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Run(Section):
+    """Which run this is and where it writes; starting it again in the same `dir` resumes it."""
+
+    name: Name
+    dir: Text
+    seed: Count = 1234
+
+
+class Load(Section):
+    """Where weights come from at the first start: a Hugging Face folder, or a run or step of ours."""
+
+    hf: Text | None = None
+    checkpoint: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.hf is None) == (self.checkpoint is None):
+            raise ValueError("give exactly one source: {hf: DIR} or {checkpoint: RUN_OR_STEP}")
+        return self
+
+
+class Model(Section):
+    """Weights to start from, or the architecture of a random start; and the positions to train under."""
+
+    load: Load | None = None
+    architecture: Architecture | None = None
+    rope: RopeSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.load is None and self.architecture is None:
+            raise ValueError("nothing to start from: write load: {hf: DIR}, or architecture: for random weights")
+        if self.load is not None and self.architecture is not None:
+            raise ValueError("load and architecture contradict: loaded weights bring their own shape; drop one of them")
+        return self
+
+
+class Domain(Section):
+    """One dataset of the mixture: `path` is the prefix of its .bin and .idx, `weight` its share of the samples."""
+
+    name: Name
+    path: Text
+    weight: float = Field(gt=0)
+
+
+def split_weights(split: str) -> tuple[float, float]:
+    """Weights of training and validation, in Megatron's way of writing: "99,1" gives (99.0, 1.0)."""
+    try:
+        train, validation = (float(part) for part in split.split(","))
+    except ValueError:
+        raise ValueError(f'split "{split}" must be two numbers, training and validation, such as "99,1"') from None
+    if not (0 < train < float("inf") and 0 <= validation < float("inf")):
+        raise ValueError(f'split "{split}" needs a positive share for training and none below zero, such as "99,1"')
+    return train, validation
+
+
+class Data(Section):
+    """What is read: sequence length in tokens, how documents are packed, from which datasets."""
+
+    seq_length: Positive
+    packing: Literal["naive"] = "naive"
+    separator: Text | None = None
+    mixture: tuple[Domain, ...] = Field(min_length=1, strict=False)
+    split: Text = "99,1"
+
+    @property
+    def split_weights(self) -> tuple[float, float]:
+        """Weights of training and validation."""
+        return split_weights(self.split)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        split_weights(self.split)
+        names = [domain.name for domain in self.mixture]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"mixture names {name} twice: every dataset needs a name of its own")
+        return self
+
+
+class Parallel(Section):
+    """How the model and the sequence are cut; what is left of the world size is data parallel."""
+
+    tensor_model_parallel_size: Positive = 1
+    context_parallel_size: Positive = 1
+    pipeline_model_parallel_size: Positive = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = True
+
+
+class Attention(Section):
+    """Which kernel computes a block, and how keys and values reach the other context-parallel ranks."""
+
+    backend: Literal["auto", "torch"] = "auto"
+    exchange: Literal["ring"] = "ring"
+
+
+class Precision(Section):
+    """Type of the weights and activations; gradients and the optimizer are fp32 in both cases."""
+
+    params_dtype: Literal["bf16", "fp32"] = "bf16"
+
+
+class Memory(Section):
+    """What backward computes again instead of keeping: nothing, attention only, or whole layers."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+
+
+class Optimizer(Section):
+    """AdamW and its learning-rate schedule; `warmup_iters` rise linearly from 0 to `lr`, then down to `min_lr`."""
+
+    lr: float = Field(gt=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_iters: Count = 0
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    adam_eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_grad: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}; write min_lr at or below lr")
+        return self
+
+
+class Training(Section):
+    """How long and in which batches; batch sizes count sequences of `data.seq_length` tokens."""
+
+    train_iters: Positive
+    micro_batch_size: Positive = 1
+    global_batch_size: Positive
+    gc_interval: Positive = 50
+
+
+class Checkpoint(Section):
+    """When to save (in iterations), how many to keep, and the format of the optimizer's state."""
+
+    save_interval: Positive = 50
+    keep_last: Positive = 3
+    optimizer: Literal["fully_reshardable"] = "fully_reshardable"
+
+
+class Evaluation(Section):
+    """Held-out loss every `interval` iterations (0: never) over `iters` global batches."""
+
+    interval: Count = 0
+    iters: Positive = 8
+
+
+class Logging(Section):
+    """What is written while training."""
+
+    tensorboard: bool = True
+    log_interval: Positive = 1
+    position_buckets: bool = True
+
+
+class Runtime(Section):
+    """Where it runs, and how long a collective may take before the run is given up."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_minutes: float = Field(default=60.0, gt=0)
+
+
+class Config(Section):
+    """A whole run, or one stage of it."""
+
+    task: Literal["pretrain"] = "pretrain"
+    run: Run
+    model: Model
+    data: Data
+    parallel: Parallel = Parallel()
+    attention: Attention = Attention()
+    precision: Precision = Precision()
+    memory: Memory = Memory()
+    optimizer: Optimizer
+    training: Training
+    checkpoint: Checkpoint = Checkpoint()
+    evaluation: Evaluation = Evaluation()
+    logging: Logging = Logging()
+    runtime: Runtime = Runtime()
+
+    @property
+    def world_divisor(self) -> int:
+        """TP * CP * PP: the number of processes one replica of the model takes."""
+        parallel = self.parallel
+        return (
+            parallel.tensor_model_parallel_size * parallel.context_parallel_size * parallel.pipeline_model_parallel_size
+        )
+
+    @property
+    def tokens_per_iteration(self) -> int:
+        """Tokens one optimizer step learns from: global batch * sequence length."""
+        return self.training.global_batch_size * self.data.seq_length
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the model on `world_size` processes; `UserError` where they do not come out even."""
+        checks.check_replicas(self, world_size)
+        return world_size // self.world_divisor
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        checks.check_config(self)
+        return self
