@@ -1,0 +1,1 @@
+"""Hugging Face folders to Megatron parameters and back: weight names and layouts, reading, writing, config.json."""

@@ -1,0 +1,82 @@
+"""Filling a rank's parameters from a Hugging Face folder, in place.
+
+Each rank reads only the rows and columns it owns, one piece at a time, so the extra memory is one piece however large
+the model is. `copy_` casts to the parameter's dtype and moves to its device. What must hold afterwards: every
+parameter of the module was filled exactly once, and rows that pad the vocabulary are zero.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from megalong.config.architecture import Architecture
+from megalong.errors import UserError
+from megalong.hf.layout import LocalParameter, Piece, layer_parameter_names, local_layer, local_parameter
+from megalong.hf.reader import HFReader
+
+
+def load_into(
+    module: nn.Module | Mapping[str, torch.Tensor],
+    reader: HFReader,
+    architecture: Architecture,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    layer_offset: int = 0,
+) -> None:
+    """Fill every parameter of `module` (or of a table name → tensor) from `reader`.
+
+    `module` is one pipeline chunk without wrappers, whose parameters bear the names of megalong.hf.layout;
+    `layer_offset` is the number of layers before it. Raises UserError where the folder does not fit `architecture`
+    or `tp_size` does not divide it, RuntimeError where the module's own parameters are not those of this Llama.
+    """
+    parameters = dict(module.named_parameters()) if isinstance(module, nn.Module) else dict(module)
+    layouts = {name: local_parameter(name, architecture, tp_rank, tp_size, layer_offset) for name in parameters}
+    _check_parameters(parameters, layouts, architecture, layer_offset)
+    with torch.no_grad():
+        for name, layout in layouts.items():
+            _fill(parameters[name], layout, reader)
+
+
+def _fill(parameter: torch.Tensor, layout: LocalParameter, reader: HFReader) -> None:
+    """Copy the pieces; zero first where they do not cover the parameter (vocabulary padding)."""
+    if sum(piece.length for piece in layout.pieces) < _extent(layout):
+        parameter.zero_()
+    for piece in layout.pieces:
+        _copy(parameter, piece, reader)
+
+
+def _copy(parameter: torch.Tensor, piece: Piece, reader: HFReader) -> None:
+    """Read one piece and put it where it belongs."""
+    source = reader.read(piece.tensor, piece.dim, piece.hf_start, piece.length)
+    target = parameter.narrow(piece.dim, piece.local_start, piece.length)
+    if source.shape != target.shape:
+        raise UserError(
+            f"{reader.folder}: tensor {piece.tensor} gives {list(source.shape)} where {list(target.shape)} is needed; "
+            "take config.json and weights from the same release"
+        )
+    target.copy_(source)
+
+
+def _extent(layout: LocalParameter) -> int:
+    """Rows or columns of the parameter, along the dimension its pieces run in."""
+    return layout.shape[layout.pieces[0].dim] if layout.pieces else layout.shape[0]
+
+
+def _check_parameters(
+    parameters: Mapping[str, torch.Tensor],
+    layouts: Mapping[str, LocalParameter],
+    architecture: Architecture,
+    layer_offset: int,
+) -> None:
+    """Shapes as laid out, all six parameters of every layer, no layer past the last."""
+    for name, layout in layouts.items():
+        if tuple(parameters[name].shape) != layout.shape:
+            raise RuntimeError(f"{name} has shape {list(parameters[name].shape)}, its layout {list(layout.shape)}")
+    layers = {layer for layer in map(local_layer, parameters) if layer is not None}
+    if layers and max(layers) + layer_offset >= architecture.num_layers:
+        raise RuntimeError(f"layer {max(layers)} + offset {layer_offset} is past the last of {architecture.num_layers}")
+    for layer in layers:
+        missing = [name for name in layer_parameter_names(layer) if name not in parameters]
+        if missing:
+            raise RuntimeError(f"the module lacks {missing[0]}: its layers are not laid out as megalong.hf.layout says")
