@@ -15,6 +15,8 @@ kept there in float64 and read once, by `means`.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -38,7 +40,7 @@ def bucket_edges(seq_length: int) -> list[int]:
 
 def bucket_labels(edges: list[int]) -> list[str]:
     """Short names for tables: `0-64`, ..., `512-1K`, `1K-2K`, `1M-2M`."""
-    return [f"{_short(low)}-{_short(high)}" for low, high in zip(edges, edges[1:], strict=False)]
+    return [f"{_short(low)}-{_short(high)}" for low, high in pairwise(edges)]
 
 
 def _short(tokens: int) -> str:

@@ -1,5 +1,7 @@
 """Buckets against the documented examples and a plain numpy loop."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ def test_labels_are_short():
 
 def numpy_means(edges, losses, positions, mask):
     means = []
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         inside = (positions >= low) & (positions < high) & (mask > 0)
         means.append(float(losses[inside].mean()) if inside.any() else None)
     return means
