@@ -1,0 +1,84 @@
+# Sourced by examples/quickstart.sh and tests/run.sh: leaves `python` and `megalong` ready on PATH.
+#
+# Uses the active virtual environment, else .venv in the checkout (made with Python 3.11 or newer). Installs the set
+# of constraints.txt, with a CPU build of torch where there is no NVIDIA GPU. A stamp in the environment remembers what
+# was installed for which checkout, so that the next start costs nothing. Ends the sourcing script on failure.
+
+setup_root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+setup_say() { printf 'set-up: %s\n' "$*" >&2; }
+setup_fail() { setup_say "$*"; exit 1; }
+
+setup_is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+setup_find_python() {
+    local name
+    for name in python3.11 python3.12 python3; do
+        if command -v "$name" >/dev/null && setup_is_recent "$name"; then
+            command -v "$name"
+            return
+        fi
+    done
+    setup_fail "needs Python 3.11 or newer, and none of python3.11, python3.12, python3 is one; install it"
+}
+
+setup_environment() {
+    if [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then
+        setup_is_recent "$VIRTUAL_ENV/bin/python" \
+            || setup_fail "the active environment $VIRTUAL_ENV has a Python older than 3.11; deactivate it and start again"
+    else
+        export VIRTUAL_ENV="$setup_root/.venv"
+        if ! setup_is_recent "$VIRTUAL_ENV/bin/python"; then
+            local python
+            python=$(setup_find_python) || exit 1
+            setup_say "making $VIRTUAL_ENV with $python"
+            "$python" -m venv "$VIRTUAL_ENV" \
+                || setup_fail "could not make $VIRTUAL_ENV (on Debian and Ubuntu, install python3-venv)"
+        fi
+    fi
+    export PATH="$VIRTUAL_ENV/bin:$PATH"
+    hash -r
+}
+
+setup_has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
+
+setup_pip() { python -m pip install --quiet --disable-pip-version-check --no-input "$@"; }
+
+# PyPI's torch for Linux brings gigabytes of CUDA libraries, so PyTorch's own index of CPU builds is asked first.
+# Where it cannot be reached, pip's configured sources are asked for the same version.
+setup_cpu_torch() {
+    local version
+    version=$(sed -n 's/^torch==//p' "$setup_root/constraints.txt")
+    if python -c "import sys, importlib.metadata as m; sys.exit(m.version('torch').split('+')[0] != '$version')" \
+        2>/dev/null; then
+        return
+    fi
+    setup_say "installing torch $version for CPU (no NVIDIA GPU found)"
+    PIP_INDEX_URL=https://download.pytorch.org/whl/cpu setup_pip --no-deps --timeout 15 --retries 1 \
+        "torch==$version" >/dev/null 2>&1 \
+        || setup_pip "torch==$version" -c "$setup_root/constraints.txt" \
+        || setup_fail "could not install torch $version; see pip's message above"
+}
+
+setup_main() {
+    setup_environment
+    local accelerator=cpu stamp wanted
+    setup_has_gpu && accelerator=gpu
+    stamp="$VIRTUAL_ENV/.megalong-installed"
+    wanted="$accelerator $(cd -- "$setup_root" && cksum setup.py constraints.txt) $setup_root"
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+        return
+    fi
+    python -m pip --version >/dev/null 2>&1 || python -m ensurepip >/dev/null 2>&1 \
+        || setup_fail "the environment $VIRTUAL_ENV has no pip; install pip into it"
+    if [ "$accelerator" = cpu ] && [ "$(uname -s)" = Linux ]; then
+        setup_cpu_torch
+    fi
+    setup_say "installing megalong and what it needs into $VIRTUAL_ENV"
+    setup_pip -e "$setup_root[test]" -c "$setup_root/constraints.txt" \
+        || setup_fail "could not install megalong; see pip's message above"
+    printf '%s\n' "$wanted" >"$stamp"
+    setup_say "done"
+}
+
+setup_main
