@@ -1,0 +1,215 @@
+"""Megatron's indexed dataset: one file of tokens, one file that says where everything lies.
+
+    P.bin   the tokens of all documents, end to end, nothing else
+    P.idx   little-endian: b"MMIDIDX\\0\\0" | version 1 (u64) | token type (u8) | sequences N (u64) | D (u64)
+            | int32 lengths[N] | int64 byte pointers[N] | int64 document_indices[D]
+    P.json  our sidecar (absent beside Megatron-LM's own datasets): tokenizer, separator, counts
+
+Document d is the sequences document_indices[d] up to document_indices[d + 1]; D is therefore documents + 1. Example:
+two documents of 3 and 2 uint16 tokens: lengths [3, 2], pointers [0, 6], document_indices [0, 1, 2], a .bin of 10 bytes.
+
+Nothing is read at open except the index, which is mapped; tokens are read by the page, when asked for. The whole index
+is checked once at open (a pass over 20 bytes a document), so that a truncated copy is told here, by name and size, and
+not by a wrong token three days into a run.
+"""
+
+import json
+import mmap
+import struct
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megalong.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+SIDECAR_FORMAT = 1
+HEADER = struct.Struct("<9sQBQQ")
+TOKEN_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+TYPE_CODES = {name: code for code, name in TOKEN_TYPES.items()}
+CHECKED_AT_ONCE = 1 << 20  # index entries checked at a time: bounds the memory of the check
+
+AGAIN = "copy it again, or write it again with `megalong data preprocess`"
+
+
+def token_type(vocabulary_size: int) -> np.dtype[Any]:
+    """Megatron's rule for the type of a token: uint16 below 65,500 ids, int32 from there on."""
+    return np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
+
+
+def data_path(prefix: str | Path) -> Path:
+    """The file of tokens of the dataset `prefix`."""
+    return Path(f"{prefix}.bin")
+
+
+def index_path(prefix: str | Path) -> Path:
+    """The index of the dataset `prefix`; a dataset without it does not exist."""
+    return Path(f"{prefix}.idx")
+
+
+def sidecar_path(prefix: str | Path) -> Path:
+    """The description that `megalong data preprocess` adds to the dataset `prefix`."""
+    return Path(f"{prefix}.json")
+
+
+class IndexedDataset:
+    """A dataset open for reading.
+
+    Attributes:
+        dtype: numpy type of a token in the .bin.
+        lengths: int32 [N], tokens of each sequence.
+        pointers: int64 [N], byte where each sequence starts in the .bin.
+        document_indices: int64 [documents + 1], first sequence of each document, then N.
+        sidecar: what P.json says, or None where there is none.
+
+    Raises:
+        UserError: a file is missing, truncated, too long, of another format, or contradicts another one.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        _refuse_missing(self.prefix)
+        self._map_index(index_path(prefix))
+        self._check_index(index_path(prefix))
+        self._map_tokens(data_path(prefix))
+        self.sidecar = self._read_sidecar(sidecar_path(prefix))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the .bin."""
+        return len(self._tokens)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, empty ones included."""
+        return len(self.document_indices) - 1
+
+    @cached_property
+    def document_starts(self) -> np.ndarray:
+        """int64 [documents + 1]: token where each document starts in the .bin, then the number of tokens."""
+        ends = np.append(self.pointers // self.dtype.itemsize, np.int64(self.num_tokens))
+        return np.asarray(ends[self.document_indices])
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """int64 [documents]: tokens of each document, 0 for an empty one."""
+        return np.diff(self.document_starts)
+
+    def get(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Tokens of sequence `index` from `offset` on, `length` of them or all that follow: a read-only view.
+
+        Raises:
+            IndexError: outside the dataset or the sequence.
+        """
+        if not 0 <= index < len(self.lengths):
+            raise IndexError(f"sequence {index} of {len(self.lengths)} in {self.prefix}")
+        whole = int(self.lengths[index])
+        length = whole - offset if length is None else length
+        if offset < 0 or length < 0 or offset + length > whole:
+            raise IndexError(f"tokens {offset} to {offset + length} of a sequence of {whole} in {self.prefix}")
+        return self.read(int(self.pointers[index]) // self.dtype.itemsize + offset, length)
+
+    def document(self, document: int) -> np.ndarray:
+        """All tokens of one document: a read-only view."""
+        start, end = self.document_starts[document : document + 2].tolist()
+        return self.read(start, end - start)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """`length` tokens from token `start` of the .bin, whatever documents they belong to: a read-only view."""
+        return self._tokens[start : start + length]
+
+    def _map_index(self, path: Path) -> None:
+        size = path.stat().st_size
+        if size < HEADER.size:
+            raise UserError(f"{path}: {size} bytes, shorter than an index's header of {HEADER.size}: {AGAIN}")
+        with path.open("rb") as file:
+            magic, version, code, sequences, boundaries = HEADER.unpack(file.read(HEADER.size))
+        _refuse_header(path, magic, version, code)
+        expected = HEADER.size + 12 * sequences + 8 * boundaries
+        if size != expected:
+            raise UserError(
+                f"{path}: {size} bytes found, {expected} expected for {sequences} sequences and {boundaries} document "
+                f"boundaries ({'truncated' if size < expected else 'too long, or a multimodal dataset'}): {AGAIN}"
+            )
+        self.dtype = np.dtype(TOKEN_TYPES[code]).newbyteorder("<")
+        buffer = _mapped(path)
+        self.lengths = np.frombuffer(buffer, "<i4", sequences, HEADER.size)
+        self.pointers = np.frombuffer(buffer, "<i8", sequences, HEADER.size + 4 * sequences)
+        self.document_indices = np.frombuffer(buffer, "<i8", boundaries, HEADER.size + 12 * sequences)
+
+    def _check_index(self, path: Path) -> None:
+        """Pointers follow from lengths, document boundaries rise from 0 to N; leaves the .bin's size in `_bytes`."""
+        position = 0
+        for part in _slices(len(self.lengths)):
+            lengths = self.lengths[part].astype(np.int64)
+            ends = position + np.cumsum(lengths) * self.dtype.itemsize
+            starts = ends - lengths * self.dtype.itemsize
+            if np.any(lengths < 0) or not np.array_equal(starts, self.pointers[part]):
+                raise UserError(f"{path}: the pointers do not follow from the lengths, the file is damaged: {AGAIN}")
+            position = int(ends[-1])
+        self._bytes = position
+        bounds = self.document_indices
+        if len(bounds) == 0 or bounds[0] != 0 or bounds[-1] != len(self.lengths) or np.any(np.diff(bounds) < 0):
+            raise UserError(
+                f"{path}: document boundaries do not rise from 0 to {len(self.lengths)}, the file is damaged: {AGAIN}"
+            )
+
+    def _map_tokens(self, path: Path) -> None:
+        size = path.stat().st_size
+        if size != self._bytes:
+            raise UserError(
+                f"{path}: {size} bytes found, {self._bytes} expected by {index_path(self.prefix).name} "
+                f"({'truncated' if size < self._bytes else 'not the file this index was written for'}): {AGAIN}"
+            )
+        self._tokens = np.frombuffer(_mapped(path), self.dtype) if size else np.empty(0, self.dtype)
+
+    def _read_sidecar(self, path: Path) -> dict[str, Any] | None:
+        if not path.exists():
+            return None
+        try:
+            sidecar = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: not readable as JSON ({error}): {AGAIN}") from None
+        keys = ("format", "documents", "tokens")
+        told = tuple(sidecar.get(key) for key in keys) if isinstance(sidecar, dict) else None
+        found = (SIDECAR_FORMAT, self.num_documents, self.num_tokens)
+        if told != found:
+            raise UserError(
+                f"{path}: describes another dataset ({', '.join(keys)}: {told} told, {found} found): "
+                "delete it if the dataset was replaced by another tool, else write the dataset again"
+            )
+        return dict(sidecar)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _slices(total: int) -> Iterator[slice]:
+    for start in range(0, total, CHECKED_AT_ONCE):
+        yield slice(start, start + CHECKED_AT_ONCE)
+
+
+def _refuse_missing(prefix: str) -> None:
+    for path in (index_path(prefix), data_path(prefix)):
+        if not path.is_file():
+            ending = Path(prefix).suffix
+            hint = f"leave out {ending!r}, " if ending in (".bin", ".idx") else ""
+            raise UserError(f"no dataset at {prefix!r}: {path} does not exist; {hint}write it with "
+                            "`megalong data preprocess` (an interrupted one leaves no .idx)")  # fmt: skip
+
+
+def _refuse_header(path: Path, magic: bytes, version: int, code: int) -> None:
+    if magic != MAGIC:
+        raise UserError(f"{path}: starts with {magic!r} instead of {MAGIC!r}, not an indexed dataset: {AGAIN}")
+    if version != VERSION:
+        raise UserError(f"{path}: index version {version} found, {VERSION} expected: {AGAIN}")
+    if code not in TOKEN_TYPES:
+        raise UserError(f"{path}: token type {code} found, one of {sorted(TOKEN_TYPES)} expected: {AGAIN}")
+    if TOKEN_TYPES[code].startswith("float"):
+        raise UserError(f"{path}: holds {TOKEN_TYPES[code]}, not tokens: give a dataset of a whole-number type")

@@ -1,0 +1,160 @@
+"""What a run sees: packed samples of a mixture of domains, computable by any rank from a number alone.
+
+    sample k → blending picks the domain and its sample number j → tokens j·S .. (j+1)·S of the domain's stream
+
+There is no iterator and no state: the data position of a run is k. Ranks of one data-parallel group ask for different
+k, ranks that share a sample for the same one, and a resumed run goes on with the next k.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from megalong.data.blending import Blend
+from megalong.data.indexed import IndexedDataset
+from megalong.data.splitting import PARTS, documents_of_part
+from megalong.data.stream import DomainStream
+from megalong.errors import UserError
+
+
+class MixtureEntry(Protocol):
+    """One domain of `data.mixture`: a name, a dataset's prefix, and its share of the samples."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class DomainShare:
+    """What a number of samples needs from one domain; `epochs` above 1 means documents are seen again."""
+
+    name: str
+    documents: int
+    tokens_per_epoch: int
+    samples: int
+    tokens: int
+    epochs: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.samples:,} samples, {self.tokens:,} tokens, {self.epochs:.3g} epochs of "
+            f"{self.tokens_per_epoch:,} tokens in {self.documents:,} documents"
+        )
+
+
+class PackedSamples:
+    """Naively packed samples of a mixture, endless and in a fixed order.
+
+    Args:
+        mixture: domains with `name`, `path` (a dataset's prefix) and `weight`.
+        seq_length: tokens S a sample trains on.
+        seed: the run's seed; it decides the order of documents.
+        split: shares of documents for training and validation, as in "99,1".
+        part: "train" or "validation".
+        separator: `data.separator`: what must stand between documents; None takes the datasets as they are.
+
+    Raises:
+        UserError: a dataset cannot be read, a part is empty, separators or tokenizers disagree, a weight is not above 0.
+    """
+
+    def __init__(
+        self,
+        mixture: Sequence[MixtureEntry],
+        seq_length: int,
+        seed: int,
+        split: str,
+        part: str = "train",
+        separator: str | None = None,
+    ) -> None:
+        if part not in PARTS:
+            raise ValueError(f"part {part!r} is none of {PARTS}")
+        _check_mixture(mixture)
+        self.seq_length = seq_length
+        self.names = [entry.name for entry in mixture]
+        datasets = [IndexedDataset(entry.path) for entry in mixture]
+        self.tokenizer_sha256 = _common_tokenizer(self.names, datasets)
+        self.vocabulary_size = max((_told(d, "vocabulary_size", 0) for d in datasets), default=0) or None
+        _check_separators(self.names, datasets, separator)
+        self._blend = Blend([entry.weight for entry in mixture])
+        self._streams = [
+            DomainStream(dataset, documents_of_part(dataset.num_documents, split, part, dataset.prefix), seed,
+                         f"{name}/{part}")
+            for name, dataset in zip(self.names, datasets, strict=True)
+        ]  # fmt: skip
+
+    def sample(self, k: int) -> np.ndarray:
+        """int64 [seq_length + 1]: sample k; [:-1] are the inputs, [1:] the targets."""
+        domain, j = self._blend.of(k)
+        return self._streams[domain].sample(j, self.seq_length)
+
+    def domain_of(self, k: int) -> str:
+        """Name of the domain that sample k comes from."""
+        return self.names[self._blend.of(k)[0]]
+
+    def describe(self, samples: int) -> list[DomainShare]:
+        """What the first `samples` samples take from each domain, in the mixture's order."""
+        counts = self._blend.counts(samples).tolist()
+        return [self._share(domain, count) for domain, count in enumerate(counts)]
+
+    def _share(self, domain: int, samples: int) -> DomainShare:
+        stream = self._streams[domain]
+        tokens = samples * self.seq_length
+        return DomainShare(
+            name=self.names[domain],
+            documents=len(stream.documents),
+            tokens_per_epoch=stream.tokens_per_epoch,
+            samples=samples,
+            tokens=tokens,
+            epochs=tokens / stream.tokens_per_epoch,
+        )
+
+
+def _check_mixture(mixture: Sequence[MixtureEntry]) -> None:
+    if not mixture:
+        raise UserError("data.mixture: empty; list at least one domain as {name: …, path: …, weight: 1}")
+    names = [entry.name for entry in mixture]
+    for entry in mixture:
+        if not 0 < entry.weight < float("inf"):
+            raise UserError(f"data.mixture: weight {entry.weight} of {entry.name!r} must be above 0; remove the domain")
+        if names.count(entry.name) > 1:
+            raise UserError(f"data.mixture: the name {entry.name!r} stands twice; give every domain a name of its own")
+
+
+def _told(dataset: IndexedDataset, key: str, default: Any) -> Any:
+    """What the sidecar says about `key`; a dataset of another tool has none and says nothing."""
+    return (dataset.sidecar or {}).get(key, default)
+
+
+def _common_tokenizer(names: list[str], datasets: list[IndexedDataset]) -> str | None:
+    """Fingerprint of the tokenizer all datasets were made with; None where no dataset tells."""
+    first: tuple[str, dict[str, str]] | None = None
+    for name, dataset in zip(names, datasets, strict=True):
+        tokenizer = _told(dataset, "tokenizer", None)
+        if tokenizer is None:
+            continue
+        if first is None:
+            first = name, tokenizer
+        elif tokenizer["sha256"] != first[1]["sha256"]:
+            raise UserError(
+                f"data.mixture: {first[0]!r} was tokenized with {first[1]['name']!r} and {name!r} with "
+                f"{tokenizer['name']!r}, whose ids mean other text; preprocess them with one tokenizer"
+            )
+    return first[1]["sha256"] if first else None
+
+
+def _check_separators(names: list[str], datasets: list[IndexedDataset], wanted: str | None) -> None:
+    for name, dataset in zip(names, datasets, strict=True):
+        if wanted is None or dataset.sidecar is None:
+            continue
+        found = (_told(dataset, "separator", None) or {}).get("text")
+        if found != wanted:
+            raise UserError(
+                f"data.separator: {wanted!r} asked for, but {name!r} was written with {found!r}; "
+                f"preprocess it again with --separator {wanted!r} or change data.separator"
+            )

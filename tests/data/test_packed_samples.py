@@ -1,0 +1,183 @@
+"""Packed samples against a brute-force concatenation, and blending against Megatron-Core's compiled helper."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from megalong.data.blending import Blend
+from megalong.data.indexed import IndexedDataset
+from megalong.data.indexed_writer import IndexedDatasetWriter
+from megalong.data.sampler import PackedSamples
+from megalong.data.splitting import documents_of_part
+from megalong.data.stream import DomainStream
+from megalong.errors import UserError
+
+WEIGHTS = [[1.0], [0.7, 0.3], [1, 1, 1], [0.3, 0.3, 0.1, 0.1, 0.04, 0.04, 0.03, 0.03, 0.03, 0.03], [1e-4, 5]]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_blending_is_megatrons(weights: list[float]) -> None:
+    helpers = pytest.importorskip("megatron.core.datasets.helpers_cpp")
+    shares = np.array(weights, np.float64) / np.sum(weights)
+    domains, indices = np.zeros(5000, np.int16), np.zeros(5000, np.int64)
+    helpers.build_blending_indices(domains, indices, shares, len(weights), 5000, False)
+    blend = Blend(weights)
+    asked = np.random.default_rng(0).permutation(5000).tolist()
+    found = {k: blend.of(k) for k in asked}
+    assert [found[k] for k in range(5000)] == list(zip(domains.tolist(), indices.tolist(), strict=True))
+    np.testing.assert_array_equal(blend.counts(777), np.bincount(domains[:777], minlength=len(weights)))
+
+
+def dataset(prefix: Path, lengths: list[int], first: int = 0, sidecar: dict[str, object] | None = None) -> Path:
+    """Document d is the tokens 100·d + first, +1, …: every token tells where it comes from."""
+    with IndexedDatasetWriter(prefix, np.int32) as writer:
+        for number, length in enumerate(lengths):
+            writer.add_document(first + 100 * number + np.arange(length))
+        writer.finish(sidecar)
+    return prefix
+
+
+def entry(path: Path, weight: float = 1.0, name: str | None = None) -> SimpleNamespace:
+    return SimpleNamespace(name=name or path.name, path=str(path), weight=weight)
+
+
+@pytest.mark.parametrize("seq_length", [1, 4, 50, 997])
+def test_samples_are_slices_of_the_concatenated_epochs(tmp_path: Path, seq_length: int) -> None:
+    """Epochs of 100 tokens: sequences shorter and far longer than an epoch, documents empty and of one token."""
+    data = IndexedDataset(dataset(tmp_path / "a", [3, 0, 40, 1, 20, 0, 35, 1]))
+    stream = DomainStream(data, np.arange(8), seed=5, salt="a/train")
+    orders = [stream.order(epoch).tolist() for epoch in range(60)]
+    assert all(sorted(order) == [0, 2, 3, 4, 6, 7] for order in orders)
+    assert len({tuple(order) for order in orders}) > 40
+    whole = np.concatenate([data.document(number) for order in orders for number in order])
+    samples = [stream.sample(j, seq_length) for j in range(5)]
+    for j, sample in enumerate(samples):
+        assert sample.dtype == np.int64
+        np.testing.assert_array_equal(sample, whole[j * seq_length : (j + 1) * seq_length + 1])
+
+
+def test_every_token_of_an_epoch_is_a_target_or_input_exactly_once(tmp_path: Path) -> None:
+    lengths = [int(n) for n in np.random.default_rng(1).integers(0, 90, 64)]
+    lengths[0] += -sum(lengths) % 16
+    samples = PackedSamples([entry(dataset(tmp_path / "a", lengths))], 16, seed=3, split="100,0")
+    epoch = np.concatenate([samples.sample(k)[:-1] for k in range(sum(lengths) // 16)])
+    data = IndexedDataset(tmp_path / "a")
+    assert sorted(epoch.tolist()) == sorted(data.read(0, data.num_tokens).tolist())
+
+
+def test_random_access_seed_and_part(tmp_path: Path) -> None:
+    mixture = [
+        entry(dataset(tmp_path / "a", [30] * 40), 0.7),
+        entry(dataset(tmp_path / "b", [9] * 50, first=100000), 0.3),
+    ]
+
+    def made(seed: int, part: str = "train") -> PackedSamples:
+        return PackedSamples(mixture, 8, seed, "80,20", part)
+
+    one, other = made(1), made(1)
+    forwards = [one.sample(k) for k in range(300)]
+    backwards = [other.sample(k) for k in reversed(range(300))][::-1]
+    np.testing.assert_array_equal(forwards, backwards)
+    assert not np.array_equal(forwards, [made(2).sample(k) for k in range(300)])
+    domains = [one.domain_of(k) for k in range(300)]
+    assert domains == ["a" if sample[0] < 100000 else "b" for sample in forwards]
+    assert domains.count("a") == 210
+    train = {int(token) for sample in forwards for token in sample}
+    held_out = {int(token) for k in range(300) for token in made(2, "validation").sample(k)}
+    assert not train & held_out
+    assert len(train | held_out) == 40 * 30 + 50 * 9
+
+
+def test_a_dataset_listed_twice_holds_out_the_same_documents(tmp_path: Path) -> None:
+    path = dataset(tmp_path / "a", [10] * 50)
+    mixture = [entry(path, 1, "short"), entry(path, 1, "long")]
+    tokens = {
+        part: {int(t) for k in range(400) for t in PackedSamples(mixture, 8, 1, "80,20", part).sample(k)}
+        for part in ("train", "validation")
+    }
+    assert not tokens["train"] & tokens["validation"]
+    samples = PackedSamples(mixture, 8, 1, "80,20")
+    assert not np.array_equal(samples.sample(0), samples.sample(1)), "two entries walk the dataset in different orders"
+
+
+def test_describe_counts_tokens_and_epochs(tmp_path: Path) -> None:
+    mixture = [entry(dataset(tmp_path / "a", [30] * 40), 3), entry(dataset(tmp_path / "b", [9] * 50), 1)]
+    a, b = PackedSamples(mixture, 8, 1, "100,0").describe(400)
+    assert (a.samples, a.tokens, a.epochs, a.documents) == (300, 2400, 2.0, 40)
+    assert (b.samples, b.tokens, b.tokens_per_epoch) == (100, 800, 450)
+    assert str(a) == "a: 300 samples, 2,400 tokens, 2 epochs of 1,200 tokens in 40 documents"
+
+
+def test_orders_are_frozen(tmp_path: Path) -> None:
+    """A change of these numbers changes the data of every resumed run and leaks its held-out documents."""
+    stream = DomainStream(IndexedDataset(dataset(tmp_path / "a", [1] * 8)), np.arange(8), 1234, "a/train")
+    assert [stream.order(epoch).tolist() for epoch in (0, 1)] == FROZEN_ORDERS
+    assert documents_of_part(20, "80,20", "validation", "a").tolist() == FROZEN_SPLIT
+
+
+FROZEN_ORDERS = [[3, 0, 1, 6, 5, 7, 4, 2], [1, 4, 6, 5, 0, 2, 7, 3]]
+FROZEN_SPLIT = [9, 15, 17, 19]
+
+
+@pytest.mark.parametrize(
+    ("split", "part", "told"),
+    [
+        ("99,1", "validation", r"leaves none for validation \(20 train, 0 validation\)"),
+        ("1,99", "train", r"leaves none for train \(0 train, 20 validation\)"),
+        ("99", "train", "not two numbers"),
+        ("0,1", "train", "nothing for training"),
+        ("9,-1", "train", "negative"),
+        ("a,b", "train", "not two numbers"),
+    ],
+)
+def test_impossible_splits_are_told(tmp_path: Path, split: str, part: str, told: str) -> None:
+    path = dataset(tmp_path / "a", [5] * 20)
+    with pytest.raises(UserError, match=told):
+        PackedSamples([entry(path)], 8, 1, split, part)
+
+
+def described(prefix: Path, sha: str, separator: str | None) -> Path:
+    told = {"text": separator, "ids": [0]} if separator else None
+    tokenizer = {"name": f"tokenizer-{sha}", "sha256": sha}
+    return dataset(prefix, [5] * 20, sidecar={"tokenizer": tokenizer, "separator": told, "vocabulary_size": 515})
+
+
+def test_separators_and_tokenizers_must_agree(tmp_path: Path) -> None:
+    a = entry(described(tmp_path / "a", "x", "<s>"))
+    b = entry(described(tmp_path / "b", "y", "<s>"))
+    none = entry(described(tmp_path / "none", "x", None))
+    foreign = entry(dataset(tmp_path / "megatron", [5] * 20))
+    samples = PackedSamples([a, foreign], 8, 1, "99,1", separator="<s>")
+    assert samples.tokenizer_sha256 == "x" and samples.vocabulary_size == 515
+    assert PackedSamples([foreign], 8, 1, "99,1").vocabulary_size is None
+    with pytest.raises(UserError, match="'tokenizer-x' and 'b' with 'tokenizer-y'"):
+        PackedSamples([a, b], 8, 1, "99,1")
+    with pytest.raises(UserError, match="data.separator: '</s>' asked for, but 'a' was written with '<s>'"):
+        PackedSamples([a], 8, 1, "99,1", separator="</s>")
+    with pytest.raises(UserError, match="'none' was written with None"):
+        PackedSamples([none], 8, 1, "99,1", separator="<s>")
+    PackedSamples([a, none], 8, 1, "99,1")
+
+
+def test_bad_mixtures_are_told(tmp_path: Path) -> None:
+    path = dataset(tmp_path / "a", [5] * 20)
+    empty = dataset(tmp_path / "empty", [0] * 20)
+    for mixture, told in [
+        ([], "empty"),
+        ([entry(path, 0)], "must be above 0"),
+        ([entry(path, float("nan"))], "must be above 0"),
+        ([entry(path), entry(path)], "stands twice"),
+        ([entry(empty)], "hold no token"),
+        ([entry(tmp_path / "absent")], "does not exist"),
+    ]:
+        with pytest.raises(UserError, match=told):
+            PackedSamples(mixture, 8, 1, "99,1")
+
+
+def test_a_dataset_of_megatron_without_sidecar_is_sampled(tmp_path: Path) -> None:
+    path = dataset(tmp_path / "a", [5] * 20)
+    assert not Path(f"{path}.json").exists() and json.dumps(IndexedDataset(path).sidecar) == "null"
+    assert PackedSamples([entry(path)], 8, 1, "99,1").sample(0).shape == (9,)
