@@ -60,7 +60,7 @@ class PackedSamples:
         separator: `data.separator`: what must stand between documents; None takes the datasets as they are.
 
     Raises:
-        UserError: a dataset cannot be read, a part is empty, separators or tokenizers disagree, a weight is not above 0.
+        UserError: an unreadable dataset, an empty part, a weight not above 0, separators or tokenizers that disagree.
     """
 
     def __init__(

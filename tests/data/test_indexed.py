@@ -1,5 +1,6 @@
 """The indexed dataset against Megatron-Core's own builder and reader, and against damaged copies."""
 
+import contextlib
 import json
 import struct
 from pathlib import Path
@@ -67,14 +68,17 @@ def test_documents_of_several_sequences_are_megatrons_byte_for_byte(tmp_path: Pa
 def test_reader_agrees_with_megatrons_reader_on_its_own_files(tmp_path: Path, sequences: list[list[int]]) -> None:
     write_with_megatron(tmp_path / "theirs", 128256, sequences)
     ours, theirs = IndexedDataset(tmp_path / "theirs"), MegatronDataset(str(tmp_path / "theirs"))
-    assert ours.sidecar is None and ours.dtype == np.int32
+    assert ours.sidecar is None
+    assert ours.dtype == np.int32
     np.testing.assert_array_equal(ours.lengths, theirs.sequence_lengths)
     np.testing.assert_array_equal(ours.document_indices, theirs.document_indices)
     for index in range(len(theirs)):
         np.testing.assert_array_equal(ours.get(index), theirs[index])
-    np.testing.assert_array_equal(ours.get(4, 1, 3), theirs.get(4, 1, 3))
+    longest = int(np.argmax(ours.lengths))
+    np.testing.assert_array_equal(ours.get(longest, 1, 3), theirs.get(longest, 1, 3))
     assert [ours.document(d).tolist() for d in range(ours.num_documents)] == [d.tolist() for d in documents(128256)]
-    assert ours.num_tokens == sum(LENGTHS) and ours.document_lengths.tolist() == LENGTHS
+    assert ours.num_tokens == sum(LENGTHS)
+    assert ours.document_lengths.tolist() == LENGTHS
 
 
 def test_megatron_reads_ours(tmp_path: Path) -> None:
@@ -124,7 +128,8 @@ def test_a_damaged_index_is_told(tmp_path: Path, ending: str, offset: int, data:
     damage(path, offset if offset >= 0 else path.stat().st_size + offset, data)
     with pytest.raises(UserError, match=told) as error:
         IndexedDataset(tmp_path / "d")
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("ending", "size"), [(".bin", 1422), (".idx", 34 + 12 * 5 + 8 * 8)])
@@ -140,7 +145,7 @@ def test_a_file_of_another_size_is_told_with_both_sizes(tmp_path: Path, ending: 
 
 def test_headers_cut_short_and_missing_files_are_told(tmp_path: Path) -> None:
     write(tmp_path / "d")
-    with pytest.raises(UserError, match="leave out '.bin'"):
+    with pytest.raises(UserError, match=r"leave out '\.bin'"):
         IndexedDataset(tmp_path / "d.bin")
     (tmp_path / "d.idx").write_bytes(b"MMIDIDX")
     with pytest.raises(UserError, match="7 bytes, shorter than an index's header of 34"):
@@ -167,7 +172,7 @@ def test_a_sidecar_of_other_tokens_is_told(tmp_path: Path) -> None:
 def test_an_unfinished_writer_leaves_the_old_dataset_and_nothing_else(tmp_path: Path) -> None:
     write(tmp_path / "d", sidecar={})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(KeyboardInterrupt), IndexedDatasetWriter(tmp_path / "d", np.uint16) as writer:
+    with contextlib.suppress(KeyboardInterrupt), IndexedDatasetWriter(tmp_path / "d", np.uint16) as writer:
         writer.add_document(np.arange(9))
         raise KeyboardInterrupt
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -177,7 +182,7 @@ def test_an_unfinished_writer_leaves_the_old_dataset_and_nothing_else(tmp_path: 
 def test_a_writer_killed_while_publishing_never_mixes_old_and_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
 ) -> None:
-    """Cut the publication before its n-th change on disk: what opens is the old dataset or the new, or nothing opens."""
+    """Cut before the n-th of its five changes on disk: what opens is the old dataset or the new, or nothing opens."""
     old = np.concatenate(write(tmp_path / "d", sidecar={}))
     changes = iter(range(100))
 
@@ -193,20 +198,17 @@ def test_a_writer_killed_while_publishing_never_mixes_old_and_new(
     writer.add_document(np.flip(old))
     monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
     monkeypatch.setattr(Path, "replace", counted(Path.replace))
-    try:
+    with contextlib.suppress(SystemExit):
         writer.finish({})
-    except SystemExit:
-        pass
     monkeypatch.undo()
-    try:
-        dataset = IndexedDataset(tmp_path / "d")
-    except UserError as error:
-        assert 0 < killed_at < 5 and "does not exist" in str(error)
-    else:
-        expected = old if killed_at == 0 else np.flip(old)
-        assert killed_at in (0, 5)
-        np.testing.assert_array_equal(dataset.read(0, dataset.num_tokens), expected)
     writer.abandon()
+    if 0 < killed_at < 5:
+        with pytest.raises(UserError, match=r"d\.idx does not exist"):
+            IndexedDataset(tmp_path / "d")
+    else:
+        dataset = IndexedDataset(tmp_path / "d")
+        expected = old if killed_at == 0 else np.flip(old)
+        np.testing.assert_array_equal(dataset.read(0, dataset.num_tokens), expected)
 
 
 def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:
