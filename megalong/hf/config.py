@@ -1,0 +1,154 @@
+"""A Llama's `config.json` to an `Architecture` and back, without transformers (which would run code that a folder may name).
+
+What cannot be trained faithfully is refused by name instead of being read as something close to it: another
+`model_type`, biases, another activation, a quantized checkpoint, code shipped with the model. Keys that are left out
+mean what transformers' `LlamaConfig` says they mean (`DEFAULTS`); the sizes of the model have no default.
+
+Export starts from the original `config.json` where there is one, so that fields nobody here knows survive, and
+writes what transformers renamed over the years under both names: `torch_dtype` and `dtype`, and the rope fields as
+`megalong.rope` spells them. The length a model was extended to is the architecture's `max_position_embeddings`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megalong.config.architecture import Architecture
+from megalong.errors import UserError
+from megalong.rope.hf import from_hf, to_hf
+
+CONFIG_FILE = "config.json"
+DEFAULTS: dict[str, Any] = {
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_FIELDS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "vocab_size": "vocab_size",
+    "rms_norm_eps": "norm_epsilon",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "max_position_embeddings": "max_position_embeddings",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+}
+_OPTIONAL = {*DEFAULTS, "num_key_value_heads", "head_dim"}
+_FIXED = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+# Replaced by what was trained, or true only of the folder the model came from.
+_DROPPED = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "original_max_position_embeddings",
+    "_name_or_path",
+    "pretraining_tp",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table in a JSON file; UserError where there is none."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the folder of a whole Hugging Face checkpoint")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a table of settings; download it again")
+    return content
+
+
+def read_architecture(hf_dir: str | Path) -> Architecture:
+    """The architecture that `hf_dir/config.json` describes.
+
+    A config without a dtype gives float32, which is what transformers takes it for. Raises UserError, one line, for
+    a missing or malformed file and for every model that is not a plain Llama.
+    """
+    path = Path(hf_dir) / CONFIG_FILE
+    config = read_json(path)
+    _refuse_other_models(path, config)
+    try:
+        return Architecture.model_validate(
+            {**_fields(path, config), "rope": from_hf(config), "torch_dtype": _dtype(config)}
+        )
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_problem(error)}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).removeprefix('config.json: ')}") from error
+
+
+def write_config(architecture: Architecture, base_config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The content of `config.json` for `architecture`, as trained.
+
+    `base_config` is the checkpoint's original config.json: its other fields are kept, all that the architecture knows
+    is overridden.
+    """
+    config = {key: value for key, value in (base_config or {}).items() if key not in _DROPPED}
+    config.update(_FIXED)
+    config.update({theirs: getattr(architecture, ours) for theirs, ours in _FIELDS.items()})
+    config.update(to_hf(architecture.rope, architecture.max_position_embeddings, architecture.kv_channels))
+    config.update(torch_dtype=architecture.torch_dtype, dtype=architecture.torch_dtype)
+    return config
+
+
+def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
+    """UserError for everything that is not a plain, unquantized Llama."""
+    refused = (
+        ("auto_map", config.get("auto_map") is not None, "code shipped with a model is never run; use a plain Llama"),
+        ("model_type", config.get("model_type") != "llama", 'only Llama is supported; write "llama" if it is one'),
+        ("quantization_config", config.get("quantization_config") is not None, "use the bf16, fp16 or fp32 release"),
+        ("hidden_act", config.get("hidden_act", "silu") != "silu", 'Llama\'s MLP is gated by "silu"'),
+        ("attention_bias", bool(config.get("attention_bias")), "Llamas with biases are not supported; use false"),
+        ("mlp_bias", bool(config.get("mlp_bias")), "Llamas with biases are not supported; use false"),
+    )
+    for key, wrong, mend in refused:
+        if wrong:
+            value = json.dumps(config.get(key))
+            raise UserError(f"{path}: {key} = {value[:60]}: {mend}")
+
+
+def _fields(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Architecture fields under our names, transformers' defaults filled in."""
+    values: dict[str, Any] = {}
+    for theirs, ours in _FIELDS.items():
+        if theirs in config:
+            values[ours] = config[theirs]
+        elif theirs in DEFAULTS:
+            values[ours] = DEFAULTS[theirs]
+        elif theirs not in _OPTIONAL:
+            raise UserError(f"{path}: {theirs} is missing; a Llama's config.json states it")
+    if values.get("num_query_groups") is None:
+        values["num_query_groups"] = values["num_attention_heads"]
+    return values
+
+
+def _dtype(config: dict[str, Any]) -> str:
+    """The dtype under either spelling, the newer first, with or without torch's prefix."""
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return str(dtype).removeprefix("torch.")
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first complaint of pydantic, in config.json's own words and on one line."""
+    theirs = {ours: name for name, ours in _FIELDS.items()}
+    problem = error.errors()[0]
+    where = ".".join(theirs.get(str(part), str(part)) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    return f"{where} = {json.dumps(problem['input'], default=str)[:60]}: {message}"

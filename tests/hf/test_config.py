@@ -1,0 +1,171 @@
+"""config.json read and written, against what transformers makes of the same files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from megalong.config.rope import RopeSettings
+from megalong.errors import UserError
+from megalong.hf.config import read_architecture, write_config
+from megalong.rope import inverse_frequencies
+from tests.hf.conftest import ROPE, SHAPE, architecture_of
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 16.0, "beta_fast": 4.0, "beta_slow": 1.0, "original_max_position_embeddings": 128},
+    "llama3": LLAMA3,
+}
+
+
+def save(folder: Path, config: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def plain(**overrides: Any) -> dict[str, Any]:
+    """A config.json as transformers 4 wrote it."""
+    return {"model_type": "llama", **SHAPE, "rope_theta": 10000.0, "torch_dtype": "bfloat16", **overrides}
+
+
+def test_a_config_of_transformers_gives_the_architecture(tmp_path: Path) -> None:
+    config = LlamaConfig(**SHAPE, rope_parameters=dict(ROPE), bos_token_id=0, eos_token_id=[1, 5], dtype="float32")
+    config.save_pretrained(tmp_path)
+    assert read_architecture(tmp_path) == architecture_of(eos_token_id=[1, 5])
+
+
+def test_what_is_left_out_means_what_transformers_takes_it_for(tmp_path: Path) -> None:
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    save(tmp_path, {"model_type": "llama", **{key: SHAPE[key] for key in keys}})
+    theirs, ours = AutoConfig.from_pretrained(tmp_path), read_architecture(tmp_path)
+    assert ours.num_query_groups == theirs.num_key_value_heads == 8
+    assert ours.kv_channels == theirs.head_dim == 6
+    assert ours.norm_epsilon == theirs.rms_norm_eps
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert ours.rope.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("kind", list(ROPES))
+@pytest.mark.parametrize("spelling", ["legacy", "five"])
+def test_every_rope_round_trips_through_transformers(tmp_path: Path, kind: str, spelling: str) -> None:
+    scaling = {"rope_type": kind, **ROPES[kind]}
+    longest = round(128 * ROPES[kind].get("factor", 1)) if "original_max_position_embeddings" in scaling else 128
+    base = plain(max_position_embeddings=longest)
+    if spelling == "five":
+        del base["rope_theta"]
+        base["rope_parameters"] = {"rope_theta": 10000.0, **scaling}
+    elif kind != "default":
+        base["rope_scaling"] = scaling
+    architecture = read_architecture(save(tmp_path / "in", base))
+    written = write_config(architecture, base)
+    assert read_architecture(save(tmp_path / "out", written)) == architecture
+    before, after = (AutoConfig.from_pretrained(tmp_path / name) for name in ("in", "out"))
+    own = ("_name_or_path", "architectures", "rope_parameters")
+    assert {k: v for k, v in before.to_dict().items() if k not in own} == {
+        k: v for k, v in after.to_dict().items() if k not in own
+    }
+    theirs, ours = LlamaRotaryEmbedding(before), LlamaRotaryEmbedding(after)
+    assert torch.equal(theirs.inv_freq, ours.inv_freq)
+    assert theirs.attention_scaling == ours.attention_scaling
+    after.save_pretrained(tmp_path / "again")
+    assert read_architecture(tmp_path / "again") == architecture
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3", "linear", "ntk"])
+def test_an_extended_model_exports_the_rope_it_was_trained_with(tmp_path: Path, kind: str) -> None:
+    original = read_architecture(save(tmp_path / "in", plain()))
+    base = json.loads((tmp_path / "in" / "config.json").read_text())
+    extended = original.with_rope(RopeSettings(type=kind, factor=16.0, beta_fast=4.0))
+    written = write_config(extended, base)
+    config = AutoConfig.from_pretrained(save(tmp_path / "out", written))
+    assert config.max_position_embeddings == written["max_position_embeddings"] == 16 * 128
+    if kind != "ntk":
+        assert written["rope_scaling"]["rope_type"] == config.rope_parameters["rope_type"] == kind
+        assert written["rope_scaling"]["factor"] == config.rope_parameters["factor"] == 16.0
+    assert torch.equal(LlamaRotaryEmbedding(config).inv_freq, inverse_frequencies(extended.rope, 10))
+
+
+def test_unknown_fields_survive_and_stale_ones_do_not(tmp_path: Path) -> None:
+    base = plain(
+        initializer_range=0.01, my_note={"kept": [1]}, _name_or_path="/somewhere", original_max_position_embeddings=7
+    )
+    written = write_config(architecture_of(torch_dtype="float16"), base)
+    assert written["my_note"] == {"kept": [1]}
+    assert written["initializer_range"] == 0.01
+    assert written["architectures"] == ["LlamaForCausalLM"]
+    assert written["torch_dtype"] == written["dtype"] == "float16"
+    assert "_name_or_path" not in written
+    assert "original_max_position_embeddings" not in written
+    assert read_architecture(save(tmp_path, write_config(architecture_of()))) == architecture_of()
+
+
+@pytest.mark.parametrize("spelling", ["dtype", "torch_dtype"])
+def test_both_spellings_of_the_dtype(tmp_path: Path, spelling: str) -> None:
+    base = plain()
+    del base["torch_dtype"]
+    assert read_architecture(save(tmp_path, base)).torch_dtype == "float32"
+    for value in ("float16", "torch.float16"):
+        assert read_architecture(save(tmp_path, {**base, spelling: value})).torch_dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"model_type": "mistral"}, 'model_type = "mistral": only Llama'),
+        ({"model_type": None}, "model_type = null"),
+        ({"attention_bias": True}, "attention_bias = true"),
+        ({"mlp_bias": True}, "mlp_bias = true"),
+        ({"hidden_act": "gelu"}, 'hidden_act = "gelu"'),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = .*use the bf16"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map = .*never run"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "big"}}, "factor.*'big'"),
+        ({"torch_dtype": "float8_e4m3fn"}, 'torch_dtype = "float8_e4m3fn"'),
+        ({"hidden_size": "48"}, 'hidden_size = "48"'),
+        ({"num_key_value_heads": 3}, "not a multiple"),
+        ({"intermediate_size": 0}, "intermediate_size = 0"),
+        ({"rms_norm_eps": None}, "rms_norm_eps = null"),
+    ],
+)
+def test_what_is_refused_is_named_in_one_line(tmp_path: Path, overrides: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint) as error:
+        read_architecture(save(tmp_path, plain(**overrides)))
+    assert str(error.value).startswith(f"{tmp_path}/config.json: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "no such file"),
+        ("{", "not valid JSON"),
+        ("[]", "holds a list"),
+        ("", "not valid JSON"),
+        ("\xff", "not valid"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, content: str | None, complaint: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=complaint):
+        read_architecture(tmp_path)
+    no_size = plain()
+    del no_size["hidden_size"]
+    with pytest.raises(UserError, match="hidden_size is missing"):
+        read_architecture(save(tmp_path, no_size))
+
+
+def test_reading_a_config_imports_no_transformers() -> None:
+    code = "import sys, megalong.hf.config; print(any('transformers' in name for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
