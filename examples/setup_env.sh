@@ -42,7 +42,7 @@ setup_environment() {
 
 setup_has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
 
-setup_pip() { python -m pip install --quiet --disable-pip-version-check --no-input "$@"; }
+setup_pip() { python -m pip install -qq --disable-pip-version-check --no-input "$@"; }
 
 # PyPI's torch for Linux brings gigabytes of CUDA libraries, so PyTorch's own index of CPU builds is asked first.
 # Where it cannot be reached, pip's configured sources are asked for the same version.

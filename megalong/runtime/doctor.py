@@ -1,0 +1,118 @@
+"""What is installed here, and what a run would use: a line each, and never an error.
+
+Versions are read from package metadata, without importing anything: that takes milliseconds and works for packages
+that are broken. torch itself is imported only where its build could see a GPU (a CPU build says so in its version).
+
+The package called apex on PyPI is a web toolkit; NVIDIA's is built from source and has a `multi_tensor_apply` folder.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+PACKAGES = {
+    "torch": "torch",
+    "megatron-core": "megatron-core",
+    "transformer-engine": "transformer-engine",
+    "apex": "apex",
+    "DALI": "nvidia-dali-cuda130",
+    "transformers": "transformers",
+    "tokenizers": "tokenizers",
+}
+OPTIONAL = {
+    "transformer-engine": "pip install megalong[gpu]",
+    "apex": "built from NVIDIA's source, never from PyPI",
+    "DALI": "pip install megalong[dali]",
+}
+
+
+def doctor() -> None:
+    """Print the report of `report()`."""
+    for name, text in report():
+        print(f"{name:<20}{text}")
+
+
+def report() -> list[tuple[str, str]]:
+    """Pairs of a name and what there is to say about it; never raises for what is missing or broken."""
+    rows = [
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs")
+    ]
+    rows += [(name, _package(name)) for name in PACKAGES]
+    devices = _gpus()
+    rows.append(("GPU", ", ".join(devices) if devices else "none that torch can use"))
+    rows += _choices(bool(devices))
+    return rows
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _package(name: str) -> str:
+    if name == "apex":
+        return _apex()
+    version = _version(PACKAGES[name])
+    if version is not None:
+        return version
+    return f"not installed; optional ({OPTIONAL[name]})" if name in OPTIONAL else f"missing: pip install {name}"
+
+
+def _apex() -> str:
+    version = _version("apex")
+    if is_nvidia_apex():
+        return f"{version or 'present'}, NVIDIA's"
+    if version is not None or _folders("apex"):
+        return f"{version or 'present'}, but this is PyPI's web toolkit, not NVIDIA's: pip uninstall apex"
+    return f"not installed; optional ({OPTIONAL['apex']})"
+
+
+def is_nvidia_apex() -> bool:
+    """Whether an importable `apex` is NVIDIA's."""
+    return any((folder / "multi_tensor_apply").is_dir() for folder in _folders("apex"))
+
+
+def _folders(module: str) -> list[Path]:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return []
+    return [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+
+
+def _gpus() -> list[str]:
+    if (_version("torch") or "+cpu").endswith("+cpu"):
+        return []
+    try:
+        import torch
+
+        return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    except Exception:  # a broken driver or build is this machine's state, not this command's failure
+        return []
+
+
+def _engine_works() -> bool:
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception:  # it raises RuntimeError, not ImportError, where its CUDA part is absent
+        return False
+    return True
+
+
+def _choices(has_gpu: bool) -> list[tuple[str, str]]:
+    """What a run with `runtime.device: auto` takes."""
+    engine = _version("transformer-engine") is not None and _engine_works()
+    if _version("transformer-engine") is not None and not engine:
+        adam_note = " (transformer-engine is installed but cannot be imported: it is left aside)"
+    else:
+        adam_note = ""
+    adam = "Transformer Engine's FusedAdam" if engine else "apex's FusedAdam" if is_nvidia_apex() else "torch's AdamW"
+    return [
+        ("will use", "CUDA with NCCL" if has_gpu else "CPU with gloo, Megatron-Core under the CPU adapter"),
+        ("  attention", "torch's fused kernels in a zigzag ring over the context-parallel ranks"),
+        ("  optimizer", adam + adam_note),
+    ]
