@@ -1,0 +1,134 @@
+"""How fast every pair of channels turns, and how much sharper attention must be for it.
+
+Unscaled, pair i of a head of d channels turns by `theta^(-2i/d)` radians a token. To stretch a model trained on L
+tokens by the factor s:
+
+    linear   every frequency / s
+    ntk      theta -> theta * s^(d/(d-2)): pair 0 keeps its frequency, the last one is divided by s exactly
+    yarn     pairs that turn often within L keep theirs (they tell neighbours apart), pairs that never complete a turn
+             are divided by s, with a ramp between, linear in the pair's index
+    llama3   the same with a ramp linear in the number of turns within L
+
+Worked example, UltraLong at 1M: theta 5e5, d 128, L 8192, s 128, beta_fast 4, beta_slow 1. A pair makes r turns
+within L at index `d ln(L / 2 pi r) / (2 ln theta)`: 4 turns at 28.2, one turn at 35.0 (34.96), so pairs 0..28 are
+kept and pairs 35..63 divided by 128.
+
+YaRN also multiplies queries and keys by a temperature, here 0.1 ln 128 + 1 = 1.485, because attention over more
+tokens is flatter. We never scale cos and sin: the caller multiplies the softmax scale by its square.
+
+The arithmetic follows transformers' order of float32 operations, so that the frequencies are bit-equal to those the
+exported model will use there; a float64 result would be nearer the formula and further from the served model.
+
+Sources: linear arXiv 2306.15595; ntk and yarn arXiv 2309.00071, sections 3.1 to 3.4; llama3: Llama 3.1's release.
+"""
+
+import math
+
+import torch
+
+from megalong.config.rope import RopeSettings
+from megalong.errors import UserError
+
+
+def inverse_frequencies(rope: RopeSettings, head_dim: int) -> torch.Tensor:
+    """Radians per token of each pair: float32 `[head_dim / 2]`, on the CPU.
+
+    Raises `UserError` where a value is missing that only the checkpoint could have filled in.
+    """
+    theta = _theta(rope)
+    if rope.type == "linear":
+        return _unscaled(theta, head_dim) / rope.factor
+    if rope.type == "ntk":
+        return _unscaled(ntk_theta(rope, head_dim), head_dim)
+    if rope.type == "yarn":
+        return _yarn(rope, theta, head_dim)
+    if rope.type == "llama3":
+        return _llama3(rope, theta, head_dim)
+    return _unscaled(theta, head_dim)
+
+
+def temperature(rope: RopeSettings) -> float:
+    """Factor on queries and on keys (attention scores get its square); 1.0 for every type but yarn.
+
+    An explicit `attention_factor` wins, then the ratio of the mscale pair (DeepSeek's refinement), then the paper's
+    `0.1 ln(factor) + 1` (arXiv 2309.00071, equation 22).
+    """
+    if rope.type != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return _logarithmic(rope.factor, rope.mscale) / _logarithmic(rope.factor, rope.mscale_all_dim)
+    return _logarithmic(rope.factor, 1.0)
+
+
+def ntk_theta(rope: RopeSettings, head_dim: int) -> float:
+    """The base that NTK-aware scaling changes to: `theta * factor^(d / (d - 2))`."""
+    if head_dim <= 2:
+        raise UserError(f"rope.type: ntk needs a head dimension above 2, not {head_dim}; write type: linear")
+    return _theta(rope) * math.pow(rope.factor, head_dim / (head_dim - 2))
+
+
+def correction_range(rope: RopeSettings, head_dim: int) -> tuple[float, float]:
+    """(low, high): yarn keeps pairs up to index `low`, divides those from `high` on, and ramps between.
+
+    (28, 35) in the example above. With `truncate` both are moved outwards to whole indices, as in YaRN's own code.
+    """
+    theta, original = _theta(rope), _original(rope)
+
+    def index_with(turns: float) -> float:
+        return (head_dim * math.log(original / (turns * 2 * math.pi))) / (2 * math.log(theta))
+
+    low, high = index_with(rope.beta_fast), index_with(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    return max(low, 0), min(high, head_dim - 1)
+
+
+def _unscaled(theta: float, head_dim: int) -> torch.Tensor:
+    return 1.0 / _powers(theta, head_dim)
+
+
+def _powers(theta: float, head_dim: int) -> torch.Tensor:
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    return torch.pow(theta, exponents)
+
+
+def _yarn(rope: RopeSettings, theta: float, head_dim: int) -> torch.Tensor:
+    low, high = correction_range(rope, head_dim)
+    if low == high:
+        high += 0.001  # a step instead of a ramp; transformers' width
+    index = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+    kept = 1 - ((index - low) / (high - low)).clamp(0, 1)
+    powers = _powers(theta, head_dim)
+    return 1.0 / (rope.factor * powers) * (1 - kept) + 1.0 / powers * kept
+
+
+def _llama3(rope: RopeSettings, theta: float, head_dim: int) -> torch.Tensor:
+    original = _original(rope)
+    unscaled = _unscaled(theta, head_dim)
+    wavelength = 2 * math.pi / unscaled
+    long = wavelength > original / rope.low_freq_factor
+    short = wavelength < original / rope.high_freq_factor
+    kept = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    ramp = (1 - kept) * unscaled / rope.factor + kept * unscaled
+    return torch.where(short, unscaled, torch.where(long, unscaled / rope.factor, ramp))
+
+
+def _logarithmic(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _theta(rope: RopeSettings) -> float:
+    if rope.rope_theta is None:
+        raise UserError("rope.rope_theta: is empty and no checkpoint filled it in; write the base, e.g. 500000.0")
+    return rope.rope_theta
+
+
+def _original(rope: RopeSettings) -> int:
+    if rope.original_max_position_embeddings is None:
+        raise UserError(
+            f"rope.original_max_position_embeddings: is empty, but type {rope.type} depends on it; "
+            "write the longest sequence trained before scaling, e.g. 8192"
+        )
+    return rope.original_max_position_embeddings

@@ -1,0 +1,130 @@
+"""Rotary settings in the words of a Hugging Face `config.json`, in both of its spellings.
+
+transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 reads `rope_parameters` with the base inside, and
+each ignores or drops the other's. An export writes both:
+
+    {"rope_theta": 5e5, "max_position_embeddings": 1048576,
+     "rope_scaling":    {"rope_type": "yarn", "type": "yarn", "factor": 128.0, ...},
+     "rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 128.0, ...}}
+
+Versions also disagree on where the factor comes from: 4.51 to 4.55 replace a yarn `factor` by
+`max_position_embeddings / original_max_position_embeddings`. So an export of a yarn model says
+`max_position_embeddings = factor * original`, and every one of them finds the same factor. llama3's factor is always
+read as written; there the length is only never less than that (Llama 3.1 itself says 131072 = 16 * 8192 at factor 8).
+
+ntk has no name in transformers (its `dynamic` changes with the length of the input); it leaves as plain rotary
+positions with the changed base, which is all it is.
+"""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from megalong.config.rope import RopeSettings
+from megalong.errors import UserError
+from megalong.rope.frequencies import ntk_theta
+
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "linear": ("factor",),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+_DEFAULT_THETA = 10000.0  # what transformers takes where a Llama's config.json names no base
+
+
+def to_hf(rope: RopeSettings, max_position_embeddings: int, head_dim: int) -> dict[str, Any]:
+    """The fields of `config.json` that `rope` decides, for every version of transformers.
+
+    `max_position_embeddings` is the model's own; what is written may be longer (see above). `head_dim` turns ntk into
+    a base. Read back by `from_hf` they give `rope`, except that ntk comes back as none with its base.
+    """
+    if rope.type == "ntk":
+        rope = RopeSettings(rope_theta=ntk_theta(rope, head_dim))
+    scaling = {key: getattr(rope, key) for key in _FIELDS[rope.type] if not _left_out(rope, key)}
+    name = "default" if rope.type == "none" else rope.type
+    return {
+        "max_position_embeddings": _longest(rope, max_position_embeddings),
+        "rope_theta": rope.rope_theta,
+        "rope_scaling": {"rope_type": name, "type": name, **scaling} if scaling else None,
+        "rope_parameters": {"rope_type": name, "rope_theta": rope.rope_theta, **scaling},
+    }
+
+
+def from_hf(config: dict[str, Any]) -> RopeSettings:
+    """The settings in a parsed `config.json` of either spelling, with `rope_theta` filled in.
+
+    Where both spellings are present `rope_scaling` decides, as in transformers 5. Raises `UserError` for a kind of
+    scaling this project does not have (dynamic, longrope, per-layer settings, partial rotation).
+    """
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    name = _supported_type(config, parameters)
+    theta = parameters.get("rope_theta") or config.get("rope_theta") or _rope_theta_of_five(config)
+    values: dict[str, Any] = {"type": name, "rope_theta": theta}
+    for key in _FIELDS[name]:
+        if parameters.get(key) is not None:
+            values[key] = parameters[key]
+    if "original_max_position_embeddings" in _FIELDS[name]:
+        values["original_max_position_embeddings"] = _original_length(config, parameters)
+        values.setdefault("factor", _implied_factor(config, values["original_max_position_embeddings"]))
+    try:
+        return RopeSettings(**values)
+    except ValidationError as error:
+        report = error.errors()[0]
+        key = ".".join(("rope_parameters", *map(str, report["loc"])))
+        raise UserError(f"config.json: {key}: {report['msg']}, not {report['input']!r}") from None
+
+
+def _left_out(rope: RopeSettings, key: str) -> bool:
+    """Unset values are not written, nor is a default `truncate`, which older versions warn about."""
+    return getattr(rope, key) is None or (key == "truncate" and rope.truncate)
+
+
+def _longest(rope: RopeSettings, max_position_embeddings: int) -> int:
+    if rope.type not in ("yarn", "llama3") or rope.original_max_position_embeddings is None:
+        return max_position_embeddings
+    scaled = round(rope.factor * rope.original_max_position_embeddings)
+    return scaled if rope.type == "yarn" else max(scaled, max_position_embeddings)
+
+
+def _supported_type(config: dict[str, Any], parameters: dict[str, Any]) -> str:
+    name = parameters.get("rope_type") or parameters.get("type") or "default"
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise UserError("config.json: rope_parameters differ from layer to layer; only models with one setting load")
+    fraction = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if fraction != 1.0:
+        raise UserError(f"config.json: partial_rotary_factor: {fraction} is not supported; only whole heads rotate")
+    name = "none" if name == "default" else name
+    if name not in _FIELDS:
+        raise UserError(
+            f"config.json: rope_type: {name!r} is not supported; "
+            f"a model must use one of default, {', '.join(key for key in _FIELDS if key != 'none')}"
+        )
+    return name
+
+
+def _rope_theta_of_five(config: dict[str, Any]) -> float:
+    return (config.get("rope_parameters") or {}).get("rope_theta") or _DEFAULT_THETA
+
+
+def _original_length(config: dict[str, Any], parameters: dict[str, Any]) -> int | None:
+    """transformers' order: beside the parameters, among them, else the model's whole length."""
+    return (
+        config.get("original_max_position_embeddings")
+        or parameters.get("original_max_position_embeddings")
+        or config.get("max_position_embeddings")
+    )
+
+
+def _implied_factor(config: dict[str, Any], original: int | None) -> float:
+    longest = config.get("max_position_embeddings")
+    return longest / original if longest and original else 1.0

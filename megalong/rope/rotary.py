@@ -1,0 +1,62 @@
+"""Exact angles for given positions, and the turning of queries and keys by them.
+
+Angles are `float64(inv_freq) * position`. In float32 that product alone is off by up to 0.125 radians at 4M tokens;
+in float64 by 1e-9. Only cosine and sine are stored as float32, and only for the positions a rank holds: `[s, d/2]`
+each, not a table up to the longest position.
+(Reducing angles first and taking float32 sines was tried: at most twice as fast, 0.5 ms less per 1K positions of
+128 channels, once per batch. Not worth a second formula.)
+
+Pair i is (x[i], x[i + d/2]), seen as a vector in the plane:
+
+    y[i]       = x[i] cos - x[i + d/2] sin
+    y[i + d/2] = x[i + d/2] cos + x[i] sin
+
+Its gradient is the rotation by the opposite angle, so backward needs cosine and sine and nothing of x.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def cos_sin(inv_freq: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine, float32 `[s, d/2]`, of `inv_freq` (float32 `[d/2]`) times `positions` (int64 `[s]`).
+
+    Within 1e-7 of the float64 truth for positions up to 2^31. The result lies on the device of `positions`.
+    """
+    angles = torch.outer(positions.double(), inv_freq.to(positions.device).double())
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn `x` `[s, b, h, d]` (fp32, bf16 or fp16) by the angles of `cos`, `sin` (float32 `[s, d/2]`).
+
+    Computed in float32 and rounded once to `x`'s type. Differentiable in `x`, not in the angles.
+    """
+    rotated: torch.Tensor = _Rotation.apply(x, cos, sin)
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """One half at a time: beside the result, float32 temporaries of half its elements."""
+    cos, sin = cos[:, None, None, :], sin[:, None, None, :]
+    first, second = x.chunk(2, dim=-1)
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    half = x.shape[-1] // 2
+    result[..., :half] = (first * cos).sub_(second * sin)
+    result[..., half:] = (second * cos).add_(first * sin)
+    return result
