@@ -1,4 +1,4 @@
-"""A Llama's `config.json` to an `Architecture` and back, without transformers (which would run code that a folder may name).
+"""A Llama's `config.json` to an `Architecture` and back, read as plain JSON: no code a folder names is run.
 
 What cannot be trained faithfully is refused by name instead of being read as something close to it: another
 `model_type`, biases, another activation, a quantized checkpoint, code shipped with the model. Keys that are left out

@@ -6,6 +6,8 @@ parameter of the module was filled exactly once, and rows that pad the vocabular
 """
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,21 +15,31 @@ from torch import nn
 from megalong.config.architecture import Architecture
 from megalong.errors import UserError
 from megalong.hf.layout import LocalParameter, Piece, layer_parameter_names, local_layer, local_parameter
-from megalong.hf.reader import HFReader
+
+
+class WeightSource(Protocol):
+    """Where weights come from: an `HFReader`, or `RandomWeights`, which draws them."""
+
+    @property
+    def folder(self) -> Path | str:
+        """What messages call it."""
+
+    def read(self, name: str, dim: int = 0, start: int = 0, length: int | None = None) -> torch.Tensor:
+        """`length` rows (`dim` 0) or columns (`dim` 1) of the Hugging Face tensor `name` from `start` on."""
 
 
 def load_into(
     module: nn.Module | Mapping[str, torch.Tensor],
-    reader: HFReader,
+    source: WeightSource,
     architecture: Architecture,
     tp_rank: int = 0,
     tp_size: int = 1,
     layer_offset: int = 0,
 ) -> None:
-    """Fill every parameter of `module` (or of a table name → tensor) from `reader`.
+    """Fill every parameter of `module` (or of a table name → tensor) from `source`.
 
     `module` is one pipeline chunk without wrappers, whose parameters bear the names of megalong.hf.layout;
-    `layer_offset` is the number of layers before it. Raises UserError where the folder does not fit `architecture`
+    `layer_offset` is the number of layers before it. Raises UserError where the source does not fit `architecture`
     or `tp_size` does not divide it, RuntimeError where the module's own parameters are not those of this Llama.
     """
     parameters = dict(module.named_parameters()) if isinstance(module, nn.Module) else dict(module)
@@ -35,27 +47,27 @@ def load_into(
     _check_parameters(parameters, layouts, architecture, layer_offset)
     with torch.no_grad():
         for name, layout in layouts.items():
-            _fill(parameters[name], layout, reader)
+            _fill(parameters[name], layout, source)
 
 
-def _fill(parameter: torch.Tensor, layout: LocalParameter, reader: HFReader) -> None:
+def _fill(parameter: torch.Tensor, layout: LocalParameter, source: WeightSource) -> None:
     """Copy the pieces; zero first where they do not cover the parameter (vocabulary padding)."""
     if sum(piece.length for piece in layout.pieces) < _extent(layout):
         parameter.zero_()
     for piece in layout.pieces:
-        _copy(parameter, piece, reader)
+        _copy(parameter, piece, source)
 
 
-def _copy(parameter: torch.Tensor, piece: Piece, reader: HFReader) -> None:
+def _copy(parameter: torch.Tensor, piece: Piece, source: WeightSource) -> None:
     """Read one piece and put it where it belongs."""
-    source = reader.read(piece.tensor, piece.dim, piece.hf_start, piece.length)
+    values = source.read(piece.tensor, piece.dim, piece.hf_start, piece.length)
     target = parameter.narrow(piece.dim, piece.local_start, piece.length)
-    if source.shape != target.shape:
+    if values.shape != target.shape:
         raise UserError(
-            f"{reader.folder}: tensor {piece.tensor} gives {list(source.shape)} where {list(target.shape)} is needed; "
+            f"{source.folder}: tensor {piece.tensor} gives {list(values.shape)} where {list(target.shape)} is needed; "
             "take config.json and weights from the same release"
         )
-    target.copy_(source)
+    target.copy_(values)
 
 
 def _extent(layout: LocalParameter) -> int:

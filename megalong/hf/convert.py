@@ -1,0 +1,181 @@
+"""`checkpoint import` and `checkpoint export`: Hugging Face folder → sharded checkpoint → Hugging Face folder.
+
+Both build the model as one process holds it (TP 1, PP 1) on the CPU, in the dtype that is written, and fill it in
+place: import from slices of the mapped files, export from the sharded checkpoint, whatever layout saved it. The model
+is held once; shards of the export are views of its parameters. The way there and back loses no bit, because import
+keeps the dtype the weights are stored in and both follow the table of megalong.hf.layout.
+
+What the model was trained to stands in the checkpoint's architecture, so an export after a context extension carries
+the extended rope and length; everything else of config.json, the tokenizer and the generation config are the
+original's, kept in the checkpoint since import.
+"""
+
+import contextlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalong.checkpoint.folder import (
+    ASSETS,
+    Meta,
+    copy_assets,
+    find_checkpoint,
+    read_meta,
+    step_folder,
+    whole_checkpoints,
+)
+from megalong.config.architecture import Architecture
+from megalong.errors import UserError
+from megalong.hf.config import CONFIG_FILE, read_architecture, read_json, write_config
+from megalong.hf.layout import hf_shapes, hf_sources
+from megalong.hf.load import load_into
+from megalong.hf.reader import HFReader
+from megalong.hf.writer import MAX_SHARD_BYTES, check_target, write_folder
+from megalong.runtime.distributed import single_process
+from megalong.runtime.logs import close_logging, setup_logging
+
+log = logging.getLogger("megalong")
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def import_hf(hf: str | Path, output: str | Path) -> Path:
+    """Turn the Hugging Face folder `hf` into a checkpoint of weights at `output`; returns its step-0 folder.
+
+    Raises UserError for a folder that is no whole, plain Llama and for an output that holds a checkpoint already.
+    """
+    hf, output = Path(hf), Path(output)
+    architecture = read_architecture(hf)
+    if whole_checkpoints(output) or output.is_file():
+        raise UserError(f"{output}: holds a checkpoint already; choose another --output or remove it first")
+    target = step_folder(output, 0)
+    with HFReader(hf) as reader:
+        reader.check(architecture)
+        dtype = reader.widest_dtype(hf_shapes(architecture))
+        architecture = _in_dtype(architecture, dtype)
+        with _world_of_one():
+            log.info("importing %s: %s", hf, _summary(architecture))
+            if not any((hf / name).is_file() for name in _TOKENIZERS):
+                log.warning("%s holds no tokenizer: the checkpoint, and exports from it, will have none", hf)
+            _import_weights(reader, architecture, dtype, target)
+            log.info("imported to %s", target)
+    return target
+
+
+def export_hf(
+    checkpoint: str | Path,
+    output: str | Path,
+    step: int | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write the checkpoint (a run's newest, its `step`, or a step folder) as a Hugging Face folder to `output`.
+
+    `dtype` is float32, bfloat16 or float16; None keeps the dtype of the original weights.
+    Raises UserError where there is no such checkpoint or `output` is there already.
+    """
+    output = Path(output)
+    folder = find_checkpoint(checkpoint, step)
+    meta = read_meta(folder)
+    torch_dtype = _dtype(dtype or meta.architecture.torch_dtype)
+    architecture = _in_dtype(meta.architecture, torch_dtype)
+    check_target(output)
+    with tempfile.TemporaryDirectory() as assets, _world_of_one():
+        log.info("exporting %s: %s", folder, _summary(architecture))
+        config = _prepare_config(architecture, folder / ASSETS, Path(assets))
+        parameters = _load_parameters(folder, architecture, torch_dtype)
+        tensors = _hf_tensors(parameters, architecture)
+        write_folder(output, hf_shapes(architecture), tensors, torch_dtype, config, Path(assets), max_shard_bytes)
+        log.info("exported to %s", output)
+    return output
+
+
+@contextlib.contextmanager
+def _world_of_one() -> Iterator[None]:
+    """Megatron-Core ready in this process alone, log lines on the terminal."""
+    setup_logging()
+    try:
+        with single_process():
+            yield
+    finally:
+        close_logging()
+
+
+def _import_weights(reader: HFReader, architecture: Architecture, dtype: torch.dtype, target: Path) -> None:
+    """Fill a one-process model from the reader and save it with the folder's tokenizer and its kin."""
+    # Megatron-Core may only be imported once the process has been prepared for it.
+    from megalong.checkpoint.store import save_weights, versions
+    from megalong.model.build import build_model
+    from megalong.model.config import ModelSettings
+
+    chunks = build_model(architecture, ModelSettings(params_dtype=dtype))
+    load_into(chunks[0], reader, architecture)
+    save_weights(target, chunks, Meta(step=0, architecture=architecture, versions=versions()), reader.folder)
+
+
+def _load_parameters(folder: Path, architecture: Architecture, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The whole model's parameters by local name, loaded from a checkpoint and cast to `dtype` as they are read."""
+    from megalong.checkpoint.store import load_weights
+    from megalong.model.build import build_model
+    from megalong.model.config import ModelSettings
+
+    chunks = build_model(architecture, ModelSettings(params_dtype=dtype))
+    load_weights(folder, chunks)
+    return dict(chunks[0].named_parameters())
+
+
+def _hf_tensors(
+    parameters: Mapping[str, torch.Tensor], architecture: Architecture
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hugging Face tensors, in order; a view of the parameter where one piece makes up the tensor."""
+    for tensor, sources in hf_sources(architecture):
+        parts = [parameters[name].detach().narrow(p.dim, p.local_start, p.length) for name, p in sources]
+        yield tensor, parts[0] if len(parts) == 1 else torch.cat(parts, sources[0][1].dim)
+
+
+def _prepare_config(architecture: Architecture, kept: Path, assets: Path) -> dict[str, Any]:
+    """The export's config.json; copies what else travels from the checkpoint's `kept` folder into `assets`."""
+    if not kept.is_dir():
+        return write_config(architecture)
+    copy_assets(kept, assets)
+    base = read_json(kept / CONFIG_FILE) if (kept / CONFIG_FILE).is_file() else {}
+    config = write_config(architecture, base)
+    if config["max_position_embeddings"] > base.get("max_position_embeddings", 0):
+        _raise_tokenizer_length(assets / "tokenizer_config.json", config["max_position_embeddings"])
+    return config
+
+
+def _raise_tokenizer_length(path: Path, length: int) -> None:
+    """Let the tokenizer accept `length` tokens: servers cap a request at the smaller of its and the model's length."""
+    if not path.is_file():
+        return
+    settings = read_json(path)
+    if settings.get("model_max_length", length) < length:
+        settings["model_max_length"] = length
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _in_dtype(architecture: Architecture, dtype: torch.dtype) -> Architecture:
+    """The architecture of the same model stored in `dtype`."""
+    return architecture.model_copy(update={"torch_dtype": str(dtype).removeprefix("torch.")})
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise UserError(f"--dtype {name}: not a dtype of weights; write one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _summary(architecture: Architecture) -> str:
+    """One line on a model's size, for the log."""
+    parameters = sum(torch.Size(shape).numel() for shape in hf_shapes(architecture).values())
+    return (
+        f"{parameters / 1e9:.3g}B parameters, {architecture.num_layers} layers, vocabulary {architecture.vocab_size}, "
+        f"{architecture.torch_dtype}, rope {architecture.rope.type}, {architecture.max_position_embeddings} positions"
+    )
