@@ -14,7 +14,7 @@ import os
 from array import array
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from megalong.errors import UserError
 class IndexedDatasetWriter:
     """Writes the dataset `prefix`; a context manager that removes what it wrote unless `finish` was reached.
 
+    Raises:
+        UserError: the folder cannot be made or written to.
+
     Example:
         with IndexedDatasetWriter("corpus_text_document", np.uint16) as writer:
             writer.add_documents(tokens=np.array([5, 6, 7, 8, 9]), lengths=np.array([3, 2]))
@@ -46,9 +49,8 @@ class IndexedDatasetWriter:
         self.lengths = array("i")
         self.document_indices = array("q", [0])
         self.num_tokens = 0
-        data_path(prefix).parent.mkdir(parents=True, exist_ok=True)
         self._targets = (data_path(prefix), sidecar_path(prefix), index_path(prefix))
-        self._data = _aside(data_path(prefix)).open("wb")
+        self._data = _created(_aside(data_path(prefix)))
 
     @property
     def num_documents(self) -> int:
@@ -144,6 +146,14 @@ def _checked_lengths(lengths: np.ndarray) -> np.ndarray:
 
 def _aside(target: Path) -> Path:
     return target.with_name(f"{target.name}.tmp-{os.getpid()}")
+
+
+def _created(path: Path) -> IO[bytes]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("wb")
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be written to ({error.strerror}); give another output prefix") from None
 
 
 def _close(file: Any) -> None:

@@ -1,0 +1,104 @@
+"""`megalong data inspect`: what a dataset holds, at a glance: counts, how long documents are, how the first ones read.
+
+Separators are shown between ⟦ and ⟧, so that one can see whether documents end as they should:
+
+    document 0: 7 tokens
+    | Call me Ishmael.⟦<s>⟧
+"""
+
+from pathlib import Path
+
+from megalong.data.indexed import IndexedDataset
+from megalong.data.lengths import length_histogram
+from megalong.data.tokenizer import TextTokenizer
+from megalong.errors import UserError
+
+BAR = 40
+HEAD, TAIL = 200, 40  # tokens shown of a long document
+
+
+def inspect(prefix: str, documents: int = 3, tokenizer: str | None = None) -> None:
+    """Print what the dataset `prefix` holds and its first `documents` documents.
+
+    Args:
+        tokenizer: folder to decode with; else the one the dataset was made with if it is still there, else ids.
+
+    Raises:
+        UserError: the dataset cannot be read, or the tokenizer is not the one it was made with.
+    """
+    dataset = IndexedDataset(prefix)
+    decoder = _decoder(dataset, tokenizer)
+    blocks = [_facts(dataset), _histogram(dataset)]
+    blocks += [_document(dataset, number, decoder) for number in range(min(documents, dataset.num_documents))]
+    print("\n\n".join(blocks))
+
+
+def _decoder(dataset: IndexedDataset, tokenizer: str | None) -> TextTokenizer | None:
+    made_with = (dataset.sidecar or {}).get("tokenizer")
+    if tokenizer is not None:
+        given = TextTokenizer(tokenizer)
+        if made_with and made_with["sha256"] != given.sha256:
+            raise UserError(
+                f"--tokenizer: {tokenizer} is not the one that {dataset.prefix} was made with "
+                f"({made_with['name']}, {made_with['path']}), the text would be wrong; give that one"
+            )
+        return given
+    if made_with and (Path(made_with["path"]) / "tokenizer.json").is_file():
+        recorded = TextTokenizer(made_with["path"])
+        return recorded if recorded.sha256 == made_with["sha256"] else None
+    return None
+
+
+def _facts(dataset: IndexedDataset) -> str:
+    lengths, sidecar = dataset.document_lengths, dataset.sidecar or {}
+    made_with, separator = sidecar.get("tokenizer"), sidecar.get("separator")
+    unknown = "not recorded" if not sidecar else "none"
+    rows = {
+        "documents": f"{dataset.num_documents:,} ({int((lengths == 0).sum()):,} empty)",
+        "sequences": f"{len(dataset.lengths):,}",
+        "tokens": f"{dataset.num_tokens:,} ({dataset.dtype.name}, {dataset.num_tokens * dataset.dtype.itemsize:,} B)",
+        "longest": f"{int(lengths.max(initial=0)):,} tokens",
+        "mean": f"{dataset.num_tokens / max(dataset.num_documents, 1):,.1f} tokens",
+        "tokenizer": f"{made_with['name']}, sha256 {made_with['sha256'][:12]}…" if made_with else unknown,
+        "separator": f"{separator['text']!r} = {separator['ids']}" if separator else unknown,
+    }
+    return "\n".join([dataset.prefix] + [f"  {name:<10} {value}" for name, value in rows.items()])
+
+
+def _histogram(dataset: IndexedDataset) -> str:
+    lines = [f"  {'tokens':>21} {'documents':>12} {'share of all tokens':>20}"]
+    for bucket in length_histogram(dataset.document_lengths):
+        share = bucket["tokens"] / dataset.num_tokens
+        span = f"{bucket['from']:,} to {bucket['below'] - 1:,}"
+        lines.append(f"  {span:>21} {bucket['documents']:>12,} {share:>19.1%}  {'█' * round(share * BAR)}".rstrip())
+    return "\n".join(lines)
+
+
+def _document(dataset: IndexedDataset, number: int, decoder: TextTokenizer | None) -> str:
+    ids = dataset.document(number).tolist()
+    separator = ((dataset.sidecar or {}).get("separator") or {"ids": [], "text": ""}) if ids else {"ids": []}
+    ending = separator["ids"] if separator["ids"] and ids[-len(separator["ids"]) :] == separator["ids"] else []
+    body = ids[: len(ids) - len(ending)]
+    if len(body) > HEAD + TAIL:
+        parts = [
+            _shown(body[:HEAD], decoder),
+            f"⟦… {len(body) - HEAD - TAIL:,} tokens …⟧",
+            _shown(body[-TAIL:], decoder),
+        ]
+    else:
+        parts = [_shown(body, decoder)]
+    if ending:
+        parts.append(f"⟦{_printable(separator['text'])}⟧" if decoder else f"⟦{_shown(ending, None)}⟧")
+    lines = (" " if decoder is None else "").join(parts).split("\n")
+    return "\n".join([f"document {number}: {len(ids):,} tokens"] + [f"| {line}" for line in lines])
+
+
+def _shown(ids: list[int], decoder: TextTokenizer | None) -> str:
+    if decoder is None:
+        return " ".join(str(id) for id in ids)
+    return "\n".join(_printable(line) for line in decoder.decode(ids).split("\n"))
+
+
+def _printable(text: str) -> str:
+    """Control characters spelled out: a document must not drive the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
