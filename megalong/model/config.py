@@ -1,0 +1,86 @@
+"""From an `Architecture` and a run's settings to Megatron-Core's `TransformerConfig`.
+
+Megatron-Core's switches default to GPT-2; this module says once which of them make a Llama, and which of its fusions
+stay off because they need apex or a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megalong.config.architecture import Architecture
+from megalong.config.rope import RopeSettings
+from megalong.runtime.distributed import Layout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class LlamaConfig(TransformerConfig):
+    """`TransformerConfig` and what our core attention needs besides."""
+
+    rope: RopeSettings = field(default_factory=RopeSettings)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How one model is laid out and computed: everything that is not its architecture."""
+
+    layout: Layout = field(default_factory=Layout)
+    sequence_parallel: bool = False
+    params_dtype: torch.dtype = torch.float32
+    recompute: str = "none"
+
+
+def transformer_config(architecture: Architecture, settings: ModelSettings) -> LlamaConfig:
+    """Megatron-Core's configuration of a Llama (RMSNorm, SwiGLU, grouped queries, no biases, no dropout).
+
+    Weights are not initialised: they are always loaded or drawn by `model.build`.
+    """
+    layout = settings.layout
+    return LlamaConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        rope=architecture.rope,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        sequence_parallel=settings.sequence_parallel,
+        params_dtype=settings.params_dtype,
+        pipeline_dtype=settings.params_dtype,
+        bf16=settings.params_dtype is torch.bfloat16,
+        # The gradient is a sum over tokens, divided once by the number of valid tokens in the global batch.
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        # Megatron-Core's fused kernels for these need apex or compile for a GPU.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        **_recompute(settings.recompute),
+    )
+
+
+def _recompute(mode: str) -> dict[str, object]:
+    """`full` keeps each layer's input only, `selective` all but the attention kernel's inputs and outputs."""
+    if mode == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if mode == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}

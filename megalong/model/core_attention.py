@@ -1,0 +1,65 @@
+"""Core attention: rotary positions, then causal attention over the context-parallel ring.
+
+Positions are applied here rather than by GPTModel, from the explicit positions that travel with the micro-batch, so
+that extended, per-document and skipped positions are the same code on any layout. YaRN's temperature multiplies both
+query and key, so it is put where every kernel has a place for it: softmax_scale · temperature².
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+
+from megalong.attention.ring import ring_attention
+from megalong.model.batch import AttentionInputs
+from megalong.model.config import LlamaConfig
+from megalong.rope import apply_rotary, inverse_frequencies, temperature
+
+
+class CoreAttention(torch.nn.Module):
+    """Causal self-attention on this rank's heads and tokens.
+
+    Built by Megatron-Core's `SelfAttention`; the arguments it passes and this class ignores are settings of its own
+    attention (masks, dropout, communication type).
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        head_dim = config.kv_channels
+        assert head_dim is not None and attn_mask_type == AttnMaskType.causal
+        self.softmax_scale = (softmax_scale or 1 / math.sqrt(head_dim)) * temperature(config.rope) ** 2
+        self.inverse_frequencies = inverse_frequencies(config.rope, head_dim).to(torch.cuda.current_device())
+        self.group = pg_collection.cp if config.context_parallel_size > 1 else None
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *unused: Any,
+        packed_seq_params: AttentionInputs | None = None,
+        **also_unused: Any,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Shapes: query [s, b, heads/TP, d], key and value [s, b, groups/TP, d], result [s, b, heads/TP · d], where
+        s = S/CP.
+        """
+        assert isinstance(packed_seq_params, AttentionInputs)
+        cos, sin = packed_seq_params.rotary(self.inverse_frequencies)
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        out = ring_attention(query, key, value, softmax_scale=self.softmax_scale, group=self.group)
+        return out.reshape(*out.shape[:2], -1)

@@ -1,0 +1,61 @@
+"""Llama as a Megatron-Core `GPTModel`.
+
+Two things differ from its parent. Positions are ours (`position_embedding_type="none"`; see `core_attention`). And the
+vocabulary is padded to a multiple of 128 so that any tensor-parallel size divides it: the padding's logits are taken
+out of the softmax, so that neither the loss nor its gradient depends on how much padding there is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from megalong.config.architecture import Architecture
+from megalong.model.config import LlamaConfig
+from megalong.model.spec import llama_block
+
+
+class LlamaModel(GPTModel):
+    """One pipeline stage of a Llama.
+
+    Args:
+        config: from `model.config.transformer_config`.
+        architecture: the model's true sizes.
+        layers: how many layers this stage holds.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, architecture: Architecture, layers: int, pre_process: bool, post_process: bool
+    ) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=llama_block(layers),
+            vocab_size=architecture.padded_vocab_size,
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="none",
+        )
+        self.architecture = architecture
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of each token, [b, s] float32, from vocabulary-parallel logits [s, b, V/TP]."""
+        return super().compute_language_model_loss(labels, self._without_padding(logits))
+
+    def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        width = logits.shape[-1]
+        first = parallel_state.get_tensor_model_parallel_rank() * width
+        valid = self.architecture.vocab_size - first
+        if valid >= width:
+            return logits
+        padding = torch.arange(width, device=logits.device) >= valid
+        # A finite floor: a rank that holds nothing but padding must not turn its maximum into -inf - -inf.
+        return logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Losses [b, s] when `labels` are given, else logits [b, s, V/TP]; hidden states before the last stage."""
+        return super().forward(*args, **kwargs)

@@ -1,0 +1,98 @@
+"""Run micro-batches through the pipeline: the one way forward and backward are computed, in training and evaluation.
+
+Megatron-Core's schedules (no pipelining, 1F1B) do the work. The loss is the *sum* over valid tokens together with their
+count: Megatron-Core adds both up over micro-batches, data and context ranks and divides the gradient once, so a batch
+has the same gradient however it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megalong.model.batch import MicroBatch
+
+LossObserver = Callable[[torch.Tensor, MicroBatch], None]
+LossParts = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+def run_microbatches(
+    chunks: list[torch.nn.Module],
+    batches: Iterable[MicroBatch],
+    count: int,
+    seq_length: int,
+    micro_batch_size: int,
+    *,
+    forward_only: bool = False,
+    observe: LossObserver | None = None,
+) -> torch.Tensor:
+    """Forward (and backward) of `count` micro-batches.
+
+    Args:
+        batches: this rank's micro-batches; every rank of a model replica iterates over its share of the same ones.
+        seq_length: S, tokens of a whole sample.
+        observe: called on the last stage with each micro-batch's losses [b, S/CP] float32.
+
+    Returns:
+        float64 [2] on this rank's device: the loss summed over this rank's valid tokens in nats, and their number;
+        zeros before the last stage.
+    """
+    results = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, observe),
+        data_iterator=iter(batches),
+        model=chunks,
+        num_microbatches=count,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+    total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    for result in results:
+        total += result["sum_and_count"]
+    return total
+
+
+def reduce_losses(local: torch.Tensor) -> torch.Tensor:
+    """Add `run_microbatches` results (or anything that is zero before the last stage) up over the global batch.
+
+    Data and context ranks hold different tokens and are summed; tensor ranks hold the same ones and are not.
+    Every rank gets the result.
+    """
+    total = local.clone()
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(
+            total,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return total
+
+
+def _forward_step(
+    observe: LossObserver | None, batches: Iterator[MicroBatch], model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossParts]]:
+    batch = next(batches)
+    output = model(
+        input_ids=batch.tokens,
+        position_ids=None,
+        attention_mask=None,
+        labels=batch.labels,
+        packed_seq_params=batch.attention_inputs(),
+    )
+    return output, partial(_sum_of_losses, batch, observe)
+
+
+def _sum_of_losses(batch: MicroBatch, observe: LossObserver | None, losses: torch.Tensor) -> LossParts:
+    losses = losses.float()
+    if observe is not None:
+        observe(losses.detach(), batch)
+    total = (losses * batch.loss_mask).sum()
+    tokens = batch.loss_mask.sum()
+    report = torch.stack([total.detach().double(), tokens.double()])
+    return total, tokens.to(torch.int), {"sum_and_count": report}

@@ -1,0 +1,148 @@
+"""Megatron-Core on a CPU: answer its questions about CUDA with the CPU.
+
+Megatron-Core asks for its device in three ways: `torch.cuda.current_device()`, the literal `device="cuda"` in tensor
+factories, and `Tensor.cuda()`. It recognises parameters by the string `torch.cuda.FloatTensor`, and it keeps a
+"CUDA" random state per tensor-parallel rank. On a machine without a GPU each of these has one sensible answer, so the
+same unmodified training code runs on gloo, and a test on a laptop tests what runs on a cluster.
+
+The trade-off: this is monkey-patching, with a process-wide effect. It is therefore all in this file, is installed only
+when no GPU is in use, is idempotent, and says so in the log. Factories are wrapped one by one instead of through a
+`TorchFunctionMode`, because a mode costs a Python call on *every* torch operation and a wrapper only on these few.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+log = logging.getLogger("megalong")
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "ones_like", "rand", "randn", "tensor", "zeros", "zeros_like")
+_installed = False
+
+
+def install() -> None:
+    """Route Megatron-Core's CUDA calls to the CPU; does nothing the second time."""
+    global _installed
+    if _installed:
+        return
+    _import_without_compiling()
+    _patch_device_queries()
+    _patch_factories()
+    _patch_tensor_methods()
+    _patch_random_state()
+    _installed = True
+    log.info("no GPU in use: Megatron-Core's CUDA calls are answered by the CPU (runtime/cpu.py)")
+
+
+def _import_without_compiling() -> None:
+    """Import Megatron-Core with its `torch.compile` decorators off: on a CPU they cost seconds and gain nothing."""
+    compiler: Any = torch.compile
+    module: Any = torch
+    module.compile = lambda function: function
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        module.compile = compiler
+
+
+def _patch_device_queries() -> None:
+    """`current_device()` names the CPU; waiting for the device and its markers cost nothing."""
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.current_stream = lambda device=None: _Stream()
+    cuda.default_stream = lambda device=None: _Stream()
+    cuda.Stream = _Stream
+    cuda.Event = _Event
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    # A function each: torch.compile keeps a table of these and refuses one object under two names.
+    for owner, name in ((cuda, "set_device"), (cuda, "synchronize"), (cuda, "empty_cache"),
+                        (cuda.nvtx, "range_push"), (cuda.nvtx, "range_pop")):  # fmt: skip
+        setattr(owner, name, lambda *args, **kwargs: None)
+
+
+def _patch_factories() -> None:
+    """`torch.zeros(..., device="cuda")` and its sisters make CPU tensors."""
+    module: Any = torch
+    for name in _FACTORIES:
+        setattr(module, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return made
+
+
+def _patch_tensor_methods() -> None:
+    """`Tensor.cuda()` returns the tensor; Megatron alone is told that a CPU tensor's type is a CUDA one."""
+    plain_type = torch.Tensor.type
+
+    def megatron_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = plain_type(self, *args, **kwargs)
+        asked_by = sys._getframe(1).f_globals.get("__name__", "")
+        if not args and not kwargs and asked_by.startswith("megatron."):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.type = megatron_type
+    module: Any = torch.nn.Module
+    module.cuda = lambda self, device=None: self
+
+
+def _patch_random_state() -> None:
+    """The tracker of tensor-parallel random states works on the CPU generator."""
+    cuda: Any = torch.cuda
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    patched: Any = megatron_random
+    patched._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: torch.get_rng_state()
+    patched._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Waiting for a device that is always ready, or naming a range nobody profiles."""
+
+
+class _Stream:
+    """A stream on which everything has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = _CPU
+
+    wait_stream = wait_event = synchronize = _ignore
+
+    def record_event(self, event: Any = None) -> _Event:
+        return event or _Event()
+
+
+class _Event:
+    """A point on such a stream."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    record = wait = synchronize = _ignore
+
+    def query(self) -> bool:
+        return True

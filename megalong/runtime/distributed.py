@@ -1,0 +1,142 @@
+"""Where this process runs: its device, its rank, and the groups it belongs to.
+
+Ranks are laid out tensor-parallel fastest, then context, data and pipeline (`tp-cp-dp-pp`), so that the group that
+talks most sits closest together. With TP=2, CP=2, DP=1, PP=2 rank 5 = 1 + 2·0 + 4·1 is tensor rank 1, context
+rank 0, pipeline stage 1.
+
+A process started by torchrun (or by `--nproc`) finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its
+environment; a process started by hand is a world of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megalong.errors import UserError
+from megalong.runtime import megatron
+
+GRID_ORDER = "tp-cp-ep-dp-pp"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks share each dimension of parallelism."""
+
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one replica of the model and one copy of each sample."""
+        return self.tensor * self.context * self.pipeline
+
+
+def environment_world() -> tuple[int, int]:
+    """(rank, world size) as torchrun or `--nproc` set them, (0, 1) when nobody did."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """`cuda:LOCAL_RANK` where a GPU is to be used, else the CPU.
+
+    Raises:
+        UserError: `runtime.device: cuda` on a machine where torch sees no GPU.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UserError("runtime.device: 'cuda', but torch sees no GPU here; write 'auto' or 'cpu'")
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def start(device: torch.device, timeout_minutes: float = 60) -> None:
+    """Join the world (NCCL on GPUs, gloo on CPUs) and make Megatron-Core usable.
+
+    Args:
+        timeout_minutes: how long a collective may wait. The first step of a 4M-token run takes longer than torch's
+            default of ten minutes.
+    """
+    megatron.prepare(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def set_layout(layout: Layout, seed: int = 1234, timeout_minutes: float = 60) -> None:
+    """Build the groups of `layout` and seed every generator.
+
+    Raises:
+        UserError: the world is not a multiple of TP × CP × PP.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    world = dist.get_world_size()
+    if world % layout.model_parallel_size:
+        raise UserError(
+            f"{world} processes cannot be split into TP {layout.tensor} × CP {layout.context} × PP {layout.pipeline} "
+            f"= {layout.model_parallel_size}; start a multiple of {layout.model_parallel_size}"
+        )
+    clear_layout()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        order=GRID_ORDER,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        # Only the NCCL world needs a second, CPU-side set of groups for checkpointing.
+        create_gloo_process_groups=dist.get_backend() == "nccl",
+    )
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def clear_layout() -> None:
+    """Forget the groups of the last layout, if there was one."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+
+
+def stop() -> None:
+    """Leave the world."""
+    if dist.is_initialized():
+        clear_layout()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def single_process() -> Iterator[None]:
+    """A world of one on the CPU, for work such as converting checkpoints; leaves nothing initialised behind."""
+    start(torch.device("cpu"))
+    set_layout(Layout())
+    try:
+        yield
+    finally:
+        stop()
+
+
+def is_main_rank() -> bool:
+    """Whether this process speaks for all of them."""
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,0 +1,91 @@
+"""Local processes for `--nproc N`: what torchrun does for one machine, without its agent.
+
+Each process runs `python -m megalong …` with RANK, WORLD_SIZE and a rendezvous on 127.0.0.1. The first to fail takes
+the others down at once; its exit status is ours (torchrun would turn a user's mistake, status 2, into 1).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+_GRACE_SECONDS = 10.0
+
+
+def run_local(arguments: Sequence[str], nproc: int) -> int:
+    """Run `python -m megalong ARGUMENTS` in `nproc` processes; returns the exit status.
+
+    SIGINT, SIGTERM and SIGUSR1 are passed on to every process.
+    """
+    port = _free_port()
+    processes = [_spawn(arguments, rank, nproc, port) for rank in range(nproc)]
+    previous = _forward_signals(processes)
+    try:
+        return _wait(processes)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        _end(processes)
+
+
+def _spawn(arguments: Sequence[str], rank: int, nproc: int, port: int) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    environment.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(nproc),
+        LOCAL_WORLD_SIZE=str(nproc),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    # Every process would otherwise start a thread per core and fight the others for them.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    return subprocess.Popen([sys.executable, "-m", "megalong", *arguments], env=environment)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, Any]:
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    return {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    while True:
+        statuses = [process.poll() for process in processes]
+        failed = [status for status in statuses if status]
+        if failed:
+            # A user's mistake is found by every rank; let the one that prints it speak before it is ended.
+            time.sleep(0.5)
+            return min((status for status in failed if status > 0), default=128 - failed[0])
+        if all(status == 0 for status in statuses):
+            return 0
+        time.sleep(0.05)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,73 @@
+"""What differs between Megatron-Core's versions and installations, in one place.
+
+`prepare()` must run before anything imports `megatron.core`: it hides a broken Transformer Engine, installs the CPU
+adapter where there is no GPU, and puts our AdamW where neither Transformer Engine's nor apex's is to be had.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+import warnings
+from typing import Any
+
+import torch
+
+log = logging.getLogger("megalong")
+
+_TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine_torch")
+
+
+def prepare(device: torch.device) -> None:
+    """Make `import megatron.core` safe and usable on `device`; idempotent."""
+    hide_broken_transformer_engine()
+    # "Apex is not installed. Falling back to ...": we choose those parts ourselves.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    if device.type == "cpu":
+        from megalong.runtime import cpu
+
+        cpu.install()
+    _install_adam()
+
+
+def hide_broken_transformer_engine() -> None:
+    """Transformer Engine that cannot be imported is treated as absent.
+
+    `pip install transformer-engine` without its CUDA core raises RuntimeError at import, which Megatron-Core, expecting
+    ImportError, does not survive. `sys.modules[name] = None` turns it into the ImportError it expects.
+    """
+    if sys.modules.get("transformer_engine", "unset") is None or not importlib.util.find_spec("transformer_engine"):
+        return
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:
+        for name in _TRANSFORMER_ENGINE:
+            sys.modules[name] = None  # type: ignore[assignment]
+        log.warning("transformer-engine is installed but cannot be imported (%s): going on without it", error)
+
+
+def _install_adam() -> None:
+    """Give Megatron-Core's optimizers `GroupStepAdamW` where they found neither Transformer Engine nor apex."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return
+    from megalong.runtime.adam import GroupStepAdamW
+
+    patched: tuple[Any, Any] = (optimizer, distrib_optimizer)
+    for module in patched:
+        module.Adam = GroupStepAdamW
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    # The flag means "`step` lives in the parameter group", which is what our class does.
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def version() -> str:
+    """The installed Megatron-Core's version."""
+    from megatron.core import __version__
+
+    return str(__version__)
