@@ -11,12 +11,15 @@ Exit status: 0 done; 2 the user's mistake, told in one line (under torchrun by r
 import argparse
 import difflib
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from megalong import __version__
 from megalong.errors import UserError
+
+_STDOUT = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,19 +48,20 @@ def _tell(message: str) -> None:
 
 def _reader_is_gone() -> bool:
     """Whether stdout is the pipe that broke (`| head`), and not one between processes; if so, hush the exit."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    poll = select.poll()
+    poll.register(_STDOUT, 0)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+    return True
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Help with room for our longest command beside its text."""
+    """Help in two columns, with room for our longest command in the first."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)
+        self._action_max_length = 14  # argparse measures commands without the indentation it gives them
 
 
 class _Parser(argparse.ArgumentParser):

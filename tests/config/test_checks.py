@@ -1,0 +1,164 @@
+"""The layout rules, against a brute-force reading of what each of them means."""
+
+import itertools
+import re
+
+import pytest
+from pydantic import ValidationError
+
+from megalong.config.architecture import Architecture
+from megalong.config.checks import check_model, check_world
+from megalong.config.rope import RopeSettings
+from megalong.errors import UserError
+
+SHAPE = {
+    "hidden_size": 64,
+    "ffn_hidden_size": 96,
+    "num_layers": 6,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "vocab_size": 515,
+    "max_position_embeddings": 256,
+    "rope": RopeSettings(rope_theta=10000.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.warmup_iters=10"], "optimizer.warmup_iters 10 must be below training.train_iters 10"),
+        (["training.micro_batch_size=3"], "global_batch_size 8 is not a multiple of training.micro_batch_size 3"),
+        (["parallel.sequence_parallel=true"], "sequence_parallel needs parallel.tensor_model_parallel_size above 1"),
+        (["parallel.context_parallel_size=3"], "data.seq_length 4096 is not a multiple of 2 * parallel.context_paral"),
+        (["parallel.context_parallel_size=3"], "= 6 (every context-parallel rank"),
+        (["parallel.context_parallel_size=3"], "write 4092 or 4098"),
+        (["parallel.context_parallel_size=4096"], "= 8192"),
+        (["parallel.context_parallel_size=4096"], "write 8192"),
+        (
+            ["parallel.tensor_model_parallel_size=3", "parallel.sequence_parallel=true"],
+            "write 4095 or 4098",
+        ),
+        (["evaluation.interval=5", "data.split=1,0"], 'data.split "1,0" gives validation nothing'),
+    ],
+)
+def test_rules_of_the_configuration_alone(load, overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(*overrides)
+
+
+def test_an_odd_length_needs_no_context_parallelism(load):
+    assert load("data.seq_length=4097").data.seq_length == 4097
+
+
+@pytest.mark.parametrize("layout", list(itertools.product((1, 2, 3), (1, 2), (1, 2))))
+def test_world_is_tp_cp_pp_dp_and_batches_come_out_even(load, layout):
+    names = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
+    overrides = [f"parallel.{name}={size}" for name, size in zip(names, layout, strict=True)]
+    config = load(*overrides, "training.micro_batch_size=2")
+    per_replica = layout[0] * layout[1] * layout[2]
+    for world in range(13):
+        # a data-parallel size and a number of accumulated micro-batches exist: 2 * data * steps = 8
+        replicas = [data for data in range(1, 13) if per_replica * data == world]
+        fits = [data for data in replicas for steps in range(1, 9) if 2 * data * steps == 8]
+        if fits:
+            check_world(config, world)
+            assert config.data_parallel_size(world) == fits[0]
+            continue
+        rule = "micro_batch_size 2 * data parallel" if replicas else f"{world} processes cannot hold whole replicas"
+        with pytest.raises(UserError, match=re.escape(rule)):
+            check_world(config, world)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "message"),
+    [
+        ({}, {}, None),
+        ({}, {"tensor": 4, "pipeline": 3}, None),
+        (
+            {"num_attention_heads": 4, "kv_channels": 8},
+            {"tensor": 8},
+            "8 does not divide the model's 4 attention heads",
+        ),
+        ({}, {"tensor": 8}, "tensor_model_parallel_size 8 does not divide the model's 4 KV groups"),
+        ({"ffn_hidden_size": 98}, {"tensor": 4}, "98 MLP channels (ffn_hidden_size)"),
+        (
+            {"num_attention_heads": 9, "num_query_groups": 9, "kv_channels": 8, "ffn_hidden_size": 99},
+            {"tensor": 3},
+            "640 vocabulary rows",
+        ),
+        ({}, {"pipeline": 4}, "pipeline_model_parallel_size 4 does not divide the model's 6 layers"),
+        ({}, {"pipeline": 4}, "sizes that fit: 1, 2, 3"),
+    ],
+)
+def test_the_layout_cuts_the_model_evenly(load, shape, layout, message):
+    config = load(*(f"parallel.{name}_model_parallel_size={size}" for name, size in layout.items()))
+    architecture = Architecture(**{**SHAPE, **shape})
+    if message is None:
+        check_model(config, architecture)
+        return
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_model(config, architecture)
+
+
+@pytest.mark.parametrize(
+    ("true", "padded"), [(1, 128), (128, 128), (129, 256), (515, 640), (128256, 128256), (32000, 32000), (32001, 32128)]
+)
+def test_vocabulary_is_padded_to_128_whatever_the_layout(true, padded):
+    assert Architecture(**{**SHAPE, "vocab_size": true}).padded_vocab_size == padded
+
+
+def test_head_dimension_follows_unless_given():
+    assert Architecture(**SHAPE).kv_channels == 8
+    assert Architecture(**SHAPE, kv_channels=32).kv_channels == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 7}, "hidden_size 64 is not a multiple of num_attention_heads 7"),
+        ({"num_query_groups": 3}, "num_attention_heads 8 is not a multiple of num_query_groups 3"),
+        ({"kv_channels": 7}, "kv_channels 7 must be even"),
+        ({"rope": RopeSettings()}, "rope.rope_theta is required"),
+        ({"rope": RopeSettings(type="yarn", factor=2, rope_theta=1e4)}, "rope.original_max_position_embeddings is req"),
+        ({"hidden": 3}, "Extra inputs"),
+    ],
+)
+def test_impossible_architectures(change, message):
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        Architecture(**{**SHAPE, **change})
+
+
+class TestWithRope:
+    """`model.rope` over a checkpoint's own positions."""
+
+    def test_theta_and_original_length_come_from_the_checkpoint(self):
+        llama31 = Architecture(
+            **{
+                **SHAPE,
+                "max_position_embeddings": 131072,
+                "rope": RopeSettings(type="llama3", rope_theta=5e5, factor=8, original_max_position_embeddings=8192),
+            }
+        )
+        yarn = llama31.with_rope(RopeSettings(type="yarn", factor=128, beta_fast=4))
+        assert yarn.rope.rope_theta == 5e5
+        assert yarn.rope.original_max_position_embeddings == 8192
+        assert yarn.max_position_embeddings == 1048576
+        assert (yarn.rope.type, yarn.rope.beta_fast) == ("yarn", 4.0)
+
+    def test_a_model_never_scaled_counts_from_its_longest_position(self):
+        scaled = Architecture(**SHAPE).with_rope(RopeSettings(type="linear", factor=4))
+        assert (scaled.rope.original_max_position_embeddings, scaled.max_position_embeddings) == (256, 1024)
+
+    def test_twice_is_once(self):
+        override = RopeSettings(type="yarn", factor=16)
+        once = Architecture(**SHAPE).with_rope(override)
+        assert once.with_rope(override) == once
+        assert Architecture.model_validate(once.model_dump()) == once
+
+    def test_base_change_alone(self):
+        changed = Architecture(**SHAPE).with_rope(RopeSettings(rope_theta=8e6))
+        assert (changed.rope.type, changed.rope.rope_theta, changed.max_position_embeddings) == ("none", 8e6, 256)
+
+    def test_nothing_asked_changes_nothing(self):
+        model = Architecture(**SHAPE)
+        assert model.with_rope(None) is model

@@ -1,0 +1,57 @@
+"""What the doctor says about packages that are missing, broken or not what their name says."""
+
+import importlib.metadata
+import sys
+
+import pytest
+
+from megalong.runtime import doctor
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """Pretend that exactly these packages are installed: a version each, and the folders of their modules."""
+
+    def pretend(versions: dict[str, str], *folders: str) -> None:
+        def version(name: str) -> str:
+            if name not in versions:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return versions[name]
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        for folder in folders:
+            (tmp_path / folder).mkdir(parents=True)
+            package = tmp_path / folder.split("/")[0]
+            (package / "__init__.py").touch()
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "apex", raising=False)
+
+    return pretend
+
+
+def test_nothing_is_installed(installed):
+    installed({})
+    rows = dict(doctor.report())
+    assert rows["torch"] == "missing: pip install torch"
+    assert rows["transformer-engine"].startswith("not installed; optional")
+    assert rows["GPU"] == "none that torch can use"
+
+
+def test_pypis_apex_is_not_nvidias(installed):
+    installed({"apex": "0.9.10.dev0"}, "apex/lib")
+    rows = dict(doctor.report())
+    assert rows["apex"] == "0.9.10.dev0, but this is PyPI's web toolkit, not NVIDIA's: pip uninstall apex"
+    assert rows["  optimizer"] == "torch's AdamW"
+
+
+def test_nvidias_apex_is_used(installed):
+    installed({"apex": "0.1"}, "apex/multi_tensor_apply")
+    rows = dict(doctor.report())
+    assert rows["apex"] == "0.1, NVIDIA's"
+    assert rows["  optimizer"] == "apex's FusedAdam"
+
+
+def test_a_broken_transformer_engine_is_told(installed, monkeypatch):
+    installed({"transformer-engine": "2.20.2"})
+    monkeypatch.setattr(doctor, "_engine_works", lambda: False)
+    assert "cannot be imported" in dict(doctor.report())["  optimizer"]

@@ -1,0 +1,201 @@
+"""The command line: its surface, frozen; exit statuses; and how quickly it answers."""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megalong import cli
+from megalong.errors import UserError
+
+# Scripts rely on these names. Adding is fine; renaming or removing breaks somebody.
+SURFACE = {
+    "quickstart": ["--output"],
+    "data preprocess": [
+        "--append-eod",
+        "--input",
+        "--json-keys",
+        "--output-prefix",
+        "--separator",
+        "--tokenizer",
+        "--tokenizer-model",
+        "--workers",
+    ],
+    "data inspect": ["--documents", "--tokenizer", "PREFIX"],
+    "checkpoint import": ["--hf", "--output"],
+    "checkpoint export": ["--checkpoint", "--dtype", "--output", "--step"],
+    "import-hf": ["--hf", "--output"],
+    "export-hf": ["--checkpoint", "--dtype", "--output", "--step"],
+    "train": ["--nproc", "CONFIG.yaml", "section.key=value"],
+    "evaluate perplexity": ["--checkpoint", "--data", "--hf", "--nproc", "--output", "--samples", "--seq-length"],
+    "doctor": [],
+}
+
+
+def surface(parser: argparse.ArgumentParser, path: str = "") -> dict[str, list[str]]:
+    names: list[str] = []
+    found: dict[str, list[str]] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                found.update(surface(inner, f"{path} {name}".strip()))
+        elif not isinstance(action, argparse._HelpAction | argparse._VersionAction):
+            names += action.option_strings or [str(action.metavar)]
+    return found or {path: sorted(names)}
+
+
+def test_commands_and_options_are_frozen():
+    assert surface(cli.build_parser()) == SURFACE
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Replace the function behind `command` by one that does `what` with the parsed options."""
+
+    def install(command: str, what):
+        monkeypatch.setattr(cli, f"_run_{command}", what)
+
+    return install
+
+
+def stop(error: BaseException):
+    def run(options):
+        raise error
+
+    return run
+
+
+def test_exit_statuses(answers, capsys):
+    answers("doctor", lambda options: 0)
+    assert cli.main(["doctor"]) == 0
+    answers("doctor", stop(UserError("data.seq_length: 'x' is not a whole number")))
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "megalong: error: data.seq_length: 'x' is not a whole number\n"
+    answers("doctor", stop(KeyboardInterrupt()))
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == ""
+    for bug in (ValueError("a bug"), BrokenPipeError("between processes")):
+        answers("doctor", stop(bug))
+        with pytest.raises(type(bug)):
+            cli.main(["doctor"])
+
+
+def test_of_many_ranks_the_first_alone_speaks(answers, capsys, monkeypatch):
+    answers("train", stop(UserError("told once")))
+    for rank in ("0", "1", "7"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["train", "run.yaml"]) == 2
+    assert capsys.readouterr().err == "megalong: error: told once\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run.yaml", "a.b=1", "c.d=-2", "--nproc", "2"],
+        ["run.yaml", "--nproc", "2", "a.b=1", "c.d=-2"],
+        ["--nproc", "2", "run.yaml", "a.b=1", "c.d=-2"],
+        ["run.yaml", "a.b=1", "--nproc=2", "c.d=-2"],
+    ],
+)
+def test_train_takes_overrides_on_either_side_of_an_option(answers, words):
+    seen = []
+    answers("train", lambda options: seen.append((options.config, options.overrides, options.nproc)) or 0)
+    assert cli.main(["train", *words]) == 0
+    assert seen == [("run.yaml", ["a.b=1", "c.d=-2"], 2)]
+
+
+def test_trains_status_is_the_commands(answers):
+    answers("train", lambda options: 3)
+    assert cli.main(["train", "run.yaml"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "unknown command trian; did you mean train? (see megalong --help)"),
+        (["data", "inspcet"], "unknown command inspcet; did you mean inspect? (see megalong data --help)"),
+        (["xyzzy"], "unknown command xyzzy; known: quickstart, data, "),
+        ([], "the following arguments are required: COMMAND"),
+        (["train"], "the following arguments are required: CONFIG.yaml"),
+        (["train", "run.yaml", "--nprocs=2"], "unknown argument --nprocs=2; did you mean --nproc?"),
+        (["train", "run.yaml", "--npro", "2"], "unknown argument --npro; did you mean --nproc?"),
+        (["train", "run.yaml", "--nproc", "0"], "argument --nproc: 0 is not a whole number of at least 1"),
+        (["train", "run.yaml", "--nproc", "two"], "argument --nproc: two is not a whole number of at least 1"),
+        (["data", "inspect", "a", "b"], "unknown argument b; one argument too many"),
+        (["evaluate", "perplexity", "--data", "d", "--seq-length", "8"], "one of the arguments --checkpoint --hf"),
+        (["export-hf", "--checkpoint", "c", "--output", "o", "--step", "-1"], "argument --step: "),
+        (["export-hf", "--checkpoint", "c", "--output", "o", "--dtype", "fp8"], "argument --dtype: invalid choice"),
+    ],
+)
+def test_a_wrong_line_is_told_in_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"megalong: error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_step_zero_is_an_imported_checkpoint(answers):
+    seen = []
+    answers("export", lambda options: seen.append(options.step) or 0)
+    assert cli.main(["checkpoint", "export", "--checkpoint", "c", "--output", "o", "--step", "0"]) == 0
+    assert seen == [0]
+
+
+def python(*words: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    arguments = ["-c", code] if code else ["-m", "megalong", *words]
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_help_answers_at_once():
+    best = 10.0
+    for _ in range(3):
+        start = time.perf_counter()
+        assert python("--help").stdout.startswith("usage: megalong")
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.3
+
+
+def test_the_command_line_and_data_need_no_torch():
+    code = (
+        "import sys, megalong.cli, megalong.data.preprocess, megalong.data.inspect\n"
+        "print([name for name in ('torch', 'transformers', 'megatron') if name in sys.modules])"
+    )
+    done = python(code=code)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    code = (
+        "import sys; from megalong import cli\n"
+        "cli._run_doctor = lambda options: [print('x' * 80) for _ in range(100000)] and 0\n"
+        "sys.exit(cli.main(['doctor']))"
+    )
+    command = f'set -o pipefail; "{sys.executable}" -c "$CODE" | head -n 1'
+    done = subprocess.run(
+        ["bash", "-c", command], env={**os.environ, "CODE": code}, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("x" * 80 + "\n", "")
+    assert done.returncode == 1
+
+
+def test_doctor_names_what_it_looks_for():
+    done = python("doctor")
+    assert done.returncode == 0, done.stderr
+    assert [line.split("  ")[0] for line in done.stdout.splitlines() if not line.startswith(" ")] == [
+        "python",
+        "torch",
+        "megatron-core",
+        "transformer-engine",
+        "apex",
+        "DALI",
+        "transformers",
+        "tokenizers",
+        "GPU",
+        "will use",
+    ]

@@ -1,0 +1,167 @@
+"""`slurm/pretrain.sbatch` under false `srun` and `scontrol`: the commands it would start on each node."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "slurm" / "pretrain.sbatch"
+
+CONFIG = """
+run: {name: small, dir: RUN_DIR}
+model: {load: {hf: llama}}
+data: {seq_length: 4096, mixture: [{name: a, path: data/a, weight: 1}]}
+parallel: {tensor_model_parallel_size: 8}
+optimizer: {lr: 3e-5}
+training: {train_iters: 10, global_batch_size: 4}
+"""
+
+# srun notes its own options, then starts the task of each node as SLURM would.
+SRUN = """#!/usr/bin/env bash
+options=()
+while [[ $1 == --* ]]; do options+=("$1"); shift; done
+printf '%s\\n' "${options[@]}" >"$NOTES/srun"
+for node in 0 1; do SLURM_NODEID=$node "$@" || exit; done
+"""
+# python answers the script's own check truly, and notes what torchrun would have been given.
+PYTHON = """#!{python}
+import json, os, sys
+if sys.argv[1] == "-":
+    os.execv("{python}", sys.argv)
+names = ["MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "NCCL_DEBUG", "CUDA_DEVICE_MAX_CONNECTIONS"]
+noted = {{"words": sys.argv[1:], "env": {{name: os.environ.get(name) for name in names}}, "cwd": os.getcwd()}}
+path = os.path.join(os.environ["NOTES"], "node-" + os.environ["SLURM_NODEID"])
+json.dump(noted, open(path, "w"))
+"""
+
+
+class Cluster:
+    """Two nodes of eight GPUs, on paper; every path has a space in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "a cluster"
+        self.notes = self.folder / "notes"
+        self.run_dir = self.folder / "runs of mine" / "small"
+        self.config = self.folder / "my run.yaml"
+        for path in (self.folder / "bin", self.folder / "venv" / "bin", self.notes):
+            path.mkdir(parents=True)
+        self._program("bin/srun", SRUN)
+        self._program("bin/scontrol", '#!/bin/sh\n[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"\n')
+        self._program("venv/bin/python", PYTHON.format(python=sys.executable))
+        self.config.write_text(CONFIG.replace("RUN_DIR", f'"{self.run_dir}"'))
+
+    def _program(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+        (self.folder / name).chmod(0o755)
+
+    def submit(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMP", "NCCL"))}
+        slurm = {
+            "SLURM_SUBMIT_DIR": str(self.folder),
+            "SLURM_JOB_ID": "812345",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_NODELIST": "n[3-4]",
+            "SLURM_GPUS_ON_NODE": "8",
+            "SLURM_CPUS_PER_TASK": "96",
+            "VIRTUAL_ENV": str(self.folder / "venv"),
+            "PYTHONPATH": str(ROOT),
+            "NOTES": str(self.notes),
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+        }
+        return subprocess.run(
+            ["bash", str(SCRIPT), *words],
+            env={**kept, **slurm, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=self.folder.parent,
+        )
+
+    def node(self, number: int) -> dict:
+        return json.loads((self.notes / f"node-{number}").read_text())
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def test_the_script_is_bash():
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+
+
+def test_each_node_starts_one_torchrun_with_every_word_intact(cluster):
+    words = ["data.separator='a  b'", "run.seed=7", 'data.mixture=[{name: a, path: "my data/$HOME *", weight: 1}]']
+    done = cluster.submit("my run.yaml", *words)
+    assert done.returncode == 0, done.stderr
+    for number in (0, 1):
+        node = cluster.node(number)
+        assert node["words"] == [
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            f"--node-rank={number}",
+            "--nproc-per-node=8",
+            "--master-addr=n3",
+            "--master-port=22345",
+            "-m",
+            "megalong",
+            "train",
+            "my run.yaml",
+            *words,
+        ]
+        assert node["cwd"] == str(cluster.folder)
+        assert node["env"] == {
+            "MASTER_ADDR": "n3",
+            "MASTER_PORT": "22345",
+            "OMP_NUM_THREADS": "12",
+            "NCCL_DEBUG": "WARN",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        }
+
+
+def test_logs_lie_in_the_run_folder_a_file_a_node(cluster):
+    assert cluster.submit("my run.yaml").returncode == 0
+    logs = cluster.run_dir / "logs" / "812345"
+    assert logs.is_dir()
+    options = (cluster.notes / "srun").read_text().splitlines()
+    assert f"--output={logs}/node-%n.log" in options
+    assert {"--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=96", "--kill-on-bad-exit=1"} <= set(options)
+
+
+def test_stages_log_in_the_folder_above_theirs(cluster):
+    cluster.config.write_text(cluster.config.read_text() + "stages: [{name: a}, {name: b}]\n")
+    assert cluster.submit("my run.yaml").returncode == 0
+    assert (cluster.run_dir / "logs" / "812345").is_dir()
+
+
+def test_settings_of_the_user_win(cluster):
+    assert cluster.submit("my run.yaml", NCCL_DEBUG="INFO").returncode == 0
+    assert cluster.node(0)["env"]["NCCL_DEBUG"] == "INFO"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "usage: sbatch slurm/pretrain.sbatch CONFIG.yaml"),
+        (["absent.yaml"], "megalong: error: absent.yaml: no such configuration file"),
+        (["my run.yaml", "run.sed=7"], "megalong: error: command line: run.sed: unknown key; did you mean seed?"),
+        (["my run.yaml", "parallel.context_parallel_size=4"], "megalong: error: 16 processes cannot hold whole"),
+        (["my run.yaml", "training.global_batch_size=3"], "global_batch_size 3 is not a multiple"),
+    ],
+)
+def test_a_mistake_ends_the_job_before_any_node_starts(cluster, words, message):
+    done = cluster.submit(*words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(cluster.notes.iterdir())
+
+
+def test_the_job_asks_for_the_recipes_256_gpus():
+    asked = [line.split()[1] for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert {"--nodes=32", "--gpus-per-node=8", "--ntasks-per-node=1"} <= set(asked)
