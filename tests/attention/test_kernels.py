@@ -1,0 +1,111 @@
+"""Block kernels against dense float64: one block, several blocks merged, and how a kernel is chosen."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalong.attention import tiled
+from megalong.attention.kernels import CPU, FLASH, TILED, BlockKernel, choose_kernel
+from megalong.errors import UserError
+from tests.attention.reference import Case, assert_near, dense, random_case
+
+KERNELS = pytest.mark.parametrize("kernel", [CPU, TILED], ids=lambda kernel: kernel.name)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+SHAPES: dict[str, Any] = {
+    "length": st.integers(1, 150),
+    "batch": st.integers(1, 3),
+    "groups": st.integers(1, 3),
+    "group_size": st.integers(1, 8),
+    "head_dim": st.integers(1, 33).map(lambda half: 2 * half),
+    "seed": st.integers(0, 1000),
+}
+
+
+@KERNELS
+@DTYPES
+@settings(max_examples=25, deadline=None)
+@given(**SHAPES)
+def test_causal_block(kernel: BlockKernel, dtype: torch.dtype, **shape: int) -> None:
+    case = random_case(dtype=dtype, **shape)
+    out, lse = kernel.forward(case.q, case.k, case.v, True, case.scale)
+    gradients = kernel.backward(case.grad, case.q, case.k, case.v, out, lse, True, case.scale)
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    assert_near([out, *gradients], dense(case), dtype)
+
+
+@KERNELS
+@DTYPES
+def test_blocks_of_a_causal_sequence_add_up(kernel: BlockKernel, dtype: torch.dtype) -> None:
+    """Late queries to early keys (no mask) and to their own (causal): backward from the merged log-sum-exp alone."""
+    case = random_case(5, length=96, batch=2, groups=2, group_size=4, head_dim=16, dtype=dtype)
+    early, late = slice(0, 40), slice(40, None)
+    queries, grad = case.q[late], case.grad[late]
+    blocks = [(early, False), (late, True)]
+    parts = [kernel.forward(queries, case.k[keys], case.v[keys], causal, case.scale) for keys, causal in blocks]
+    lse = torch.logaddexp(parts[0][1], parts[1][1])
+    shares = [torch.exp(part_lse - lse).permute(2, 0, 1)[..., None] for _, part_lse in parts]
+    out = (shares[0] * parts[0][0].float() + shares[1] * parts[1][0].float()).to(dtype)
+    grads = [
+        kernel.backward(grad, queries, case.k[keys], case.v[keys], out, lse, causal, case.scale)
+        for keys, causal in blocks
+    ]
+    truth = dense(_without_gradient(case, early))
+    ours = [out, grads[0][0].float() + grads[1][0].float()]
+    ours += [torch.cat((grads[0][i], grads[1][i])) for i in (1, 2)]
+    assert_near(ours, [truth[0][late], truth[1][late], *truth[2:]], dtype)
+
+
+def _without_gradient(case: Case, rows: slice) -> Case:
+    grad = case.grad.clone()
+    grad[rows] = 0
+    return Case(case.q, case.k, case.v, grad, case.scale)
+
+
+def test_the_tiles_of_the_plain_kernel_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case(7, length=50, batch=2, groups=2, group_size=2, head_dim=8, dtype=torch.float32)
+    monkeypatch.setattr(tiled, "SCORES_PER_TILE", 2 * 4 * 50 * 7)  # seven rows a tile, one in the last
+    for causal in (True, False):
+        out, lse = TILED.forward(case.q, case.k, case.v, causal, case.scale)
+        ours = [out, lse, *TILED.backward(case.grad, case.q, case.k, case.v, out, lse, causal, case.scale)]
+        out, lse = CPU.forward(case.q, case.k, case.v, causal, case.scale)
+        theirs = [out, lse, *CPU.backward(case.grad, case.q, case.k, case.v, out, lse, causal, case.scale)]
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_flash_is_called_as_torch_declares_it() -> None:
+    """No GPU here: on meta tensors torch checks names, types and number of arguments, and tells the shapes."""
+    q = torch.empty(64, 2, 8, 32, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(48, 2, 2, 32, dtype=torch.bfloat16, device="meta")
+    out, lse = FLASH.forward(q, k, k, False, 0.1)
+    assert out.shape == q.shape
+    assert lse.shape == (2, 8, 64)
+    gradients = FLASH.backward(out, q[32:], k, k, out[32:], lse[..., 32:], False, 0.1)
+    assert [g.shape for g in gradients] == [q[32:].shape, k.shape, k.shape]
+
+
+def test_the_kernel_follows_device_type_and_head_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnCuda:
+        """As much of a CUDA tensor as the choice looks at."""
+
+        def __init__(self, dtype: torch.dtype, head_dim: int) -> None:
+            self.dtype, self.shape, self.device = dtype, (4, 1, 2, head_dim), torch.device("cuda", 0)
+
+    def chosen(dtype: torch.dtype, head_dim: int) -> BlockKernel:
+        return choose_kernel(OnCuda(dtype, head_dim))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert choose_kernel(torch.empty(4, 1, 2, 8)) is CPU
+    assert chosen(torch.bfloat16, 128) is chosen(torch.float16, 256) is FLASH
+    assert chosen(torch.float32, 128) is chosen(torch.bfloat16, 20) is chosen(torch.bfloat16, 512) is TILED
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert chosen(torch.bfloat16, 128) is TILED
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(UserError, match=r"attention.backend: 'flash3' .* write auto or torch"):
+        choose_kernel(torch.empty(1, 1, 1, 8), "flash3")
