@@ -2,9 +2,9 @@
 
 import argparse
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -153,12 +153,11 @@ def python(*words: str, code: str | None = None) -> subprocess.CompletedProcess[
 
 
 def test_help_answers_at_once():
-    best = 10.0
-    for _ in range(3):
-        start = time.perf_counter()
-        assert python("--help").stdout.startswith("usage: megalong")
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.3
+    """0.3 s, in processor time: other work on the machine must not fail it."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert python("--help").stdout.startswith("usage: megalong")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
 
 
 def test_the_command_line_and_data_need_no_torch():
