@@ -167,7 +167,7 @@ def _run_quickstart(options: argparse.Namespace) -> int:
 def _add_data(commands: Any) -> None:
     group = _group(commands, "data", "tokenize a corpus; look into a dataset")
     parser = _command(group, "preprocess", "turn text files into an indexed dataset", _run_preprocess)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl or .txt, also as .gz")
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl and .txt, also .gz; folders")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin and .idx")
     parser.add_argument("--tokenizer", "--tokenizer-model", required=True, metavar="DIR", help="Hugging Face folder")
     parser.add_argument(

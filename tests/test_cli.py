@@ -1,10 +1,13 @@
 """The command line: its surface, frozen; exit statuses; and how quickly it answers."""
 
 import argparse
+import importlib
+import inspect
 import os
 import resource
 import subprocess
 import sys
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -145,6 +148,62 @@ def test_step_zero_is_an_imported_checkpoint(answers):
     answers("export", lambda options: seen.append(options.step) or 0)
     assert cli.main(["checkpoint", "export", "--checkpoint", "c", "--output", "o", "--step", "0"]) == 0
     assert seen == [0]
+
+
+# Least words of each command -> the function that answers, and what it must be called with.
+ANSWERS = {
+    "quickstart": ("megalong.quickstart", "quickstart", {"output": "quickstart-run"}),
+    "data preprocess --input a b --output-prefix p --tokenizer-model t --workers 3": (
+        "megalong.data.preprocess",
+        "preprocess",
+        {
+            "inputs": ["a", "b"],
+            "output_prefix": "p",
+            "tokenizer": "t",
+            "json_keys": ["text"],
+            "append_eod": False,
+            "separator": None,
+            "workers": 3,
+        },
+    ),
+    "data inspect p": ("megalong.data.inspect", "inspect", {"prefix": "p", "documents": 3, "tokenizer": None}),
+    "import-hf --hf h --output o": ("megalong.hf.convert", "import_hf", {"hf": "h", "output": "o"}),
+    "export-hf --checkpoint c --output o --dtype float32": (
+        "megalong.hf.convert",
+        "export_hf",
+        {"checkpoint": "c", "output": "o", "step": None, "dtype": "float32"},
+    ),
+    "train run.yaml a.b=1": (
+        "megalong.training.launch",
+        "train",
+        {"config_path": "run.yaml", "overrides": ["a.b=1"], "nproc": None},
+    ),
+    "evaluate perplexity --hf h --data d --seq-length 64": (
+        "megalong.evaluation.command",
+        "perplexity",
+        {
+            "checkpoint": None,
+            "hf": "h",
+            "data": "d",
+            "seq_length": 64,
+            "samples": 8,
+            "nproc": None,
+            "output": None,
+        },
+    ),
+    "doctor": ("megalong.runtime.doctor", "doctor", {}),
+}
+
+
+@pytest.mark.parametrize("line", ANSWERS)
+def test_a_command_calls_its_function_as_that_function_is_written(line, monkeypatch):
+    module, name, expected = ANSWERS[line]
+    function = getattr(importlib.import_module(module), name)
+    double = create_autospec(function, return_value=0)  # refuses what the real signature refuses
+    monkeypatch.setattr(f"{module}.{name}", double)
+    assert cli.main(line.split()) == 0
+    called = inspect.signature(function).bind(*double.call_args.args, **double.call_args.kwargs).arguments
+    assert called == expected
 
 
 def python(*words: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
