@@ -53,7 +53,7 @@ def import_hf(hf: str | Path, output: str | Path) -> Path:
     hf, output = Path(hf), Path(output)
     architecture = read_architecture(hf)
     if whole_checkpoints(output) or output.is_file():
-        raise UserError(f"{output}: holds a checkpoint already; choose another --output or remove it first")
+        raise UserError(f"{output}: exists already; choose another --output or remove it first")
     target = step_folder(output, 0)
     with HFReader(hf) as reader:
         reader.check(architecture)

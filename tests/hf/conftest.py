@@ -52,25 +52,25 @@ def save_tokenizer(folder: Path) -> None:
     GenerationConfig(bos_token_id=0, eos_token_id=[1, 3], temperature=0.6, do_sample=True).save_pretrained(folder)
 
 
+def write_llama(
+    folder: Path, dtype: torch.dtype = torch.float32, shard_size: str | None = None, **overrides: object
+) -> Path:
+    """A checkpoint of random weights in `folder`, of SHAPE with `LlamaConfig` fields overridden."""
+    torch.manual_seed(7)
+    settings = {**SHAPE, "rope_parameters": dict(ROPE), "bos_token_id": 0, "eos_token_id": 1, **overrides}
+    model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    save_tokenizer(folder)
+    model.save_pretrained(folder, **({"max_shard_size": shard_size} if shard_size else {}))
+    return folder
+
+
 MakeLlama = Callable[..., Path]
 
 
 @pytest.fixture
 def make_llama(tmp_path: Path) -> MakeLlama:
-    """make_llama(name="llama", dtype=float32, shard_size=None, **LlamaConfig overrides) -> folder of the checkpoint."""
-
-    def make(
-        name: str = "llama", dtype: torch.dtype = torch.float32, shard_size: str | None = None, **overrides: object
-    ) -> Path:
-        folder = tmp_path / name
-        torch.manual_seed(7)
-        settings = {**SHAPE, "rope_parameters": dict(ROPE), "bos_token_id": 0, "eos_token_id": 1, **overrides}
-        model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(torch.randn_like(parameter))
-        save_tokenizer(folder)
-        model.save_pretrained(folder, **({"max_shard_size": shard_size} if shard_size else {}))
-        return folder
-
-    return make
+    """make_llama(name="llama", **arguments of write_llama) -> folder of the checkpoint."""
+    return lambda name="llama", **arguments: write_llama(tmp_path / name, **arguments)
