@@ -30,7 +30,7 @@ class AttentionInputs(PackedSeqParams):
     _rotary: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     def rotary(self, inverse_frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each [local sequence, head_dim / 2] float32: computed by the first layer, shared by the others."""
+        """(cos, sin), each [local sequence, head_dim / 2] float32: made by the first layer, shared by the others."""
         key = id(inverse_frequencies)
         if key not in self._rotary:
             assert self.positions is not None

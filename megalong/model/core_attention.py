@@ -38,7 +38,8 @@ class CoreAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         head_dim = config.kv_channels
-        assert head_dim is not None and attn_mask_type == AttnMaskType.causal
+        assert head_dim is not None
+        assert attn_mask_type == AttnMaskType.causal
         self.softmax_scale = (softmax_scale or 1 / math.sqrt(head_dim)) * temperature(config.rope) ** 2
         self.inverse_frequencies = inverse_frequencies(config.rope, head_dim).to(torch.cuda.current_device())
         self.group = pg_collection.cp if config.context_parallel_size > 1 else None

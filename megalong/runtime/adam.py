@@ -28,6 +28,10 @@ class GroupStepAdamW(torch.optim.AdamW):
             raise ValueError("adam_w_mode=False: only decoupled weight decay is implemented; leave it True")
         super().__init__(params, **options)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore without torch's own AdamW, which looks for `step` in every parameter's state."""
+        torch.optim.Optimizer.__setstate__(self, state)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient; all groups advance together."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import sys
 import warnings
@@ -23,6 +24,8 @@ _TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine.pytorch", "tran
 def prepare(device: torch.device) -> None:
     """Make `import megatron.core` safe and usable on `device`; idempotent."""
     hide_broken_transformer_engine()
+    # torch 2.13 renames collectives that Megatron-Core still calls by their old names, once a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     # "Apex is not installed. Falling back to ...": we choose those parts ourselves.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     if device.type == "cpu":
@@ -71,3 +74,8 @@ def version() -> str:
     from megatron.core import __version__
 
     return str(__version__)
+
+
+def checkpoint_strategy_arguments(strategy: type) -> tuple[Any, ...]:
+    """What a save strategy's constructor must be told: 0.16 asks for the format's name and version, 0.19 does not."""
+    return ("torch_dist", 1) if "backend" in inspect.signature(strategy).parameters else ()

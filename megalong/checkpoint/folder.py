@@ -1,0 +1,131 @@
+"""How checkpoints lie in a run folder, and what each says about itself.
+
+    RUN/checkpoints/step-00000050/
+        megalong.json      the model's shape, the step, the position in the data, the layout it was saved under
+        tokenizer/         tokenizer, generation config and original config.json, so that an export is complete
+        *.distcp .metadata Megatron-Core's sharded tensors
+
+A folder is written as `step-00000050.tmp` and renamed when all of it is on disk, so a folder without `.tmp` is whole.
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megalong.config.architecture import Architecture
+from megalong.errors import UserError
+
+FOLDER = "checkpoints"
+META = "megalong.json"
+ASSETS = "tokenizer"
+# What travels with the weights: text and tokenizer models. No weights, no code.
+_ASSET_SUFFIXES = {".json", ".jinja", ".model", ".txt"}
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+class SavedLayout(BaseModel):
+    """The layout a checkpoint was saved under; only random states depend on it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    world_size: int = 1
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+
+
+class Meta(BaseModel):
+    """What `megalong.json` says.
+
+    `consumed_samples` is the position in the data: samples 0 … consumed_samples - 1 have been trained on.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = 1
+    step: int
+    consumed_samples: int = 0
+    architecture: Architecture
+    layout: SavedLayout = SavedLayout()
+    has_optimizer: bool = False
+    versions: dict[str, str] = {}
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """The folder of one step's checkpoint."""
+    return run / FOLDER / f"step-{step:08d}"
+
+
+def whole_checkpoints(run: Path) -> list[Path]:
+    """Every published checkpoint of a run, oldest first."""
+    folder = run / FOLDER
+    if not folder.is_dir():
+        return []
+    found = {int(match[1]): path for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))}
+    return [found[step] for step in sorted(found) if (found[step] / META).is_file()]
+
+
+def find_checkpoint(path: Path | str, step: int | None = None) -> Path:
+    """The checkpoint that `path` means: itself, or the newest (or the given step) of a run folder.
+
+    Raises:
+        UserError: nothing is there, or not that step.
+    """
+    path = Path(path)
+    if (path / META).is_file() and step is None:
+        return path
+    found = whole_checkpoints(path)
+    if step is not None:
+        wanted = step_folder(path, step)
+        if wanted not in found:
+            have = ", ".join(str(int(p.name[5:])) for p in found) or "none"
+            raise UserError(f"{path} holds no checkpoint of step {step}; it holds: {have}")
+        return wanted
+    if not found:
+        raise UserError(
+            f"{path} holds no checkpoint: give a run folder, a step folder, or what `megalong checkpoint import` wrote"
+        )
+    return found[-1]
+
+
+def read_meta(checkpoint: Path) -> Meta:
+    """Read `megalong.json`.
+
+    Raises:
+        UserError: it is missing, damaged, or of a later format.
+    """
+    file = checkpoint / META
+    try:
+        values = json.loads(file.read_text())
+        if values.get("format") != 1:
+            raise UserError(
+                f"{file}: format {values.get('format')!r}, but this version reads format 1; update megalong"
+            )
+        return Meta.model_validate(values)
+    except FileNotFoundError:
+        raise UserError(f"{checkpoint} is not a checkpoint: it has no {META}") from None
+    except (json.JSONDecodeError, ValidationError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({str(error).splitlines()[0]}); use another step") from None
+
+
+def remove_old(run: Path, keep_last: int) -> list[Path]:
+    """Delete all but the newest `keep_last` checkpoints, and what unfinished saves left; returns what went."""
+    gone = whole_checkpoints(run)[:-keep_last]
+    gone += list((run / FOLDER).glob("step-*.tmp"))
+    for path in gone:
+        shutil.rmtree(path, ignore_errors=True)
+    return gone
+
+
+def copy_assets(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation config and config.json of a Hugging Face or assets folder; weights and code stay."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix in _ASSET_SUFFIXES and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, target / file.name)

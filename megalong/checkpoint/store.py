@@ -1,0 +1,158 @@
+"""Saving and loading a model, its optimizer, the LR schedule and random states with Megatron-Core's sharded format.
+
+Tensors are stored by what they are (layer 3's `linear_qkv.weight`), not by which rank held them, and the optimizer's
+state is stored `fully_reshardable`: gathered over the data-parallel ranks at each save, which costs a moment then and
+lets any layout load any other's checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from megalong import __version__
+from megalong.checkpoint.folder import ASSETS, META, Meta, SavedLayout, copy_assets
+from megalong.checkpoint.strategy import DirectSave
+from megalong.errors import UserError
+from megalong.model.build import unwrap
+from megalong.runtime.distributed import is_main_rank
+from megalong.runtime.megatron import version as megatron_version
+
+log = logging.getLogger("megalong")
+
+_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def save_weights(checkpoint: Path, chunks: list[torch.nn.Module], meta: Meta, assets: Path | None = None) -> None:
+    """Write a checkpoint that holds weights only: what an import makes and a first start reads."""
+    with _published(checkpoint, meta, assets) as folder:
+        dist_checkpointing.save({"model": _model_state(chunks)}, str(folder), DirectSave())
+
+
+def save_training(
+    checkpoint: Path,
+    chunks: list[torch.nn.Module],
+    optimizer: Any,
+    scheduler: Any,
+    meta: Meta,
+    assets: Path | None = None,
+) -> None:
+    """Write everything a run needs to go on as if it had never stopped."""
+    with _published(checkpoint, meta, assets) as folder:
+        model = _model_state(chunks)
+        state = {
+            "model": model,
+            "optimizer": optimizer.sharded_state_dict(model, is_loading=False, metadata=_OPTIMIZER_METADATA),
+            "scheduler": scheduler.state_dict(),
+            "random": _random_state(),
+        }
+        dist_checkpointing.save(state, str(folder), DirectSave(), content_metadata=_OPTIMIZER_METADATA)
+
+
+def load_weights(checkpoint: Path, chunks: list[torch.nn.Module]) -> None:
+    """Fill the model's weights; the layout may differ from the one that saved them."""
+    state = _load({"model": _model_state(chunks)}, checkpoint)
+    _set_model_state(chunks, state["model"])
+
+
+def load_training(checkpoint: Path, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any, meta: Meta) -> None:
+    """Put model, optimizer, schedule and, where the layout is the same, random states back."""
+    model = _model_state(chunks)
+    wanted: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=_OPTIMIZER_METADATA),
+    }
+    same_layout = meta.layout == current_layout()
+    if same_layout:
+        wanted["random"] = _random_state()
+    state = _load(wanted, checkpoint)
+    _set_model_state(chunks, state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    # Megatron-Core adds the saved count to what the schedule has counted already.
+    scheduler.num_steps = 0
+    scheduler.load_state_dict(state["scheduler"])
+    if same_layout:
+        _set_random_state(state["random"])
+
+
+def current_layout() -> SavedLayout:
+    """The layout this world runs under."""
+    return SavedLayout(
+        world_size=dist.get_world_size(),
+        tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        context=parallel_state.get_context_parallel_world_size(),
+        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions a checkpoint records of what wrote it."""
+    return {"megalong": __version__, "megatron-core": megatron_version(), "torch": str(torch.__version__)}
+
+
+@contextlib.contextmanager
+def _published(checkpoint: Path, meta: Meta, assets: Path | None) -> Iterator[Path]:
+    """A folder to write into, which becomes `checkpoint` once every rank has written and nothing was raised."""
+    aside = checkpoint.with_name(checkpoint.name + ".tmp")
+    if is_main_rank():
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    yield aside
+    dist.barrier()
+    if is_main_rank():
+        if assets is not None and assets.is_dir():
+            copy_assets(assets, aside / ASSETS)
+        (aside / META).write_text(meta.model_dump_json(indent=2) + "\n")
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        aside.rename(checkpoint)
+    dist.barrier()
+
+
+def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(wanted, str(checkpoint))
+    except dist_checkpointing.core.CheckpointingException as error:
+        raise UserError(f"{checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:
+    assert len(chunks) == 1
+    return dict(unwrap(chunks[0]).sharded_state_dict())
+
+
+def _set_model_state(chunks: list[torch.nn.Module], state: dict[str, Any]) -> None:
+    # Not strict: Megatron-Core's modules list empty `_extra_state` entries that only Transformer Engine fills.
+    missing, unexpected = unwrap(chunks[0]).load_state_dict(state, strict=False)
+    wrong = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
+    if wrong:
+        raise RuntimeError(f"checkpoint and model disagree on {wrong[:3]}")
+
+
+def _random_state() -> ShardedObject:
+    """This rank's generators as one object; ranks do not share it."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return ShardedObject("random", state, (world,), (rank,))
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,46 @@
+"""Loss without learning: the forward pass that held-out evaluation and `megalong evaluate perplexity` share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core import parallel_state
+
+from megalong.evaluation.buckets import PositionLoss
+from megalong.model.batch import MicroBatch
+from megalong.model.schedule import reduce_losses, run_microbatches
+
+
+def forward_losses(
+    chunks: list[torch.nn.Module], micro_batches: Sequence[MicroBatch], seq_length: int, positions: PositionLoss
+) -> torch.Tensor:
+    """Add the losses of one global batch to `positions`; every rank of the world calls it.
+
+    Args:
+        chunks: this rank's model, wrapped for training or bare.
+        micro_batches: this rank's share of the global batch, at least one.
+        positions: gathers losses on the ranks that have them; `positions.reduce(None)` adds the world up.
+
+    Returns:
+        float64 [2]: summed loss in nats and number of valid tokens, over the global batch, on every rank.
+    """
+
+    def observe(losses: torch.Tensor, batch: MicroBatch) -> None:
+        # Every tensor-parallel rank holds the same losses; one of them counts.
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            positions.add(losses, batch.positions, batch.loss_mask)
+
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        local = run_microbatches(
+            chunks,
+            micro_batches,
+            len(micro_batches),
+            seq_length,
+            micro_batches[0].tokens.shape[0],
+            forward_only=True,
+            observe=observe,
+        )
+    return reduce_losses(local)

@@ -1,0 +1,110 @@
+"""`megalong train`: check everything that can be checked, then start processes or join them.
+
+    megalong train CONFIG.yaml                     one process
+    megalong train CONFIG.yaml --nproc 4           four local processes, started here
+    torchrun … -m megalong train CONFIG.yaml       joins the processes torchrun started
+
+Whatever the configuration, the datasets and the checkpoint can tell is checked before a process is started.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megalong.config.checks import check_model, check_world
+from megalong.config.load import load_config
+from megalong.config.schema import Config
+from megalong.config.text import dump_config
+from megalong.data.sampler import PackedSamples
+from megalong.errors import UserError
+from megalong.runtime.launch import run_local
+from megalong.training.start import find_start
+
+
+def train(config_path: str, overrides: list[str] | None = None, nproc: int | None = None) -> int:
+    """Run every stage of a configuration to its end; returns the exit status.
+
+    Args:
+        overrides: `section.key=value`.
+        nproc: local processes to start; None joins torchrun's, or runs in this one.
+
+    Raises:
+        UserError: the configuration, the data, the checkpoint or the number of processes is wrong.
+    """
+    overrides = overrides or []
+    stages = load_config(config_path, overrides)
+    under_launcher = "RANK" in os.environ
+    if nproc is not None and under_launcher:
+        raise UserError("--nproc: these processes were started by torchrun already; drop --nproc")
+    world = int(os.environ["WORLD_SIZE"]) if under_launcher else nproc or 1
+    _check(stages, world)
+    if nproc is not None and nproc > 1:
+        return run_local(["train", config_path, *overrides], nproc)
+    _run_here(stages)
+    return 0
+
+
+def _check(stages: list[Config], world: int) -> None:
+    """Everything that needs no torch. A later stage starts from the one before: its model is checked when it starts."""
+    for index, config in enumerate(stages):
+        check_world(config, world)
+        data = config.data
+        for part in ("train", "validation") if config.evaluation.interval else ("train",):
+            samples = PackedSamples(
+                data.mixture, data.seq_length, config.run.seed, data.split, part, separator=data.separator
+            )
+        if index == 0:
+            start = find_start(config)
+            check_model(config, start.architecture)
+            _check_vocabulary(samples, start.architecture.vocab_size)
+
+
+def _check_vocabulary(samples: PackedSamples, vocabulary: int) -> None:
+    found = samples.vocabulary_size
+    if found is not None and found > vocabulary:
+        raise UserError(
+            f"data.mixture: tokenized with a vocabulary of {found}, but the model has {vocabulary}; preprocess "
+            "with the model's own tokenizer"
+        )
+
+
+def _run_here(stages: list[Config]) -> None:
+    # torch is imported from here on: everything before is a fraction of a second.
+    from megalong.runtime import distributed
+    from megalong.runtime.logs import close_logging
+
+    device = distributed.choose_device(stages[0].runtime.device)
+    distributed.start(device, stages[0].runtime.timeout_minutes)
+    try:
+        for config in stages:
+            _run_stage(config, device)
+    finally:
+        distributed.stop()
+        close_logging()
+
+
+def _run_stage(config: Config, device: object) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from megalong.runtime.distributed import is_main_rank
+    from megalong.runtime.logs import setup_logging
+    from megalong.training.loop import Trainer, make_metrics
+    from megalong.training.setup import set_up
+
+    run = Path(config.run.dir)
+    log = setup_logging(dist.get_rank(), run)
+    if is_main_rank():
+        dump_config(config, run / "config.yaml")
+    assert isinstance(device, torch.device)
+    log.info("run %s on %d × %s", config.run.name, dist.get_world_size(), device.type)
+    session = set_up(config, device)
+    if session.step >= config.training.train_iters:
+        log.info("run %s is complete at step %d", config.run.name, session.step)
+        return
+    metrics = make_metrics(session, dist.get_world_size())
+    try:
+        Trainer(session, metrics).run()
+    finally:
+        metrics.close()

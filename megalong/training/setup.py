@@ -1,0 +1,138 @@
+"""Everything a run needs before its first step, in the order it is made.
+
+    device and groups → architecture → model → weights → optimizer and schedule → data
+
+A run folder that holds a checkpoint resumes from it: model, optimizer, schedule, random states and the position in the
+data come back, and `model.load` is not read. Otherwise the run starts from weights alone: those of a Hugging Face
+folder or of another run's checkpoint, or random ones; step, schedule, optimizer and data position start at zero.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megalong.checkpoint import folder, store
+from megalong.config.architecture import Architecture
+from megalong.config.checks import check_model, check_world
+from megalong.config.schema import Config
+from megalong.errors import UserError
+from megalong.hf.load import load_into
+from megalong.hf.random_weights import RandomWeights
+from megalong.hf.reader import HFReader
+from megalong.model.build import build_model, layer_offset, wrap_for_training
+from megalong.model.config import DTYPES, ModelSettings
+from megalong.runtime import distributed
+from megalong.training.optimizer import build_optimizer, build_scheduler
+from megalong.training.start import Start, find_start
+
+log = logging.getLogger("megalong")
+
+
+@dataclass
+class Session:
+    """A run that is ready to step."""
+
+    config: Config
+    device: torch.device
+    architecture: Architecture
+    chunks: list[torch.nn.Module]
+    optimizer: Any
+    scheduler: Any
+    step: int
+    consumed_samples: int
+    assets: Path | None
+
+
+def layout_of(config: Config) -> distributed.Layout:
+    """The configuration's layout of ranks."""
+    parallel = config.parallel
+    return distributed.Layout(
+        tensor=parallel.tensor_model_parallel_size,
+        context=parallel.context_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+    )
+
+
+def model_settings(config: Config) -> ModelSettings:
+    """The configuration's way of laying out and computing a model."""
+    return ModelSettings(
+        layout=layout_of(config),
+        sequence_parallel=config.parallel.sequence_parallel,
+        params_dtype=DTYPES[config.precision.params_dtype],
+        recompute=config.memory.recompute,
+    )
+
+
+def set_up(config: Config, device: torch.device) -> Session:
+    """Build model, optimizer and schedule in a world that `runtime.distributed.start` has joined.
+
+    Raises:
+        UserError: the world, the model or the checkpoint does not fit the configuration.
+    """
+    check_world(config, dist.get_world_size())
+    distributed.set_layout(layout_of(config), config.run.seed, config.runtime.timeout_minutes)
+    start = find_start(config)
+    check_model(config, start.architecture)
+    bare = build_model(start.architecture, model_settings(config))
+    if start.resume is None:
+        _first_weights(start, config, bare)
+    chunks = wrap_for_training(bare, distributed_optimizer=config.parallel.use_distributed_optimizer)
+    optimizer = build_optimizer(config, chunks)
+    scheduler = build_scheduler(config, optimizer)
+    step = consumed = 0
+    if start.resume is not None:
+        meta = folder.read_meta(start.resume)
+        store.load_training(start.resume, chunks, optimizer, scheduler, meta)
+        step, consumed = meta.step, meta.consumed_samples
+        log.info("resumed from %s: model, optimizer, schedule and data position of step %d", start.resume, step)
+    return Session(config, device, start.architecture, chunks, optimizer, scheduler, step, consumed, start.assets)
+
+
+def _first_weights(start: Start, config: Config, chunks: list[torch.nn.Module]) -> None:
+    """Weights only: everything else about the run is fresh."""
+    if start.checkpoint is not None:
+        store.load_weights(start.checkpoint, chunks)
+        log.info("weights from %s; step, optimizer, schedule and data position start fresh", start.checkpoint)
+        return
+    source: Any = RandomWeights(start.architecture, config.run.seed)
+    if start.hf is not None:
+        source = HFReader(start.hf)
+    for chunk in chunks:
+        load_into(
+            chunk,
+            source,
+            start.architecture,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+            layer_offset=layer_offset(start.architecture, config.parallel.pipeline_model_parallel_size),
+        )
+    log.info("weights from %s; everything else starts fresh", start.hf or f"seed {config.run.seed} (random)")
+
+
+def save(session: Session) -> Path:
+    """Write a checkpoint of the session's step and drop the oldest beyond `checkpoint.keep_last`."""
+    config = session.config
+    run = Path(config.run.dir)
+    path = folder.step_folder(run, session.step)
+    meta = folder.Meta(
+        step=session.step,
+        consumed_samples=session.consumed_samples,
+        architecture=session.architecture,
+        layout=store.current_layout(),
+        has_optimizer=True,
+        versions=store.versions(),
+    )
+    try:
+        store.save_training(path, session.chunks, session.optimizer, session.scheduler, meta, session.assets)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} could not be written: {error}; the one before it is untouched") from error
+    if distributed.is_main_rank():
+        folder.remove_old(run, config.checkpoint.keep_last)
+    return path

@@ -1,0 +1,79 @@
+"""What a rank of the worker pool runs in the training tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalong.config.schema import Config
+from megalong.runtime import distributed
+
+
+def train_steps(settings: dict[str, Any], steps: int) -> dict[str, list[float]]:
+    """Loss and gradient norm of the first `steps` steps, without saving anything."""
+    with _session(settings) as session:
+        from megalong.data.sampler import PackedSamples
+        from megalong.training.batches import Batches
+        from megalong.training.step import TrainStep
+
+        config = session.config
+        data = config.data
+        samples = PackedSamples(data.mixture, data.seq_length, config.run.seed, data.split, "train")
+        batches = Batches(config, samples, session.device)
+        step = TrainStep(session.chunks, session.optimizer, session.scheduler, data.seq_length)
+        size = config.training.global_batch_size
+        results = [step.run(batches, index * size) for index in range(steps)]
+        return {"loss": [r.loss for r in results], "norm": [r.gradient_norm for r in results]}
+
+
+def train_run(settings: dict[str, Any], stop_after: int | None = None) -> dict[str, Any]:
+    """Run the trainer, saving and resuming as a user's run does; returns what it logged.
+
+    Args:
+        stop_after: end as if killed after this step, whatever it had saved by then.
+    """
+    from megalong.training.loop import Trainer
+
+    with _session(settings) as session:
+        records = _Records()
+        trainer = Trainer(session, records)  # type: ignore[arg-type]
+        started = session.step
+        if stop_after is None:
+            trainer.run()
+        else:
+            while session.step < stop_after:
+                trainer._one_step()
+        return {"started": started, "records": records.kept}
+
+
+class _Records:
+    """Stands in for Metrics: keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, Any]] = []
+
+    def log_step(self, record: Any) -> None:
+        self.kept.append(dict(vars(record)))
+
+    def flush(self) -> None:
+        pass
+
+
+class _session:
+    """A set-up session on the pool's gloo group; the layout is cleared afterwards."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.config = Config.model_validate(settings)
+
+    def __enter__(self) -> Any:
+        device = torch.device("cpu")
+        distributed.start(device)  # before anything imports megatron
+        from megalong.training.setup import set_up
+
+        Path(self.config.run.dir).mkdir(parents=True, exist_ok=True)
+        return set_up(self.config, device)
+
+    def __exit__(self, *exception: object) -> None:
+        distributed.clear_layout()
