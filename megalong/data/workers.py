@@ -1,28 +1,37 @@
 """Many processes tokenize, and the result is the same as if one did.
 
-One process reads chunks and writes results, N processes in between decode and tokenize. Results are taken in the
-order of the chunks, whoever finished first, so the output does not depend on N. At most a few chunks a worker are
-under way at any time: memory is bounded by that window, not by the corpus.
+One process reads chunks and writes results, N processes in between decode and tokenize, each behind a pipe of its own:
 
-Workers are forked and not spawned: they start in milliseconds with the tokenizer already in memory, and a script that
+    parent:  send a chunk to whoever is idle → take whatever is ready → hand results on in the order of the chunks
+
+The output therefore does not depend on N. At most a few chunks a worker are under way or waiting for their turn:
+memory is bounded by that window, not by the corpus. A worker has one chunk at a time, so that parent and worker never
+both wait for the other to read.
+
+Any end is a clean one. A failed or interrupted parent kills its workers. A killed parent closes the pipes, and every
+worker ends at the next word it reads or writes. A killed worker closes its pipe, and the parent says so.
+
+Workers are forked, not spawned: they start in milliseconds with the tokenizer already in memory, and a script that
 calls us needs no `if __name__ == "__main__"`.
 """
 
 import multiprocessing
 import os
 import signal
-import threading
-import time
-from collections import deque
+import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, suppress
+from itertools import count
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Self, TypeVar
 
 from megalong.errors import UserError
 
-CHUNKS_UNDER_WAY = 3  # a worker: one in work, one waiting, one done and not yet written
+CHUNKS_UNDER_WAY = 3  # a worker: one in work, the others done and waiting for an earlier one
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def available_cores() -> int:
@@ -30,70 +39,125 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-_task: Callable[[Any], Any]  # set in each worker when it starts
-
-
 def map_in_order(task: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[tuple[Item, Result]]:
     """(item, task(item)) for every item, in order, computed by `workers` processes.
 
-    The first exception, in the order of the items, of `task` or of `items` itself is raised here.
+    The first exception in the order of the items, be it of `task` or of `items` itself, is raised here.
 
     Raises:
         UserError: a worker was killed.
     """
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start, (task, os.getpid()))
-    with _serial_tokenizers():
+    with _serial_tokenizers(), _Pool(task, workers) as pool:
+        yield from pool.run(items)
+
+
+class _Pool:
+    """Workers, the items they were given, and results that came before their turn."""
+
+    def __init__(self, task: Callable[[Any], Any], workers: int) -> None:
+        self._task, self._workers = task, workers
+        self._processes: list[BaseProcess] = []
+        self._idle: list[Connection] = []
+        self._busy: dict[Connection, int] = {}
+        self._items: dict[int, Any] = {}
+        self._results: dict[int, Any] = {}
+        self._given = 0
+
+    def __enter__(self) -> Self:
+        # Workers inherit the mask: Ctrl-C reaches the parent alone. And it must not hit in the middle of a fork.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            yield from _windowed(executor, items, workers * CHUNKS_UNDER_WAY)
-        except BrokenProcessPool:
-            raise UserError(
-                f"--workers {workers}: a worker was killed, most often for lack of memory; use fewer workers"
-            ) from None
+            for _ in range(self._workers):
+                self._start_one()
         finally:
-            executor.shutdown(cancel_futures=True)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
 
-def _windowed(executor: ProcessPoolExecutor, items: Iterable[Item], window: int) -> Iterator[tuple[Item, Any]]:
-    under_way: deque[tuple[Item, Future[Any]]] = deque()
-    failure: Exception | None = None
-    pending = iter(items)
-    while True:
-        while failure is None and len(under_way) < window:
+    def run(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """(item, result) in order."""
+        pending = _guarded(items)
+        for turn in count():
+            self._give(pending)
+            if turn not in self._items:
+                return
+            while turn not in self._results:
+                self._take()
+                self._give(pending)
+            item, result = self._items.pop(turn), self._results.pop(turn)
+            if isinstance(result, Exception):
+                raise result
+            yield item, result
+
+    def _start_one(self) -> None:
+        ours, theirs = multiprocessing.Pipe()
+        # A copy of our end in a worker would keep its pipe open after our death, and the worker alive.
+        inherited = [*self._idle, ours]
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=_work, args=(self._task, theirs, inherited), daemon=True)
+        process.start()
+        theirs.close()
+        self._processes.append(process)
+        self._idle.append(ours)
+
+    def _give(self, pending: Iterator[Any]) -> None:
+        """Give items to idle workers, as far as the window allows."""
+        while self._idle and len(self._items) < self._workers * CHUNKS_UNDER_WAY:
+            item = next(pending, None)
+            if item is None:
+                return
+            number, self._given = self._given, self._given + 1
+            self._items[number] = item
+            if isinstance(item, Exception):
+                self._results[number] = item
+                return
+            connection = self._idle.pop()
+            self._busy[connection] = number
+            with suppress(ConnectionError):  # a dead worker; `_take` says so
+                connection.send(item)
+
+    def _take(self) -> None:
+        """Take the results that are there; waits until one is."""
+        for connection in wait(list(self._busy)):
+            assert isinstance(connection, Connection)
             try:
-                item = next(pending)
-            except StopIteration:
-                break
-            except Exception as error:  # what was read before comes first, it may hold an earlier mistake
-                failure = error
-                break
-            under_way.append((item, executor.submit(_run, item)))
-        if not under_way:
-            break
-        item, future = under_way.popleft()
-        yield item, future.result()
-    if failure is not None:
-        raise failure
+                result = connection.recv()
+            except (EOFError, ConnectionError):
+                raise UserError(
+                    f"--workers {self._workers}: a worker was killed, most often for lack of memory; use fewer workers"
+                ) from None
+            self._results[self._busy.pop(connection)] = result
+            self._idle.append(connection)
 
 
-def _start(task: Callable[[Any], Any], parent: int) -> None:
-    global _task
-    _task = task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the workers
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+def _guarded(items: Iterable[Any]) -> Iterator[Any]:
+    """The items; what goes wrong in reading them comes as a last item, behind those read before it."""
+    try:
+        yield from items
+    except Exception as error:
+        yield error
 
 
-def _end_with(parent: int) -> None:
-    """A killed parent cannot end its workers: they look whether it is still there."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+def _work(task: Callable[[Any], Any], connection: Connection, inherited: list[Connection]) -> None:
+    for other in inherited:
+        other.close()
+    with suppress(EOFError, ConnectionError):
+        while True:
+            connection.send(_outcome(task, connection.recv()))
 
 
-def _run(item: Any) -> Any:
-    return _task(item)
+def _outcome(task: Callable[[Any], Any], item: Any) -> Any:
+    try:
+        return task(item)
+    except UserError as error:
+        return error
+    except Exception:  # a bug: its traceback must survive the pipe, whatever its type
+        return RuntimeError(f"in a worker:\n{traceback.format_exc()}")
 
 
 @contextmanager

@@ -102,6 +102,15 @@ def test_positions_past_two_gigabytes_do_not_overflow(tmp_path: Path) -> None:
     assert dataset.get(4, 2**30 - 2).tolist() == [0, 77]
 
 
+@pytest.mark.parametrize(
+    ("index", "offset", "length"), [(-1, 0, None), (5, 0, None), (0, -1, 1), (0, 0, 4), (0, 2, -1)]
+)
+def test_reading_outside_is_refused(tmp_path: Path, index: int, offset: int, length: int | None) -> None:
+    write(tmp_path / "d")
+    with pytest.raises(IndexError):
+        IndexedDataset(tmp_path / "d").get(index, offset, length)
+
+
 def damage(path: Path, offset: int, data: bytes) -> None:
     content = bytearray(path.read_bytes())
     content[offset : offset + len(data)] = data

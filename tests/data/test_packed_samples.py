@@ -85,7 +85,8 @@ def test_random_access_seed_and_part(tmp_path: Path) -> None:
     assert domains == ["a" if sample[0] < 100000 else "b" for sample in forwards]
     assert domains.count("a") == 210
     train = {int(token) for sample in forwards for token in sample}
-    held_out = {int(token) for k in range(300) for token in made(2, "validation").sample(k)}
+    validation = made(2, "validation")
+    held_out = {int(token) for k in range(300) for token in validation.sample(k)}
     assert not train & held_out
     assert len(train | held_out) == 40 * 30 + 50 * 9
 
@@ -93,12 +94,9 @@ def test_random_access_seed_and_part(tmp_path: Path) -> None:
 def test_a_dataset_listed_twice_holds_out_the_same_documents(tmp_path: Path) -> None:
     path = dataset(tmp_path / "a", [10] * 50)
     mixture = [entry(path, 1, "short"), entry(path, 1, "long")]
-    tokens = {
-        part: {int(t) for k in range(400) for t in PackedSamples(mixture, 8, 1, "80,20", part).sample(k)}
-        for part in ("train", "validation")
-    }
-    assert not tokens["train"] & tokens["validation"]
-    samples = PackedSamples(mixture, 8, 1, "80,20")
+    samples, held_out = (PackedSamples(mixture, 8, 1, "80,20", part) for part in ("train", "validation"))
+    seen = {int(token) for k in range(400) for token in samples.sample(k)}
+    assert not seen & {int(token) for k in range(400) for token in held_out.sample(k)}
     assert not np.array_equal(samples.sample(0), samples.sample(1)), "two entries walk the dataset in different orders"
 
 

@@ -75,7 +75,7 @@ def test_output_is_megatrons_byte_for_byte(
 def test_output_does_not_depend_on_workers_and_keys_are_apart(tmp_path: Path, tokenizer_folder: Path) -> None:
     corpus = tmp_path / "big.jsonl"
     with corpus.open("w") as file:
-        while file.tell() < 3 * CHUNK_BYTES:
+        while file.tell() < 2 * CHUNK_BYTES:
             file.writelines(json.dumps({"text": text, "title": text[:20]}) + "\n" for text in PROSE)
     (tmp_path / "small.txt").write_text("the end")
 
@@ -90,6 +90,7 @@ def test_output_does_not_depend_on_workers_and_keys_are_apart(tmp_path: Path, to
     assert both[1:] == run("title", ("title",), 1)
     data = IndexedDataset(tmp_path / "both_title_document")
     assert data.num_documents == corpus.read_text().count("\n")
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
     more = run("more", ("text",), 2, str(tmp_path / "small.txt"))
     assert more[0][0].startswith(both[0][0])
     assert IndexedDataset(tmp_path / "more_text_document").num_documents == data.num_documents + 1
@@ -162,7 +163,8 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(
         assert process.wait(20) != 0
         with pytest.raises(UserError, match="does not exist"):
             IndexedDataset(f"{output}_text_document")
-        assert aside.exists() == (sent == signal.SIGKILL)
+        if wait:  # at 0 the signal may hit while the file is being opened: a leftover, which is harmless
+            assert aside.exists() == (sent == signal.SIGKILL)
         wait_until_gone(workers)
 
 

@@ -32,7 +32,7 @@ def test_json_lines(tmp_path: Path, ensure_ascii: bool, end: str) -> None:
 
 def test_a_text_file_is_one_document_to_the_byte(tmp_path: Path) -> None:
     text = "\n first \r\n\n last \n"
-    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "c.txt").write_bytes(b"")
     assert read(*sorted(tmp_path.iterdir())) == [[text], [text], [""]]
