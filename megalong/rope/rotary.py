@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+CPU_TILE_ELEMENTS = 1 << 18  # twice as fast as whole tensors in fp32, three times in bf16
+TILE_ELEMENTS = 1 << 24
+
 
 def cos_sin(inv_freq: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine, float32 `[s, d/2]`, of `inv_freq` (float32 `[d/2]`) times `positions` (int64 `[s]`).
@@ -52,11 +55,18 @@ class _Rotation(torch.autograd.Function):
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """One half at a time: beside the result, float32 temporaries of half its elements."""
-    cos, sin = cos[:, None, None, :], sin[:, None, None, :]
-    first, second = x.chunk(2, dim=-1)
+    """A tile of tokens at a time, so that the float32 temporaries stay small (on a CPU: within its cache)."""
     result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    elements = CPU_TILE_ELEMENTS if x.device.type == "cpu" else TILE_ELEMENTS
+    tokens = max(1, elements // max(1, x[:1].numel()))
+    cos, sin = cos[:, None, None, :], sin[:, None, None, :]
+    for tile in zip(*(t.split(tokens) for t in (x, result, cos, sin)), strict=True):
+        _rotate_tile(*tile)
+    return result
+
+
+def _rotate_tile(x: torch.Tensor, result: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    first, second = x.chunk(2, dim=-1)
     half = x.shape[-1] // 2
     result[..., :half] = (first * cos).sub_(second * sin)
     result[..., half:] = (second * cos).add_(first * sin)
-    return result

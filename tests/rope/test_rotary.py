@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from megalong.config.rope import RopeSettings
-from megalong.rope import apply_rotary, cos_sin, inverse_frequencies
+from megalong.rope import apply_rotary, cos_sin, inverse_frequencies, rotary
 
 INV_FREQ = inverse_frequencies(RopeSettings(rope_theta=5e5), 128)
 FAR = 1 << 31
@@ -66,6 +66,15 @@ def test_gradient_agrees_with_finite_differences_and_autograd() -> None:
     cos, sin = (t.double() for t in cos_sin(INV_FREQ[:4], torch.arange(7, 12)))
     x = torch.randn(5, 2, 3, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: apply_rotary(t, cos, sin), x)
+
+
+@pytest.mark.parametrize("tile", [1, 100, 7 * 48, 1 << 18])
+def test_tiles_change_no_bit(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cos, sin = cos_sin(INV_FREQ[:8], torch.arange(20))
+    x = torch.randn(20, 1, 3, 16)
+    whole = apply_rotary(x, cos, sin)
+    monkeypatch.setattr(rotary, "CPU_TILE_ELEMENTS", tile)
+    assert torch.equal(apply_rotary(x, cos, sin), whole)
 
 
 def test_bf16_is_rounded_once() -> None:
