@@ -22,10 +22,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import yaml
 
 from megalong.config.architecture import Architecture
 from megalong.config.schema import Config
+from megalong.config.text import config_text
 from megalong.evaluation.buckets import bucket_edges
 from megalong.training.console import RemainingTime, step_line
 from megalong.training.flops import flops_per_token
@@ -172,7 +172,6 @@ class Metrics:
 
 def _config_text(config: Config, peak: Peak, world_size: int) -> str:
     """The resolved configuration as a Markdown code block, headed by what MFU is measured against."""
-    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    indented = "".join(f"    {line}\n" for line in resolved.splitlines())
+    indented = "".join(f"    {line}\n" for line in config_text(config).splitlines())
     against = f"{peak.flops_per_second / 1e12:.3g} TFLOP/s ({peak.source})"
     return f"{world_size} processes; MFU is against {against} each.\n\n{indented}"

@@ -1,0 +1,128 @@
+"""`megalong evaluate perplexity`: one model, one dataset, perplexity by position.
+
+    megalong evaluate perplexity --checkpoint RUN --data PREFIX --seq-length 4096 --samples 16 --output DIR
+
+writes DIR/perplexity.json (read again by `PerplexityResult.load`), perplexity.md and perplexity.png. The dataset is
+taken whole, in one shuffled order that depends on nothing but the dataset, so two models are measured on the same
+sequences: give documents that neither was trained on. With `--nproc N` the sequence is split over N processes by
+context parallelism, which is what makes lengths fit that one process cannot hold.
+
+The length measured may exceed the one the model was trained for: seeing that it breaks there is the point.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megalong.data.sampler import PackedSamples
+from megalong.errors import UserError
+from megalong.evaluation.source import ModelSource, find_model, open_held_out
+from megalong.runtime.launch import run_local
+
+if TYPE_CHECKING:
+    from megalong.evaluation.perplexity import PerplexityResult
+
+
+def perplexity(
+    *,
+    checkpoint: str | None = None,
+    hf: str | None = None,
+    data: str,
+    seq_length: int,
+    samples: int = 8,
+    nproc: int | None = None,
+    output: str | None = None,
+) -> None:
+    """Measure one model, print its table, and write table, numbers and picture to `output` (if given).
+
+    Args:
+        checkpoint: a run's folder (its newest step) or one step's; or else `hf`, a Hugging Face folder.
+        data: prefix of an indexed dataset, tokenized with the model's tokenizer.
+        seq_length: tokens per sample; a multiple of twice the number of processes where there is more than one.
+        samples: sequences to average over.
+        nproc: context-parallel processes to start here; None joins torchrun's, or runs in this one.
+
+    Raises:
+        UserError: no such model or dataset, a length the processes cannot share, fewer tokens than asked for.
+    """
+    launched = "RANK" in os.environ
+    if nproc is not None and launched:
+        raise UserError("--nproc: these processes were started by torchrun already; drop --nproc")
+    _check_length(seq_length, int(os.environ["WORLD_SIZE"]) if launched else nproc or 1)
+    source = find_model(checkpoint, hf)
+    packed = open_held_out(data, seq_length, samples, source)
+    if nproc is not None and nproc > 1:
+        model = ["--hf", hf] if hf is not None else ["--checkpoint", str(checkpoint)]
+        where = ["--output", output] if output is not None else []
+        sizes = ["--seq-length", str(seq_length), "--samples", str(samples)]
+        _spawn(["evaluate", "perplexity", *model, "--data", data, *sizes, *where], nproc)
+        return
+    result = _measure(source, data, packed, samples)
+    if int(os.environ.get("RANK", 0)) == 0:
+        _publish(result, output)
+
+
+def _check_length(seq_length: int, world: int) -> None:
+    pieces = 2 * world
+    if world > 1 and seq_length % pieces:
+        raise UserError(
+            f"--seq-length {seq_length}: {world} processes share it in {pieces} equal pieces; write "
+            f"{max(1, seq_length // pieces) * pieces}, or another --nproc"
+        )
+
+
+def _spawn(command: list[str], nproc: int) -> None:
+    status = run_local(command, nproc)
+    if status:
+        # The processes have told what went wrong; only their status is left to pass on.
+        raise SystemExit(status)
+
+
+def _measure(source: ModelSource, data: str, packed: PackedSamples, samples: int) -> PerplexityResult:
+    """Join the world, measure, leave it."""
+    import torch.distributed as dist
+
+    from megalong.evaluation.perplexity import PerplexityResult
+    from megalong.runtime import distributed
+    from megalong.runtime.logs import close_logging, setup_logging
+
+    device = distributed.choose_device()
+    distributed.start(device)
+    try:
+        # Imports the model, and with it Megatron-Core: only now is the process prepared for that.
+        from megalong.evaluation.measure import measure_losses
+
+        setup_logging(dist.get_rank())
+        distributed.set_layout(distributed.Layout(context=dist.get_world_size()))
+        positions = measure_losses(source, packed, samples, device)
+    finally:
+        distributed.stop()
+        close_logging()
+    return PerplexityResult(
+        name=source.name,
+        source=str(source),
+        data=[data],
+        seq_length=packed.seq_length,
+        samples=samples,
+        edges=positions.edges,
+        nll=positions.means(),
+        tokens=positions.sums_counts()[1],
+    )
+
+
+def _publish(result: PerplexityResult, output: str | None) -> None:
+    from megalong.evaluation.perplexity import perplexity_table
+
+    table = perplexity_table([result])
+    print(table)
+    if output is None:
+        return
+    from megalong.evaluation.plots import plot_perplexity
+
+    folder = Path(output)
+    plot_perplexity([result], folder / "perplexity.png", title=f"Perplexity by position: {result.name}")
+    (folder / "perplexity.md").write_text(table + "\n")
+    result.save(folder / "perplexity.json")  # last: where it stands, the others do too
+    print(f"written: {folder}/perplexity.json, perplexity.md, perplexity.png")

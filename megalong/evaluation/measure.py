@@ -1,0 +1,59 @@
+"""Losses by position of one model: every rank holds the whole model and its context-parallel share of each sequence.
+
+Imported only in a process that `runtime.distributed.start` has prepared, because it imports the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+import torch.distributed as dist
+
+from megalong.attention.layout import ZigzagLayout
+from megalong.checkpoint.store import load_weights
+from megalong.data.sampler import PackedSamples
+from megalong.evaluation.buckets import PositionLoss
+from megalong.evaluation.forward import forward_losses
+from megalong.evaluation.source import ModelSource
+from megalong.hf.load import load_into
+from megalong.hf.reader import HFReader
+from megalong.model.batch import shard_samples
+from megalong.model.build import build_model
+from megalong.model.config import ModelSettings
+from megalong.runtime.distributed import Layout
+
+REPORTS = 8  # progress lines of a measurement
+log = logging.getLogger("megalong")
+
+
+def load_model(source: ModelSource, context_parallel: int = 1) -> list[torch.nn.Module]:
+    """The whole model on this rank, in the type its weights are stored in (fp16 as bf16)."""
+    dtype = torch.float32 if source.architecture.torch_dtype == "float32" else torch.bfloat16
+    settings = ModelSettings(Layout(context=context_parallel), params_dtype=dtype)
+    chunks = build_model(source.architecture, settings)
+    if source.checkpoint is not None:
+        load_weights(source.checkpoint, chunks)
+        return chunks
+    assert source.hf is not None
+    with HFReader(source.hf) as reader:
+        load_into(chunks[0], reader, source.architecture)
+    return chunks
+
+
+def measure_losses(source: ModelSource, packed: PackedSamples, samples: int, device: torch.device) -> PositionLoss:
+    """Losses of the first `samples` sequences, summed over the world; every rank calls it, every rank gets all."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    chunks = load_model(source, world)
+    log.info("measuring %s: rope %s, %d tokens a sample", source, source.architecture.rope.type, packed.seq_length)
+    positions, layout = PositionLoss(packed.seq_length), ZigzagLayout(world)
+    started = time.monotonic()
+    for k in range(samples):
+        whole = torch.from_numpy(packed.sample(k))[None]
+        forward_losses(chunks, [shard_samples(whole, layout, rank, device)], packed.seq_length, positions)
+        if (k + 1) * REPORTS // samples > k * REPORTS // samples:
+            pace = (k + 1) * packed.seq_length / (time.monotonic() - started)
+            log.info("sample %d/%d | %.0f tok/s", k + 1, samples, pace)
+    positions.reduce(None, device)
+    return positions

@@ -1,0 +1,75 @@
+"""What is measured and on what: a model by its folder, held-out sequences by a dataset's prefix. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalong.checkpoint.folder import find_checkpoint, read_meta
+from megalong.config.architecture import Architecture
+from megalong.data.sampler import PackedSamples
+from megalong.errors import UserError
+from megalong.hf.config import read_architecture
+
+SHUFFLE_SEED = 1234  # one order of documents for every model measured
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where weights come from; exactly one of `checkpoint` (a step's folder) and `hf` is set."""
+
+    architecture: Architecture
+    checkpoint: Path | None = None
+    hf: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.checkpoint or self.hf)
+
+    @property
+    def name(self) -> str:
+        """The run's name, or the folder's: what tables and pictures call this model."""
+        folder = (self.checkpoint or self.hf or Path()).resolve()
+        return folder.parent.parent.name if folder.parent.name == "checkpoints" else folder.name
+
+
+def find_model(checkpoint: str | Path | None = None, hf: str | Path | None = None) -> ModelSource:
+    """The model of a run (its newest step), of one step's folder, or of a Hugging Face folder.
+
+    Raises:
+        UserError: not exactly one was given, or it is no model.
+    """
+    if (checkpoint is None) == (hf is None):
+        raise UserError("give exactly one model: --checkpoint CKPT_OR_RUN or --hf DIR")
+    if hf is not None:
+        return ModelSource(read_architecture(hf), hf=Path(hf))
+    assert checkpoint is not None
+    folder = find_checkpoint(checkpoint)
+    return ModelSource(read_meta(folder).architecture, checkpoint=folder)
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """What `PackedSamples` asks of an entry of a mixture."""
+
+    name: str
+    path: str
+    weight: float = 1.0
+
+
+def open_held_out(data: str, seq_length: int, samples: int, source: ModelSource) -> PackedSamples:
+    """The dataset taken whole and packed, with at least `samples` sequences in it.
+
+    Raises:
+        UserError: no such dataset, too few tokens, or ids the model does not have.
+    """
+    packed = PackedSamples([_Dataset(Path(data).name, data)], seq_length, SHUFFLE_SEED, "1,0")
+    held = packed.describe(samples)[0].tokens_per_epoch // seq_length
+    if samples > held:
+        mend = f"write --samples {held}" if held else "write a shorter --seq-length"
+        raise UserError(f"--samples {samples}: {data} holds only {held} samples of {seq_length} tokens; {mend}")
+    if (packed.vocabulary_size or 0) > source.architecture.vocab_size:
+        raise UserError(
+            f"--data {data}: tokenized with a vocabulary of {packed.vocabulary_size}, but {source} has "
+            f"{source.architecture.vocab_size}; preprocess it with the model's own tokenizer"
+        )
+    return packed

@@ -1,0 +1,94 @@
+"""`megalong evaluate perplexity` against transformers' own losses, and what it says to a user's mistakes."""
+
+import math
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from megalong.data.indexed_writer import IndexedDatasetWriter
+from megalong.errors import UserError
+from megalong.evaluation.buckets import bucket_edges
+from megalong.evaluation.command import perplexity
+from megalong.evaluation.perplexity import PerplexityResult
+from megalong.evaluation.source import find_model, open_held_out
+from tests.llama import make_dataset, make_llama
+
+LENGTH, SAMPLES = 256, 3  # four times what the model's config promises
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    return make_llama(folder / "tiny"), make_dataset(folder / "data")
+
+
+@pytest.fixture(scope="module")
+def expected(sources):
+    """Mean loss by position as transformers sees it."""
+    hf, data = sources
+    packed = open_held_out(str(data), LENGTH, SAMPLES, find_model(hf=hf))
+    samples = torch.stack([torch.from_numpy(packed.sample(k)) for k in range(SAMPLES)])
+    with torch.no_grad():
+        logits = LlamaForCausalLM.from_pretrained(hf)(samples[:, :-1]).logits
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), samples[:, 1:], reduction="none")
+    return [losses[:, low:high].mean().item() for low, high in pairwise(bucket_edges(LENGTH))]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_losses_by_position_are_transformers(pool, sources, expected, world):
+    hf, data = sources
+    for means in pool.run(world, "tests.evaluation.workers:position_means", hf, data, LENGTH, SAMPLES):
+        assert means == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_command_writes_numbers_table_and_picture(sources, expected, tmp_path):
+    hf, data = sources
+    arguments = ["--hf", hf, "--data", data, "--seq-length", LENGTH, "--samples", SAMPLES, "--nproc", 2]
+    command = [sys.executable, "-m", "megalong", "evaluate", "perplexity", *map(str, arguments), "--output", tmp_path]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("| position |"), done.stdout  # one rank alone speaks
+    assert done.stdout.count("| tiny ") == 1
+    result = PerplexityResult.load(tmp_path / "perplexity.json")
+    assert result.nll == pytest.approx(expected, rel=1e-5)
+    assert result.perplexity == pytest.approx([math.exp(value) for value in expected], rel=1e-5)
+    assert result.tokens == [64 * SAMPLES, 64 * SAMPLES, 128 * SAMPLES]
+    assert {path.name for path in tmp_path.iterdir()} == {"perplexity.json", "perplexity.md", "perplexity.png"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"hf": None}, "give exactly one model"),
+        ({"hf": "nowhere"}, "nowhere"),
+        ({"hf": None, "checkpoint": "nowhere"}, "nowhere holds no checkpoint"),
+        ({"data": "nowhere"}, "nowhere"),
+        ({"samples": 1000}, r"--samples 1000: .* holds only \d+ samples of 256 tokens; write --samples \d+"),
+        ({"seq_length": 10**6, "samples": 1}, "holds only 0 samples of 1000000 tokens; write a shorter --seq-length"),
+        ({"seq_length": 255, "nproc": 2}, "--seq-length 255: 2 processes share it in 4 equal pieces; write 252"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(sources, changed, message):
+    hf, data = sources
+    arguments = {"hf": str(hf), "data": str(data), "seq_length": LENGTH, "samples": SAMPLES, **changed}
+    with pytest.raises(UserError, match=message) as error:
+        perplexity(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_dataset_of_another_vocabulary_is_refused(tmp_path):
+    small = make_llama(tmp_path / "small", vocab_size=128)
+    with IndexedDatasetWriter(tmp_path / "data", np.uint16) as writer:
+        writer.add_document(np.arange(300))
+        writer.finish({"vocabulary_size": 515})
+    with pytest.raises(UserError, match=r"vocabulary of 515, but .*small has 128"):
+        open_held_out(str(tmp_path / "data"), LENGTH, 1, find_model(hf=small))
