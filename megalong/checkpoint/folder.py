@@ -12,6 +12,7 @@ Nothing here needs torch.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -129,3 +130,20 @@ def copy_assets(source: Path, target: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in _ASSET_SUFFIXES and not file.name.endswith(".index.json"):
             shutil.copyfile(file, target / file.name)
+
+
+def publish(aside: Path, checkpoint: Path) -> None:
+    """Put everything in `aside` on disk, then give it its name: after a power cut it is whole or not there."""
+    for path in [*aside.rglob("*"), aside]:
+        _sync(path)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    aside.rename(checkpoint)
+    _sync(checkpoint.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

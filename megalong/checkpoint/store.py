@@ -20,7 +20,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megalong import __version__
-from megalong.checkpoint.folder import ASSETS, META, Meta, SavedLayout, copy_assets
+from megalong.checkpoint.folder import ASSETS, META, Meta, SavedLayout, copy_assets, publish
 from megalong.checkpoint.strategy import DirectSave
 from megalong.errors import UserError
 from megalong.model.build import unwrap
@@ -113,8 +113,7 @@ def _published(checkpoint: Path, meta: Meta, assets: Path | None) -> Iterator[Pa
         if assets is not None and assets.is_dir():
             copy_assets(assets, aside / ASSETS)
         (aside / META).write_text(meta.model_dump_json(indent=2) + "\n")
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        aside.rename(checkpoint)
+        publish(aside, checkpoint)
     dist.barrier()
 
 

@@ -24,16 +24,21 @@ class LlamaConfig(TransformerConfig):
     """`TransformerConfig` and what our core attention needs besides."""
 
     rope: RopeSettings = field(default_factory=RopeSettings)
+    kernel: str = "auto"
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """How one model is laid out and computed: everything that is not its architecture."""
+    """How one model is laid out and computed: everything that is not its architecture.
+
+    `recompute` is `memory.recompute`, `kernel` is `attention.backend` of the configuration.
+    """
 
     layout: Layout = field(default_factory=Layout)
     sequence_parallel: bool = False
     params_dtype: torch.dtype = torch.float32
     recompute: str = "none"
+    kernel: str = "auto"
 
 
 def transformer_config(architecture: Architecture, settings: ModelSettings) -> LlamaConfig:
@@ -50,6 +55,7 @@ def transformer_config(architecture: Architecture, settings: ModelSettings) -> L
         num_query_groups=architecture.num_query_groups,
         kv_channels=architecture.kv_channels,
         rope=architecture.rope,
+        kernel=settings.kernel,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_epsilon,
         gated_linear_unit=True,

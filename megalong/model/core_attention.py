@@ -42,6 +42,7 @@ class CoreAttention(torch.nn.Module):
         assert attn_mask_type == AttnMaskType.causal
         self.softmax_scale = (softmax_scale or 1 / math.sqrt(head_dim)) * temperature(config.rope) ** 2
         self.inverse_frequencies = inverse_frequencies(config.rope, head_dim).to(torch.cuda.current_device())
+        self.kernel = config.kernel
         self.group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
@@ -62,5 +63,5 @@ class CoreAttention(torch.nn.Module):
         assert isinstance(packed_seq_params, AttentionInputs)
         cos, sin = packed_seq_params.rotary(self.inverse_frequencies)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        out = ring_attention(query, key, value, softmax_scale=self.softmax_scale, group=self.group)
+        out = ring_attention(query, key, value, softmax_scale=self.softmax_scale, group=self.group, backend=self.kernel)
         return out.reshape(*out.shape[:2], -1)

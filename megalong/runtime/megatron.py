@@ -24,15 +24,20 @@ _TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine.pytorch", "tran
 def prepare(device: torch.device) -> None:
     """Make `import megatron.core` safe and usable on `device`; idempotent."""
     hide_broken_transformer_engine()
-    # torch 2.13 renames collectives that Megatron-Core still calls by their old names, once a step.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
-    # "Apex is not installed. Falling back to ...": we choose those parts ourselves.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    _quiet()
     if device.type == "cpu":
         from megalong.runtime import cpu
 
         cpu.install()
     _install_adam()
+
+
+def _quiet() -> None:
+    """Hide warnings that a user of megalong can do nothing about; our own go through the log."""
+    # "Apex is not installed. Falling back to ...": we choose those parts ourselves.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    # torch renames what Megatron-Core still calls by its old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch\.distributed)\.")
 
 
 def hide_broken_transformer_engine() -> None:

@@ -46,7 +46,7 @@ def train(config_path: str, overrides: list[str] | None = None, nproc: int | Non
 
 
 def _check(stages: list[Config], world: int) -> None:
-    """Everything that needs no torch. A later stage starts from the one before: its model is checked when it starts."""
+    """Everything that needs no process. A later stage starts from the one before: its model is checked as it starts."""
     for index, config in enumerate(stages):
         check_world(config, world)
         data = config.data
@@ -70,10 +70,10 @@ def _check_vocabulary(samples: PackedSamples, vocabulary: int) -> None:
 
 
 def _run_here(stages: list[Config]) -> None:
-    # torch is imported from here on: everything before is a fraction of a second.
     from megalong.runtime import distributed
-    from megalong.runtime.logs import close_logging
+    from megalong.runtime.logs import close_logging, setup_logging
 
+    setup_logging(distributed.environment_world()[0])
     device = distributed.choose_device(stages[0].runtime.device)
     distributed.start(device, stages[0].runtime.timeout_minutes)
     try:

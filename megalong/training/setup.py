@@ -23,7 +23,7 @@ from megalong.config.architecture import Architecture
 from megalong.config.checks import check_model, check_world
 from megalong.config.schema import Config
 from megalong.errors import UserError
-from megalong.hf.load import load_into
+from megalong.hf.load import WeightSource, load_into
 from megalong.hf.random_weights import RandomWeights
 from megalong.hf.reader import HFReader
 from megalong.model.build import build_model, layer_offset, wrap_for_training
@@ -67,6 +67,7 @@ def model_settings(config: Config) -> ModelSettings:
         sequence_parallel=config.parallel.sequence_parallel,
         params_dtype=DTYPES[config.precision.params_dtype],
         recompute=config.memory.recompute,
+        kernel=config.attention.backend,
     )
 
 
@@ -101,19 +102,26 @@ def _first_weights(start: Start, config: Config, chunks: list[torch.nn.Module]) 
         store.load_weights(start.checkpoint, chunks)
         log.info("weights from %s; step, optimizer, schedule and data position start fresh", start.checkpoint)
         return
-    source: Any = RandomWeights(start.architecture, config.run.seed)
-    if start.hf is not None:
-        source = HFReader(start.hf)
+    if start.hf is None:
+        _fill(chunks, RandomWeights(start.architecture, config.run.seed), start.architecture)
+        log.info("random weights of seed %d; everything else starts fresh", config.run.seed)
+        return
+    with HFReader(start.hf) as reader:
+        reader.check(start.architecture)
+        _fill(chunks, reader, start.architecture)
+    log.info("weights from %s; step, optimizer, schedule and data position start fresh", start.hf)
+
+
+def _fill(chunks: list[torch.nn.Module], source: WeightSource, architecture: Architecture) -> None:
     for chunk in chunks:
         load_into(
             chunk,
             source,
-            start.architecture,
+            architecture,
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-            layer_offset=layer_offset(start.architecture, config.parallel.pipeline_model_parallel_size),
+            layer_offset=layer_offset(architecture, parallel_state.get_pipeline_model_parallel_world_size()),
         )
-    log.info("weights from %s; everything else starts fresh", start.hf or f"seed {config.run.seed} (random)")
 
 
 def save(session: Session) -> Path:

@@ -1,6 +1,6 @@
 """Where a run starts: its own newest checkpoint, or weights from elsewhere.
 
-Needs no torch, so that a mistake is found before a process is started.
+It builds nothing, so that a mistake is found before a process is started.
 """
 
 from __future__ import annotations

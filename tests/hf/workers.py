@@ -1,8 +1,5 @@
 """What the pool's workers do for the conversion tests: Megatron-Core stays out of the test process."""
 
-import contextlib
-import multiprocessing
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,38 +12,19 @@ from megalong.hf.reader import HFReader
 from megalong.runtime.distributed import Layout, clear_layout, set_layout, start
 
 
-@contextlib.contextmanager
-def children_allowed() -> Iterator[None]:
-    """Megatron-Core's writer starts processes, which a pool's daemonic worker may not; none outlives the call."""
-    process = multiprocessing.current_process()
-    process._config["daemon"] = False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-        filesystem_async._results_queue = None
-        for child in multiprocessing.active_children():
-            child.terminate()
-            child.join()
-        process._config["daemon"] = True  # type: ignore[attr-defined]
-
-
 def convert(jobs: list[tuple[str | None, str, str]], dtype: str | None = None) -> None:
     """For each (hf, checkpoint, output): import, unless `hf` is None, and export in shards of 40 kB."""
-    with children_allowed():
-        for hf, checkpoint, output in jobs:
-            if hf is not None:
-                import_hf(hf=hf, output=checkpoint)
-            export_hf(checkpoint=checkpoint, output=output, dtype=dtype, max_shard_bytes=40_000)
+    for hf, checkpoint, output in jobs:
+        if hf is not None:
+            import_hf(hf=hf, output=checkpoint)
+        export_hf(checkpoint=checkpoint, output=output, dtype=dtype, max_shard_bytes=40_000)
 
 
 def save_under_layouts(jobs: list[tuple[str, str, int, int]]) -> None:
     """For each (hf, run, TP, PP): every rank reads its own slices, and all save as step 7 of the run."""
     start(torch.device("cpu"))
-    with children_allowed():
-        for hf, run, tensor, pipeline in jobs:
-            _save(Path(hf), Path(run), Layout(tensor=tensor, pipeline=pipeline))
+    for hf, run, tensor, pipeline in jobs:
+        _save(Path(hf), Path(run), Layout(tensor=tensor, pipeline=pipeline))
     clear_layout()
 
 
