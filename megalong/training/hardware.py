@@ -2,8 +2,9 @@
 
 MFU divides the operations a model needs by the peak of the device. For known GPUs the peak is the vendor's dense
 bf16 figure. For anything else (a CPU, a GPU not in the table) it is measured once, in a quarter of a second: the best
-of a few square matrix products on this process's own threads. A measured peak is what the machine can truly reach, so
-MFU against it reads higher than against a data sheet; the run's `config` text in TensorBoard says which one was used.
+of a few square matrix products on this process's own threads, in the time they were running (another program on the
+same cores takes no part of the peak away). A measured peak is what the machine can truly reach, so MFU against it
+reads higher than against a data sheet; the run's `config` text in TensorBoard says which one was used.
 """
 
 from __future__ import annotations
@@ -51,13 +52,14 @@ def device_peak(device: torch.device) -> Peak:
 
 def _measure(device: torch.device, dtype: torch.dtype, size: int) -> float:
     left = torch.randn(size, size, device=device).to(dtype)
+    clock = time.perf_counter if device.type == "cuda" else time.thread_time
     seconds = []
     for _ in range(6):
         _wait(device)
-        begin = time.perf_counter()
+        begin = clock()
         left @ left
         _wait(device)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(clock() - begin)
     return 2 * size**3 / min(seconds)
 
 

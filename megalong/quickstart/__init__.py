@@ -1,0 +1,5 @@
+"""`megalong quickstart`: the whole story in minutes, on this machine's own text. See `story.py`."""
+
+from megalong.quickstart.story import quickstart
+
+__all__ = ["quickstart"]

@@ -1,0 +1,88 @@
+"""Does `transformers` see the same model in the export as we do in the checkpoint?
+
+Both read the same held-out tokens, far beyond the original length; their logits may differ by the rounding of fp32
+only. The tokenizer is compared too: text to ids as the dataset has them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megalong.evaluation.source import ModelSource, find_model, open_held_out
+from megalong.runtime.distributed import single_process
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two models' logits are apart on the same tokens.
+
+    Attributes:
+        tokens: length of the sequence read.
+        largest_difference: largest |ours - theirs| of any logit.
+        deviation: standard deviation of the logits, to compare it with.
+        agreement: share of positions where both find the same token most likely.
+    """
+
+    tokens: int
+    largest_difference: float
+    deviation: float
+    agreement: float
+
+    def __str__(self) -> str:
+        return (
+            f"logits at {self.tokens} positions: largest difference {self.largest_difference:.1e} (their standard "
+            f"deviation is {self.deviation:.2f}), most likely token equal at {100 * self.agreement:.2f} % of positions"
+        )
+
+
+def compare_with_transformers(run: Path, export: Path, data: Path, seq_length: int) -> Comparison:
+    """Read the first held-out sample with the run's newest checkpoint and with its Hugging Face export, in fp32."""
+    # The adapter asks whether there is a GPU: on a machine with one, this comparison stays on the CPU too.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    source = find_model(run)
+    sample = open_held_out(str(data), seq_length, 1, source).sample(0)
+    tokens = torch.from_numpy(sample[None, :-1])
+    with torch.no_grad():
+        theirs, ours = _their_logits(export, tokens), _our_logits(source, tokens)
+    return Comparison(
+        tokens=seq_length,
+        largest_difference=(ours - theirs).abs().max().item(),
+        deviation=theirs.std().item(),
+        agreement=(ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
+    )
+
+
+def _their_logits(export: Path, tokens: torch.Tensor) -> torch.Tensor:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
+    return model(tokens).logits[0]
+
+
+def _our_logits(source: ModelSource, tokens: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    with single_process():
+        # Imports Megatron-Core, for which the process is prepared only now.
+        from megalong.evaluation.measure import load_model
+        from megalong.model.batch import AttentionInputs
+
+        model = load_model(source)[0].eval()
+        logits = model(
+            input_ids=tokens,
+            position_ids=None,
+            attention_mask=None,
+            packed_seq_params=AttentionInputs(positions=torch.arange(tokens.shape[1])),
+        )
+        return logits[0, :, : source.architecture.vocab_size].float()

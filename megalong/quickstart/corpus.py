@@ -1,0 +1,79 @@
+"""The corpus: real text that lies on every machine with Python.
+
+    code      the standard library's own sources, one document a file (about 10 MB, files of up to 230 KB)
+    prose     the language reference of `pydoc_data.topics`, one document a topic (about 0.5 MB)
+    heldout   every 15th document of both: never trained on, what perplexity is measured on
+
+Long documents matter here: at 4096 tokens a sample is mostly one file, so far context has something to say about the
+next token. Tests, caches, installed packages and the tables of `encodings` (numbers, no language) are left out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import sysconfig
+from pathlib import Path
+
+from megalong.errors import UserError
+
+HELD_OUT_EVERY = 15
+DOMAINS = ("code", "prose", "heldout")
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
+_ENOUGH_CHARACTERS = 2_000_000
+
+
+def standard_library() -> list[str]:
+    """Text of every source file of the running Python's standard library, in the order of their paths."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in sorted(root.rglob("*.py")) if not _LEFT_OUT.intersection(path.relative_to(root).parts)]
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
+    if sum(map(len, texts)) < _ENOUGH_CHARACTERS:
+        raise UserError(
+            f"{root}: no sources of the standard library ({len(files)} files); the quickstart's corpus is made of "
+            "them, so run it with a Python that was installed with its .py files"
+        )
+    return [text for text in texts if text.strip()]
+
+
+def language_reference() -> list[str]:
+    """The topics of Python's built-in help, in the order of their names.
+
+    Raises:
+        UserError: this Python was installed without them.
+    """
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        raise UserError("pydoc_data.topics: not in this Python; install its full standard library") from None
+    return [topics[name] for name in sorted(topics)]
+
+
+def split_corpus(code: list[str], prose: list[str], seed: int = 1234) -> dict[str, list[str]]:
+    """Shuffle both domains and take every 15th document out of them: texts by the names of `DOMAINS`."""
+    kept: dict[str, list[str]] = {"heldout": []}
+    for name, texts in (("code", code), ("prose", prose)):
+        shuffled = random.Random(seed).sample(texts, len(texts))
+        kept["heldout"] += shuffled[::HELD_OUT_EVERY]
+        kept[name] = [text for number, text in enumerate(shuffled) if number % HELD_OUT_EVERY]
+    return kept
+
+
+def write_corpus(folder: Path) -> None:
+    """Write `folder/{code,prose,heldout}.jsonl` and say what is in them."""
+    corpus = split_corpus(standard_library(), language_reference())
+    for name in DOMAINS:
+        lines = [json.dumps({"text": text}) + "\n" for text in corpus[name]]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        characters = sum(map(len, corpus[name]))
+        print(f"{name:8} {len(lines):4d} documents, {characters / 1e6:5.2f} million characters")
+
+
+def training_texts(folder: Path) -> list[str]:
+    """Every document that `write_corpus` put aside for training."""
+    texts = []
+    for name in ("code", "prose"):
+        with (folder / f"{name}.jsonl").open(encoding="utf-8") as lines:
+            texts += [json.loads(line)["text"] for line in lines]
+    return texts

@@ -1,0 +1,93 @@
+"""The end of the story: a table, a picture, and where everything lies.
+
+`report.md` and `perplexity.png` are written into the story's folder; the terminal gets the same text.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megalong.evaluation.perplexity import PerplexityResult, perplexity_table
+from megalong.evaluation.plots import plot_perplexity
+
+PLACES = {
+    "corpus/": "the texts: code, prose, and held-out documents of both",
+    "tokenizer/": "the byte-level BPE tokenizer, Hugging Face format",
+    "data/": "tokens: Megatron's .bin and .idx",
+    "random-llama/": "the untrained Llama, Hugging Face format",
+    "imported/": "the same as a checkpoint any TP/PP layout loads",
+    "runs/base/": "pretraining: config, log, checkpoints, TensorBoard",
+    "runs/extended/": "the extension: the same",
+    "hf/": "exports for transformers: base, and extended",
+    "evaluation/": "perplexity by position of each model, as JSON, table and picture",
+}
+
+
+def write_report(
+    folder: Path, results: list[PerplexityResult], comparison: str, original_length: int, seconds: dict[str, float]
+) -> None:
+    """Write `folder/report.md` and `folder/perplexity.png`, and print the report.
+
+    Args:
+        results: models in the order to show them, all measured on the same sequences; the last is the extended one.
+        comparison: what comparing the export with transformers gave.
+        original_length: tokens of context the base model was trained with.
+        seconds: time each step took, those done in this start.
+    """
+    factor = results[-1].seq_length // original_length
+    title = f"Perplexity by position before and after extending the context ×{factor}"
+    plot_perplexity(results, folder / "perplexity.png", title=title, original_length=original_length)
+    text = _text(folder, results, comparison, original_length, seconds)
+    aside = folder / f"report.md.tmp-{os.getpid()}"
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(folder / "report.md")
+    print(text)
+
+
+def _text(
+    folder: Path, results: list[PerplexityResult], comparison: str, original_length: int, seconds: dict[str, float]
+) -> str:
+    first, last = results[0], results[-1]
+    places = [f"    {folder / name!s:40} {what}" for name, what in PLACES.items()]
+    times = [f"    {title:60} {value:6.0f} s" for title, value in seconds.items()]
+    return "\n".join(
+        [
+            f"# From {original_length} to {last.seq_length} tokens of context",
+            "",
+            f"Perplexity of {last.samples} held-out samples of {last.seq_length} tokens, by position:",
+            "",
+            perplexity_table(results),
+            "",
+            f"![perplexity by position]({folder.resolve() / 'perplexity.png'})",
+            "",
+            *_sentences(first, last, original_length),
+            "",
+            f"The export, read by transformers: {comparison}.",
+            "",
+            "Where everything lies:",
+            "",
+            *places,
+            f"    {folder / 'perplexity.png'!s:40} the picture",
+            "",
+            "The curves of both runs:",
+            "",
+            f"    tensorboard --logdir {folder / 'runs'}",
+            "",
+            *(["Time by step:", "", *times, ""] if times else []),
+        ]
+    )
+
+
+def _sentences(first: PerplexityResult, last: PerplexityResult, original_length: int) -> list[str]:
+    """What the table says, in words: inside the trained length and at the far end, both models."""
+    inside = first.edges.index(original_length) - 1
+    base, extended = first.perplexity, last.perplexity
+    values = base[inside], base[-1], extended[inside], extended[-1]
+    assert all(value is not None for value in values)
+    near, far, near_after, far_after = values
+    return [
+        f"- {first.name}: {near:.1f} just inside its {original_length} tokens, {far:.1f} at the end of "
+        f"{last.seq_length}: {far / near:.1f} times worse.",  # type: ignore[operator]
+        f"- {last.name}: {near_after:.1f} and {far_after:.1f}: {far_after / near_after:.2f} times.",  # type: ignore[operator]
+    ]

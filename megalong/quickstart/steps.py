@@ -1,0 +1,98 @@
+"""Steps of a story that can be stopped and taken up again.
+
+A step knows whether its outcome is there (`done`) and how to get it (`run`). Outcomes appear whole or not at all, so a
+step that was interrupted is simply run again; training resumes from its last checkpoint by itself.
+
+Work that has a command is done by that command, in a process of its own, exactly as it is printed: what scrolls by
+can be copied and run by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import megalong
+from megalong.training.console import duration
+
+WIDTH = 100
+
+
+class StepFailed(SystemExit):
+    """A command of the story failed; it has told why. Carries its exit status."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: what it is called, what it is for, how to know that it is done, how to do it."""
+
+    title: str
+    purpose: str
+    done: Callable[[], bool]
+    run: Callable[[], None]
+
+
+def run_steps(steps: list[Step]) -> dict[str, float]:
+    """Do the steps that are not done yet, with a header and a time for each; returns seconds by title."""
+    begin, seconds = time.monotonic(), {}
+    for number, step in enumerate(steps, start=1):
+        head = f"━━ {number}/{len(steps)} {step.title} "
+        print(f"\n{head}{'━' * max(0, WIDTH - len(head))}")
+        if step.done():
+            print("   done before")
+            continue
+        print(f"   {step.purpose}")
+        started = time.monotonic()
+        step.run()
+        seconds[step.title] = time.monotonic() - started
+        so_far = duration(time.monotonic() - begin)
+        print(f"   {duration(seconds[step.title])}, {so_far} since the start")
+    return seconds
+
+
+class Commands:
+    """Runs `megalong …` in the story's folder and prints each command as it is run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __call__(self, *arguments: str) -> None:
+        """Run `megalong ARGUMENTS` to its end.
+
+        Raises:
+            StepFailed: with the command's exit status; it has told the reason itself.
+        """
+        print(f"   $ megalong {shlex.join(arguments)}")
+        command = [sys.executable, "-m", "megalong", *arguments]
+        status = subprocess.run(command, cwd=self._folder, env=_environment(), check=False).returncode
+        if status:
+            print(f"   stopped: exit status {status}; the same command goes on from here", file=sys.stderr)
+            raise StepFailed(status if status > 0 else 128 - status)
+
+
+def _environment() -> dict[str, str]:
+    """The caller's environment, with this very package in reach and GPUs out of sight: the story is told on CPU."""
+    root = str(Path(megalong.__file__).resolve().parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+
+
+@contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name only when the block ends well."""
+    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        aside.replace(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,194 @@
+"""The quickstart: from this machine's own text to a model with sixteen times the context, in minutes on two cores.
+
+    texts ─▶ tokenizer ─▶ datasets ─▶ random Llama ─▶ import ─▶ pretrain at 256 tokens (DP 2)
+          ─▶ extend to 4096 with YaRN (CP 2) ─▶ export ─▶ transformers agrees ─▶ perplexity by position
+
+The Llama is tiny and its English is Python, but every joint is the real one: the commands, formats and parallelism
+are those of an 8B model on a cluster. Interrupted, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from pathlib import Path
+
+import megalong
+from megalong.checkpoint.folder import whole_checkpoints
+from megalong.config.load import load_config
+from megalong.config.rope import RopeSettings
+from megalong.config.schema import Config
+from megalong.errors import UserError
+from megalong.quickstart import corpus, model
+from megalong.quickstart.steps import Commands, Step, published, run_steps
+
+PROCESSES = "2"
+MEASURED_SAMPLES = "32"
+CONFIGS = ("pretrain.yaml", "extend.yaml")
+BASE, UNTRAINED, EXTENDED = "base", "base-yarn-untrained", "extended"
+
+
+def quickstart(output: str = "quickstart-run") -> None:
+    """Tell the whole story into the folder `output`, skipping what an earlier start has done.
+
+    Raises:
+        UserError: not started from a checkout, or this Python has no library sources.
+        StepFailed: a command failed; it has told why.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # our lines and those of the commands in their true order
+    folder = Path(output)
+    _copy_configs(folder)
+    story = Story(folder)
+    print(f"megalong quickstart: everything goes to {folder}/; interrupt it at any time, start it again to go on.")
+    print(f"Commands are run in that folder: cd {folder}")
+    story.report(run_steps(story.steps()))
+
+
+def _copy_configs(folder: Path) -> None:
+    """Put the two configurations beside what they make, unless an earlier start did."""
+    source = Path(megalong.__file__).resolve().parents[1] / "examples" / "quickstart"
+    for name in CONFIGS:
+        if (folder / name).exists():
+            continue
+        if not (source / name).is_file():
+            raise UserError(f"{source / name}: no such file; run the quickstart from a checkout of megalong")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+
+
+class Story:
+    """The steps, what each leaves in `folder`, and how to know that it is there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.megalong = Commands(folder)
+        self.pretrain, self.extend = (load_config(folder / name)[0] for name in CONFIGS)
+
+    def steps(self) -> list[Step]:
+        """All steps in order."""
+        length, longer = self.pretrain.data.seq_length, self.extend.data.seq_length
+        there = self._is_there
+        return [
+            Step("collect the corpus", "Real text of this machine: Python's own sources and its language reference.",
+                 lambda: there("corpus"), self.collect),
+            Step("train a tokenizer", "A byte-level BPE on the training documents.",
+                 lambda: there("tokenizer"), self.tokenizer),
+            Step("tokenize", "Two domains to train on, and documents held out; <s> between documents.",
+                 lambda: all(there(f"data/{name}_text_document.idx") for name in corpus.DOMAINS), self.tokenize),
+            Step("make a random Llama", "A Hugging Face folder, as a download from the hub would be.",
+                 lambda: there("random-llama"), self.random_llama),
+            Step("import it", "From Hugging Face to a sharded checkpoint that any parallel layout can load.",
+                 lambda: bool(whole_checkpoints(self.folder / "imported")), self.import_it),
+            Step(f"pretrain at {length} tokens", "Two processes, half of every batch each (data parallel).",
+                 lambda: self._trained(self.pretrain), lambda: self.train("pretrain.yaml")),
+            Step(f"measure the base at {longer} tokens", f"It never saw more than {length}.",
+                 lambda: self._measured(BASE), lambda: self.measure(BASE, "--checkpoint", "runs/base")),
+            Step("measure the base under YaRN, untrained", "Its export with one change: config.json says YaRN.",
+                 lambda: self._measured(UNTRAINED), self.measure_untrained),
+            Step(f"extend to {longer} tokens with YaRN", "Two processes share every sequence (context parallel ring).",
+                 lambda: self._trained(self.extend), lambda: self.train("extend.yaml")),
+            Step("measure the extended model", "The same held-out sequences.",
+                 lambda: self._measured(EXTENDED), lambda: self.measure(EXTENDED, "--checkpoint", "runs/extended")),
+            Step("export it", "Back to Hugging Face's format, with YaRN in config.json.",
+                 lambda: there("hf/extended"), lambda: self.export("extended")),
+            Step("compare the export with transformers", "The same tokens, their model and ours.",
+                 lambda: there("comparison.txt"), self.compare),
+        ]  # fmt: skip
+
+    def collect(self) -> None:
+        """Write the corpus."""
+        with published(self.folder / "corpus") as folder:
+            corpus.write_corpus(folder)
+
+    def tokenizer(self) -> None:
+        """Train and save the tokenizer."""
+        with published(self.folder / "tokenizer") as folder:
+            model.train_tokenizer(self.folder / "corpus", folder)
+
+    def tokenize(self) -> None:
+        """Preprocess the three sets of documents."""
+        for name in corpus.DOMAINS:
+            files = ["--input", f"corpus/{name}.jsonl", "--output-prefix", f"data/{name}"]
+            self.megalong("data", "preprocess", *files, "--tokenizer", "tokenizer", "--separator", model.SEPARATOR)
+
+    def random_llama(self) -> None:
+        """Make the Hugging Face folder to start from."""
+        with published(self.folder / "random-llama") as folder:
+            model.make_random_llama(self.folder / "tokenizer", folder)
+
+    def import_it(self) -> None:
+        """Import the random Llama."""
+        self.megalong("checkpoint", "import", "--hf", "random-llama", "--output", "imported")
+
+    def train(self, config: str) -> None:
+        """Train, or go on training."""
+        self.megalong("train", config, "--nproc", PROCESSES)
+
+    def export(self, run: str) -> None:
+        """Export a run's newest checkpoint to `hf/RUN`."""
+        self.megalong("checkpoint", "export", "--checkpoint", f"runs/{run}", "--output", f"hf/{run}")
+
+    def measure(self, name: str, *source: str) -> None:
+        """Measure perplexity by position at the extended length."""
+        sizes = ["--seq-length", str(self.extend.data.seq_length), "--samples", MEASURED_SAMPLES]
+        data = ["--data", "data/heldout_text_document"]
+        self.megalong("evaluate", "perplexity", *source, *data, *sizes, "--output", f"evaluation/{name}")
+
+    def measure_untrained(self) -> None:
+        """Export the base, let its config say what the extension's says, and measure that."""
+        if not self._is_there("hf/base"):
+            self.export("base")
+        if not self._is_there(f"hf/{UNTRAINED}"):
+            assert self.extend.model.rope is not None
+            _with_rope(self.folder / "hf" / "base", self.folder / "hf" / UNTRAINED, self.extend.model.rope)
+        self.measure(UNTRAINED, "--hf", f"hf/{UNTRAINED}")
+
+    def compare(self) -> None:
+        """Compare logits of checkpoint and export; keep the outcome as a sentence."""
+        from megalong.quickstart.compare import compare_with_transformers
+
+        outcome = compare_with_transformers(
+            self.folder / "runs" / "extended",
+            self.folder / "hf" / "extended",
+            self.folder / "data" / "heldout_text_document",
+            self.extend.data.seq_length,
+        )
+        print(f"   {outcome}")
+        (self.folder / "comparison.txt").write_text(str(outcome))
+
+    def report(self, seconds: dict[str, float]) -> None:
+        """Table, picture and places."""
+        from megalong.evaluation.perplexity import PerplexityResult
+        from megalong.quickstart.report import write_report
+
+        results = [
+            PerplexityResult.load(self.folder / "evaluation" / name / "perplexity.json")
+            for name in (BASE, UNTRAINED, EXTENDED)
+        ]
+        comparison = (self.folder / "comparison.txt").read_text()
+        write_report(self.folder, results, comparison, self.pretrain.data.seq_length, seconds)
+
+    def _is_there(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def _measured(self, name: str) -> bool:
+        return self._is_there(f"evaluation/{name}/perplexity.json")
+
+    def _trained(self, config: Config) -> bool:
+        found = whole_checkpoints(self.folder / config.run.dir)
+        return bool(found) and int(found[-1].name.removeprefix("step-")) >= config.training.train_iters
+
+
+def _with_rope(source: Path, target: Path, rope: RopeSettings) -> None:
+    """Copy a Hugging Face folder; in the copy, `config.json` asks for the positions of `rope`. No weight changes."""
+    import json
+
+    from megalong.hf.config import read_architecture, write_config
+
+    config = json.loads((source / "config.json").read_text())
+    with published(target) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        changed = write_config(read_architecture(source).with_rope(rope), config)
+        (folder / "config.json").write_text(json.dumps(changed, indent=2))
