@@ -11,9 +11,9 @@ from megalong.config.schema import Config
 from megalong.runtime import distributed
 
 
-def train_steps(settings: dict[str, Any], steps: int) -> dict[str, list[float]]:
+def train_steps(settings: dict[str, Any], steps: int, device: str = "cpu") -> dict[str, list[float]]:
     """Loss and gradient norm of the first `steps` steps, without saving anything."""
-    with _session(settings) as session:
+    with _session(settings, device) as session:
         from megalong.data.sampler import PackedSamples
         from megalong.training.batches import Batches
         from megalong.training.step import TrainStep
@@ -64,16 +64,16 @@ class _Records:
 class _session:
     """A set-up session on the pool's gloo group; the layout is cleared afterwards."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], device: str = "cpu") -> None:
         self.config = Config.model_validate(settings)
+        self.device = torch.device(device)
 
     def __enter__(self) -> Any:
-        device = torch.device("cpu")
-        distributed.start(device)  # before anything imports megatron
+        distributed.start(self.device)  # before anything imports megatron
         from megalong.training.setup import set_up
 
         Path(self.config.run.dir).mkdir(parents=True, exist_ok=True)
-        return set_up(self.config, device)
+        return set_up(self.config, self.device)
 
     def __exit__(self, *exception: object) -> None:
         distributed.clear_layout()

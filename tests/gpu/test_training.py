@@ -1,0 +1,34 @@
+"""Ten steps on the GPU are the ten steps of the CPU; bf16 stays near fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.llama import make_dataset, make_llama, run_settings
+from tests.pool import WorkerPool
+from tests.training.workers import train_steps
+
+STEPS = 10
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_fp32_steps_equal_the_cpu(recompute: str, tmp_path: Path, pool: WorkerPool, gpu_world: torch.device) -> None:
+    settings = run_settings(
+        tmp_path / "run", make_llama(tmp_path / "hf"), make_dataset(tmp_path / "data"), memory={"recompute": recompute}
+    )
+    cpu = pool.run(1, "tests.training.workers:train_steps", settings, STEPS)[0]
+    gpu = train_steps(settings, STEPS, str(gpu_world))
+    assert gpu["loss"] == pytest.approx(cpu["loss"], rel=1e-4)
+    assert gpu["norm"] == pytest.approx(cpu["norm"], rel=1e-3)
+
+
+def test_bf16_steps_stay_near_fp32(tmp_path: Path, gpu_world: torch.device) -> None:
+    sources = make_llama(tmp_path / "hf"), make_dataset(tmp_path / "data")
+    exact = train_steps(run_settings(tmp_path / "a", *sources), STEPS, str(gpu_world))
+    rounded = train_steps(
+        run_settings(tmp_path / "b", *sources, precision={"params_dtype": "bf16"}), STEPS, str(gpu_world)
+    )
+    assert rounded["loss"] == pytest.approx(exact["loss"], rel=1e-2)
