@@ -160,7 +160,10 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(
         time.sleep(wait)
         workers = children(process.pid)
         process.send_signal(sent)
-        assert process.wait(20) != 0
+        try:
+            assert process.wait(60) != 0
+        finally:
+            process.kill()
         with pytest.raises(UserError, match="does not exist"):
             IndexedDataset(f"{output}_text_document")
         if wait:  # at 0 the signal may hit while the file is being opened: a leftover, which is harmless
