@@ -125,16 +125,17 @@ def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 
 def _model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:
-    assert len(chunks) == 1
-    return dict(unwrap(chunks[0]).sharded_state_dict())
+    """One sharded state per part of the model; the tensors' keys do not depend on how many parts there are."""
+    return {str(index): dict(unwrap(chunk).sharded_state_dict()) for index, chunk in enumerate(chunks)}
 
 
 def _set_model_state(chunks: list[torch.nn.Module], state: dict[str, Any]) -> None:
     # Not strict: Megatron-Core's modules list empty `_extra_state` entries that only Transformer Engine fills.
-    missing, unexpected = unwrap(chunks[0]).load_state_dict(state, strict=False)
-    wrong = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
-    if wrong:
-        raise RuntimeError(f"checkpoint and model disagree on {wrong[:3]}")
+    for index, chunk in enumerate(chunks):
+        missing, unexpected = unwrap(chunk).load_state_dict(state[str(index)], strict=False)
+        wrong = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
+        if wrong:
+            raise RuntimeError(f"checkpoint and model disagree on {wrong[:3]}")
 
 
 def _random_state() -> ShardedObject:

@@ -19,6 +19,7 @@ def check_config(config: "Config") -> None:
     `sequence_parallel` with one tensor-parallel rank is refused rather than ignored: what a file says is what runs.
     """
     _check_sequence(config)
+    _check_pipeline(config)
     optimizer, training = config.optimizer, config.training
     if optimizer.warmup_iters >= training.train_iters:
         raise UserError(
@@ -55,6 +56,32 @@ def _check_sequence(config: "Config") -> None:
         _check_length(length, tensor * context, name, why)
 
 
+def _check_pipeline(config: "Config") -> None:
+    parallel = config.parallel
+    interleaved = parallel.virtual_pipeline_model_parallel_size > 1
+    if interleaved and parallel.pipeline_model_parallel_size == 1:
+        raise UserError(
+            f"parallel.virtual_pipeline_model_parallel_size {parallel.virtual_pipeline_model_parallel_size} "
+            "interleaves pipeline stages, but parallel.pipeline_model_parallel_size is 1: write 1, or a longer pipeline"
+        )
+    if interleaved and (parallel.batch_p2p_comm or parallel.overlap_p2p_comm is False):
+        raise UserError(
+            "parallel.batch_p2p_comm true (or overlap_p2p_comm false) with an interleaved pipeline is refused: with "
+            "two stages the next and the previous rank are the same, batched sends pair wrongly and gradients "
+            "are silently wrong; leave both out, or write overlap_p2p_comm: true, batch_p2p_comm: false"
+        )
+    if not interleaved and (parallel.overlap_p2p_comm or parallel.batch_p2p_comm is False):
+        raise UserError(
+            "parallel.overlap_p2p_comm true (or batch_p2p_comm false) needs an interleaved pipeline: write "
+            "virtual_pipeline_model_parallel_size 2 or more, or leave both out"
+        )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        raise UserError(
+            "parallel.overlap_param_gather true needs use_distributed_optimizer: true and overlap_grad_reduce: true: "
+            "it gathers what that optimizer has sharded, in the same buckets"
+        )
+
+
 def _check_length(length: int, divisor: int, name: str, why: str) -> None:
     if length % divisor:
         below, above = length // divisor * divisor, (length // divisor + 1) * divisor
@@ -85,13 +112,22 @@ def check_world(config: "Config", world_size: int) -> None:
             f"{training.micro_batch_size} * data parallel {replicas} = {step} (data parallel = {world_size} processes "
             f"/ {config.world_divisor}): write {above}, or use fewer processes"
         )
+    pipeline, micro_batches = config.parallel.pipeline_model_parallel_size, training.global_batch_size // step
+    if config.parallel.virtual_pipeline_model_parallel_size > 1 and micro_batches % pipeline:
+        raise UserError(
+            f"training.global_batch_size {training.global_batch_size} gives every rank {micro_batches} micro-batches, "
+            f"and an interleaved pipeline of {pipeline} stages needs a multiple of {pipeline}: write a multiple of "
+            f"{step * pipeline}"
+        )
 
 
 def check_model(config: "Config", architecture: "Architecture") -> None:
     """Refuse a layout that does not cut the model evenly: heads, KV groups, MLP, vocabulary and layers."""
     tensor = config.parallel.tensor_model_parallel_size
-    pipeline = config.parallel.pipeline_model_parallel_size
+    pipeline = config.parallel.pipeline_model_parallel_size * config.parallel.virtual_pipeline_model_parallel_size
     tensor_key, pipeline_key = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+    if config.parallel.virtual_pipeline_model_parallel_size > 1:
+        pipeline_key += " * virtual_pipeline_model_parallel_size"
     for what, size, divisor, key in (
         ("attention heads", architecture.num_attention_heads, tensor, tensor_key),
         ("KV groups", architecture.num_query_groups, tensor, tensor_key),

@@ -104,13 +104,24 @@ class Data(Section):
 
 
 class Parallel(Section):
-    """How the model and the sequence are cut; what is left of the world size is data parallel."""
+    """How the model and the sequence are cut; what is left of the world size is data parallel.
+
+    `virtual_pipeline_model_parallel_size` V above 1 interleaves: each pipeline rank holds V parts of the model, layers
+    r, r + P, r + 2P, ... in units of layers / (P * V), which shortens the idle time at both ends of a step V times.
+    The two p2p switches follow from that unless they are set: an interleaved pipeline overlaps its sends with compute,
+    a plain one sends in batches.
+    """
 
     tensor_model_parallel_size: Positive = 1
     context_parallel_size: Positive = 1
     pipeline_model_parallel_size: Positive = 1
+    virtual_pipeline_model_parallel_size: Positive = 1
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    overlap_p2p_comm: bool | None = None
+    batch_p2p_comm: bool | None = None
 
 
 class Attention(Section):

@@ -37,7 +37,6 @@ def forward_losses(
         local = run_microbatches(
             chunks,
             micro_batches,
-            len(micro_batches),
             seq_length,
             micro_batches[0].tokens.shape[0],
             forward_only=True,

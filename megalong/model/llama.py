@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megalong.config.architecture import Architecture
 from megalong.model.config import LlamaConfig
@@ -24,22 +25,27 @@ class LlamaModel(GPTModel):
     Args:
         config: from `model.config.transformer_config`.
         architecture: the model's true sizes.
-        layers: how many layers this stage holds.
+        virtual_stage: which of this rank's parts it is, None where each rank holds one.
+
+    Attributes:
+        first_layer: the model's number of this stage's first layer.
     """
 
-    def __init__(
-        self, config: LlamaConfig, architecture: Architecture, layers: int, pre_process: bool, post_process: bool
-    ) -> None:
+    def __init__(self, config: LlamaConfig, architecture: Architecture, virtual_stage: int | None = None) -> None:
+        parts = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
+        where = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
         super().__init__(
             config=config,
-            transformer_layer_spec=llama_block(layers),
+            transformer_layer_spec=llama_block(config.num_layers // parts),
             vocab_size=architecture.padded_vocab_size,
             max_sequence_length=architecture.max_position_embeddings,
-            pre_process=pre_process,
-            post_process=post_process,
+            pre_process=parallel_state.is_pipeline_first_stage(**where),
+            post_process=parallel_state.is_pipeline_last_stage(**where),
             share_embeddings_and_output_weights=architecture.tie_word_embeddings,
             position_embedding_type="none",
+            vp_stage=virtual_stage,
         )
+        self.first_layer: int = get_transformer_layer_offset(config, virtual_stage)
         self.architecture = architecture
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

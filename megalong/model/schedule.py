@@ -7,7 +7,7 @@ has the same gradient however it is cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -23,15 +23,14 @@ LossParts = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 def run_microbatches(
     chunks: list[torch.nn.Module],
-    batches: Iterable[MicroBatch],
-    count: int,
+    batches: Sequence[MicroBatch],
     seq_length: int,
     micro_batch_size: int,
     *,
     forward_only: bool = False,
     observe: LossObserver | None = None,
 ) -> torch.Tensor:
-    """Forward (and backward) of `count` micro-batches.
+    """Forward (and backward) of `batches`.
 
     Args:
         batches: this rank's micro-batches; every rank of a model replica iterates over its share of the same ones.
@@ -44,9 +43,10 @@ def run_microbatches(
     """
     results = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, observe),
-        data_iterator=iter(batches),
+        # Each part of an interleaved pipeline goes through the same micro-batches on its own.
+        data_iterator=iter(batches) if len(chunks) == 1 else [iter(batches) for _ in chunks],
         model=chunks,
-        num_microbatches=count,
+        num_microbatches=len(batches),
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,

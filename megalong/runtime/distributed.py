@@ -29,11 +29,15 @@ GRID_ORDER = "tp-cp-ep-dp-pp"
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks share each dimension of parallelism."""
+    """How many ranks share each dimension of parallelism.
+
+    `virtual` is the number of parts of the model each pipeline rank holds; above 1 the pipeline is interleaved.
+    """
 
     tensor: int = 1
     context: int = 1
     pipeline: int = 1
+    virtual: int = 1
 
     @property
     def model_parallel_size(self) -> int:
@@ -99,6 +103,7 @@ def set_layout(layout: Layout, seed: int = 1234, timeout_minutes: float = 60) ->
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
         order=GRID_ORDER,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),

@@ -33,6 +33,7 @@ def build_optimizer(config: Config, chunks: list[torch.nn.Module]) -> Any:
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
     )
     return get_megatron_optimizer(optimizer_config, chunks, use_gloo_process_groups=dist.get_backend() == "nccl")
 

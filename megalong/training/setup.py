@@ -26,7 +26,7 @@ from megalong.errors import UserError
 from megalong.hf.load import WeightSource, load_into
 from megalong.hf.random_weights import RandomWeights
 from megalong.hf.reader import HFReader
-from megalong.model.build import build_model, layer_offset, wrap_for_training
+from megalong.model.build import build_model, unwrap, wrap_for_training
 from megalong.model.config import DTYPES, ModelSettings
 from megalong.runtime import distributed
 from megalong.training.optimizer import build_optimizer, build_scheduler
@@ -57,6 +57,7 @@ def layout_of(config: Config) -> distributed.Layout:
         tensor=parallel.tensor_model_parallel_size,
         context=parallel.context_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
+        virtual=parallel.virtual_pipeline_model_parallel_size,
     )
 
 
@@ -84,7 +85,7 @@ def set_up(config: Config, device: torch.device) -> Session:
     bare = build_model(start.architecture, model_settings(config))
     if start.resume is None:
         _first_weights(start, config, bare)
-    chunks = wrap_for_training(bare, distributed_optimizer=config.parallel.use_distributed_optimizer)
+    chunks = wrap_for_training(bare, config.parallel)
     optimizer = build_optimizer(config, chunks)
     scheduler = build_scheduler(config, optimizer)
     step = consumed = 0
@@ -120,7 +121,7 @@ def _fill(chunks: list[torch.nn.Module], source: WeightSource, architecture: Arc
             architecture,
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-            layer_offset=layer_offset(architecture, parallel_state.get_pipeline_model_parallel_world_size()),
+            layer_offset=unwrap(chunk).first_layer,
         )
 
 
@@ -137,6 +138,9 @@ def save(session: Session) -> Path:
         has_optimizer=True,
         versions=store.versions(),
     )
+    for chunk in session.chunks:
+        # With overlap_param_gather the weights of the last step may still lie scattered.
+        chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
     try:
         store.save_training(path, session.chunks, session.optimizer, session.scheduler, meta, session.assets)
     except OSError as error:

@@ -46,8 +46,8 @@ class TrainStep:
         # Megatron-Core's schedule calls these at the places where gradients are complete.
         config: Any = chunks[0].config
         config.finalize_model_grads_func = finalize_model_grads
-        config.no_sync_func = chunks[0].no_sync
-        config.grad_scale_func = None
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
 
     def run(self, batches: Batches, consumed_samples: int, positions: PositionLoss | None = None) -> StepResult:
         """Train on the global batch that starts at sample `consumed_samples`.
@@ -89,6 +89,4 @@ class TrainStep:
             if positions is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
                 positions.add(losses, batch.positions, batch.loss_mask)
 
-        return run_microbatches(
-            self.chunks, micro_batches, len(micro_batches), self.seq_length, micro_batch_size, observe=observe
-        )
+        return run_microbatches(self.chunks, micro_batches, self.seq_length, micro_batch_size, observe=observe)

@@ -22,6 +22,8 @@ SHAPE = {
     "rope": RopeSettings(rope_theta=10000.0),
 }
 
+INTERLEAVED = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
+
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
@@ -39,11 +41,23 @@ SHAPE = {
             "write 4095 or 4098",
         ),
         (["evaluation.interval=5", "data.split=1,0"], 'data.split "1,0" gives validation nothing'),
+        (["parallel.virtual_pipeline_model_parallel_size=2"], "pipeline_model_parallel_size is 1"),
+        ([*INTERLEAVED, "parallel.batch_p2p_comm=true"], "parallel.batch_p2p_comm true"),
+        ([*INTERLEAVED, "parallel.overlap_p2p_comm=false"], "batched sends pair wrongly"),
+        (["parallel.overlap_p2p_comm=true"], "needs an interleaved pipeline"),
+        (["parallel.overlap_param_gather=true"], "overlap_grad_reduce: true"),
     ],
 )
 def test_rules_of_the_configuration_alone(load, overrides, message):
     with pytest.raises(UserError, match=re.escape(message)):
         load(*overrides)
+
+
+def test_an_interleaved_pipeline_fills_itself_with_micro_batches(load):
+    config = load(*INTERLEAVED, "training.global_batch_size=6", "training.micro_batch_size=2")
+    with pytest.raises(UserError, match="gives every rank 3 micro-batches, .* 2 stages .* write a multiple of 4"):
+        check_world(config, 2)
+    check_world(load(*INTERLEAVED, "training.micro_batch_size=2"), 2)
 
 
 def test_an_odd_length_needs_no_context_parallelism(load):

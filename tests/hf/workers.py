@@ -32,7 +32,7 @@ def _save(hf: Path, run: Path, layout: Layout) -> None:
     from megatron.core import parallel_state
 
     from megalong.checkpoint.store import save_weights
-    from megalong.model.build import build_model, layer_offset
+    from megalong.model.build import build_model, unwrap
     from megalong.model.config import ModelSettings
 
     set_layout(layout)
@@ -40,5 +40,5 @@ def _save(hf: Path, run: Path, layout: Layout) -> None:
     chunks = build_model(architecture, ModelSettings(layout=layout, params_dtype=torch.float32))
     with HFReader(hf) as reader:
         rank = parallel_state.get_tensor_model_parallel_rank()
-        load_into(chunks[0], reader, architecture, rank, layout.tensor, layer_offset(architecture, layout.pipeline))
+        load_into(chunks[0], reader, architecture, rank, layout.tensor, unwrap(chunks[0]).first_layer)
     save_weights(step_folder(run, 7), chunks, Meta(step=7, architecture=architecture), hf)

@@ -15,9 +15,11 @@ LAYOUTS = {
     "TP2": (2, {"tensor_model_parallel_size": 2}),
     "TP2+SP": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "PP2": (2, {"pipeline_model_parallel_size": 2}),
+    "PP2 interleaved": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
     "CP2": (2, {"context_parallel_size": 2}),
     "CP4": (4, {"context_parallel_size": 4}),
     "DP2": (2, {}),
+    "DP2 overlapped": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
     "TP2xCP2": (4, {"tensor_model_parallel_size": 2, "context_parallel_size": 2}),
     "TP2xPP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
 }
