@@ -84,3 +84,14 @@ def version() -> str:
 def checkpoint_strategy_arguments(strategy: type) -> tuple[Any, ...]:
     """What a save strategy's constructor must be told: 0.16 asks for the format's name and version, 0.19 does not."""
     return ("torch_dist", 1) if "backend" in inspect.signature(strategy).parameters else ()
+
+
+def mark_as_slice(weight: torch.Tensor, dim: int) -> None:
+    """Say that `weight` is cut along `dim` over tensor-parallel ranks.
+
+    0.19 has said so when it allocated the weight; 0.16 says it only of weights it fills itself.
+    """
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+    if not hasattr(weight, "partition_dim"):
+        set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
