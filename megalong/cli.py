@@ -175,9 +175,7 @@ def _add_data(commands: Any) -> None:
     )
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-text token")
     parser.add_argument("--separator", metavar="TEXT", help="token or text between documents, such as <s>")
-    parser.add_argument(
-        "--workers", type=_count, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)"
-    )
+    parser.add_argument("--workers", type=_count, metavar="N", help="processes (one for each core this job may use)")
     parser = _command(group, "inspect", "say what an indexed dataset holds", _run_inspect)
     parser.add_argument("prefix", metavar="PREFIX", help="path of the .bin and .idx without their endings")
     parser.add_argument("--documents", type=_count, default=3, metavar="N", help="documents to show (%(default)s)")

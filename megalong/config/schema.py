@@ -16,6 +16,7 @@ from megalong.config import checks
 from megalong.config.architecture import Architecture
 from megalong.config.rope import RopeSettings
 from megalong.config.section import Section
+from megalong.config.split import split_weights
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -66,17 +67,6 @@ class Domain(Section):
     name: Name
     path: Text
     weight: float = Field(gt=0)
-
-
-def split_weights(split: str) -> tuple[float, float]:
-    """Weights of training and validation, in Megatron's way of writing: "99,1" gives (99.0, 1.0)."""
-    try:
-        train, validation = (float(part) for part in split.split(","))
-    except ValueError:
-        raise ValueError(f'split "{split}" must be two numbers, training and validation, such as "99,1"') from None
-    if not (0 < train < float("inf") and 0 <= validation < float("inf")):
-        raise ValueError(f'split "{split}" needs a positive share for training and none below zero, such as "99,1"')
-    return train, validation
 
 
 class Data(Section):

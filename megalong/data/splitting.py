@@ -9,6 +9,7 @@ every run, and a dataset that stands in a mixture twice hold out the same docume
 
 import numpy as np
 
+from megalong.config.split import split_weights
 from megalong.errors import UserError
 
 PARTS = ("train", "validation")
@@ -22,11 +23,9 @@ def split_shares(split: str) -> tuple[float, float]:
         UserError: not two numbers, a negative one, or nothing for training.
     """
     try:
-        train, validation = (float(number) for number in split.split(","))
-    except ValueError:
-        raise UserError(f"data.split: {split!r} is not two numbers; write train,validation as in '99,1'") from None
-    if not (0 < train < float("inf") and 0 <= validation < float("inf")):
-        raise UserError(f"data.split: {split!r} leaves nothing for training or is negative; write for example '99,1'")
+        train, validation = split_weights(split)
+    except ValueError as error:
+        raise UserError(f"data.{error}") from None
     return train / (train + validation), validation / (train + validation)
 
 

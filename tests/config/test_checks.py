@@ -55,7 +55,7 @@ def test_rules_of_the_configuration_alone(load, overrides, message):
 
 def test_an_interleaved_pipeline_fills_itself_with_micro_batches(load):
     config = load(*INTERLEAVED, "training.global_batch_size=6", "training.micro_batch_size=2")
-    with pytest.raises(UserError, match="gives every rank 3 micro-batches, .* 2 stages .* write a multiple of 4"):
+    with pytest.raises(UserError, match=r"gives every rank 3 micro-batches, .* 2 stages .* write a multiple of 4"):
         check_world(config, 2)
     check_world(load(*INTERLEAVED, "training.micro_batch_size=2"), 2)
 

@@ -124,10 +124,10 @@ FROZEN_SPLIT = [9, 15, 17, 19]
     [
         ("99,1", "validation", r"leaves none for validation \(20 train, 0 validation\)"),
         ("1,99", "train", r"leaves none for train \(0 train, 20 validation\)"),
-        ("99", "train", "not two numbers"),
-        ("0,1", "train", "nothing for training"),
-        ("9,-1", "train", "negative"),
-        ("a,b", "train", "not two numbers"),
+        ("99", "train", "must be two numbers"),
+        ("0,1", "train", "needs a positive share for training"),
+        ("9,-1", "train", "none below zero"),
+        ("a,b", "train", "must be two numbers"),
     ],
 )
 def test_impossible_splits_are_told(tmp_path: Path, split: str, part: str, told: str) -> None:
