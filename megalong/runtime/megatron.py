@@ -19,6 +19,14 @@ import torch
 log = logging.getLogger("megalong")
 
 _TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine_torch")
+# Messages that ask nothing of a user of megalong, by logger and first words: 0.19's advice to those who write models
+# (what it advises against works as before), and torch built for CUDA on a machine without.
+_NOISE = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+}
 
 
 def prepare(device: torch.device) -> None:
@@ -38,6 +46,12 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     # torch renames what Megatron-Core still calls by its old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch\.distributed)\.")
+    for name in _NOISE:
+        logging.getLogger(name).addFilter(_is_no_noise)
+
+
+def _is_no_noise(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NOISE[record.name])
 
 
 def hide_broken_transformer_engine() -> None:

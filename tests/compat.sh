@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# The same tests on the newer Megatron-Core: parity, resume, logits and checkpoints on 0.19.x under Python 3.12.
+#
+# Makes .venv-compat beside .venv the first time: constraints.txt with another Megatron-Core (5 GB where pip offers
+# only torch's CUDA build, which runs on a CPU as well). A stamp in it makes every later start instant. Where there is
+# no Python 3.12 or the environment cannot be made, it prints one line `SKIPPED compat: <why>` and succeeds.
+# Arguments go to pytest: `tests/compat.sh -k TP2`, `tests/compat.sh -m "not slow"`.
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
+megatron="megatron-core>=0.19,<0.20"
+tests=(tests/training/test_parity.py tests/training/test_resume.py tests/model/test_logits.py tests/checkpoint)
+venv="$PWD/.venv-compat"
+stamp="$venv/.compat-installed"
+wanted="$megatron $(cksum setup.py constraints.txt examples/setup_env.sh) $PWD"
+
+skip() { printf 'SKIPPED compat: %s\n' "$*"; exit 0; }
+
+find_python() {
+    local candidate
+    # pyenv puts a python3.12 on PATH that only says which versions it has, unless one of them is selected.
+    for candidate in python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python3.12; do
+        if "$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+# In a subshell, because setup_env.sh ends the script that sources it when it fails.
+install() (
+    export VIRTUAL_ENV="$venv"
+    source examples/setup_env.sh
+    setup_say "installing $megatron over it"
+    setup_pip "$megatron"
+)
+
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    if ! [ -x "$venv/bin/python" ]; then
+        python=$(find_python) || skip "no python3.12 with venv here, which Megatron-Core 0.19 needs"
+        "$python" -m venv "$venv" >/dev/null || skip "$python could not make $venv"
+    fi
+    install || skip "$venv could not be set up; see the messages above"
+    printf '%s\n' "$wanted" >"$stamp"
+fi
+exec "$venv/bin/python" -m pytest -rs "${tests[@]}" "$@"
