@@ -28,6 +28,11 @@ def train_steps(settings: dict[str, Any], steps: int, device: str = "cpu") -> di
         return {"loss": [r.loss for r in results], "norm": [r.gradient_norm for r in results]}
 
 
+def train_each(many: list[dict[str, Any]], steps: int) -> list[dict[str, list[float]]]:
+    """`train_steps` of one setting after the other, on the same ranks."""
+    return [train_steps(settings, steps) for settings in many]
+
+
 def train_run(settings: dict[str, Any], stop_after: int | None = None) -> dict[str, Any]:
     """Run the trainer, saving and resuming as a user's run does; returns what it logged.
 
