@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -31,7 +32,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 
 
 class SavedLayout(BaseModel):
-    """The layout a checkpoint was saved under; only random states depend on it."""
+    """The layout a checkpoint was saved under; weights do not depend on it, random states do."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,11 +40,13 @@ class SavedLayout(BaseModel):
     tensor: int = 1
     context: int = 1
     pipeline: int = 1
+    virtual: int = 1
 
 
 class Meta(BaseModel):
     """What `megalong.json` says.
 
+    `optimizer` is the format of the optimizer's state, None where there are only weights.
     `consumed_samples` is the position in the data: samples 0 … consumed_samples - 1 have been trained on.
     """
 
@@ -54,7 +57,7 @@ class Meta(BaseModel):
     consumed_samples: int = 0
     architecture: Architecture
     layout: SavedLayout = SavedLayout()
-    has_optimizer: bool = False
+    optimizer: Literal["fully_reshardable", "dp_reshardable"] | None = None
     versions: dict[str, str] = {}
 
 

@@ -1,8 +1,8 @@
 """Saving and loading a model, its optimizer, the LR schedule and random states with Megatron-Core's sharded format.
 
-Tensors are stored by what they are (layer 3's `linear_qkv.weight`), not by which rank held them, and the optimizer's
-state is stored `fully_reshardable`: gathered over the data-parallel ranks at each save, which costs a moment then and
-lets any layout load any other's checkpoint.
+Tensors are stored by what they are (layer 3's `linear_qkv.weight`), not by which rank held them. So is the optimizer's
+state when it is `fully_reshardable`: gathered over the data-parallel ranks at each save, which costs a moment then and
+lets any layout load any other's checkpoint. `dp_reshardable` skips the gathering and binds the state to TP and PP.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from megalong.runtime.megatron import version as megatron_version
 
 log = logging.getLogger("megalong")
 
-_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
 
 def save_weights(checkpoint: Path, chunks: list[torch.nn.Module], meta: Meta, assets: Path | None = None) -> None:
     """Write a checkpoint that holds weights only: what an import makes and a first start reads."""
@@ -48,14 +46,14 @@ def save_training(
 ) -> None:
     """Write everything a run needs to go on as if it had never stopped."""
     with _published(checkpoint, meta, assets) as folder:
-        model = _model_state(chunks)
+        model, metadata = _model_state(chunks), _metadata(meta)
         state = {
             "model": model,
-            "optimizer": optimizer.sharded_state_dict(model, is_loading=False, metadata=_OPTIMIZER_METADATA),
+            "optimizer": optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata),
             "scheduler": scheduler.state_dict(),
             "random": _random_state(),
         }
-        dist_checkpointing.save(state, str(folder), DirectSave(), content_metadata=_OPTIMIZER_METADATA)
+        dist_checkpointing.save(state, str(folder), DirectSave(), content_metadata=metadata)
 
 
 def load_weights(checkpoint: Path, chunks: list[torch.nn.Module]) -> None:
@@ -65,18 +63,24 @@ def load_weights(checkpoint: Path, chunks: list[torch.nn.Module]) -> None:
 
 
 def load_training(checkpoint: Path, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any, meta: Meta) -> None:
-    """Put model, optimizer, schedule and, where the layout is the same, random states back."""
+    """Put model, optimizer, schedule and, where the layout is the same, random states back.
+
+    Raises:
+        UserError: the optimizer's state is bound to another layout, or missing.
+    """
+    _check_optimizer(checkpoint, meta)
     model = _model_state(chunks)
     wanted: dict[str, Any] = {
         "model": model,
-        "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=_OPTIMIZER_METADATA),
+        "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata(meta)),
     }
     same_layout = meta.layout == current_layout()
     if same_layout:
         wanted["random"] = _random_state()
     state = _load(wanted, checkpoint)
     _set_model_state(chunks, state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    with torch.no_grad():  # fp32 masters are views of the weights, which dp_reshardable copies into
+        optimizer.load_state_dict(state["optimizer"])
     # Megatron-Core adds the saved count to what the schedule has counted already.
     scheduler.num_steps = 0
     scheduler.load_state_dict(state["scheduler"])
@@ -91,7 +95,28 @@ def current_layout() -> SavedLayout:
         tensor=parallel_state.get_tensor_model_parallel_world_size(),
         context=parallel_state.get_context_parallel_world_size(),
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
     )
+
+
+def _metadata(meta: Meta) -> dict[str, Any]:
+    return {"distrib_optim_sharding_type": meta.optimizer}
+
+
+def _check_optimizer(checkpoint: Path, meta: Meta) -> None:
+    if meta.optimizer is None:
+        raise UserError(
+            f"{checkpoint} holds weights only, nothing to resume from; start another run.dir from it with "
+            f"model.load: {{checkpoint: {checkpoint}}}"
+        )
+    now, saved = current_layout(), meta.layout
+    bound = (saved.tensor, saved.pipeline, saved.virtual)
+    if meta.optimizer == "dp_reshardable" and (now.tensor, now.pipeline, now.virtual) != bound:
+        raise UserError(
+            f"{checkpoint} was saved with checkpoint.optimizer: dp_reshardable under TP {saved.tensor} × PP "
+            f"{saved.pipeline} × {saved.virtual} virtual, this run has TP {now.tensor} × PP {now.pipeline} × "
+            f"{now.virtual}: resume under the same, save once with fully_reshardable, and change the layout then"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -163,11 +163,15 @@ class Training(Section):
 
 
 class Checkpoint(Section):
-    """When to save (in iterations), how many to keep, and the format of the optimizer's state."""
+    """When to save (in iterations), how many to keep, and the format of the optimizer's state.
+
+    `fully_reshardable` gathers the optimizer's state over data-parallel ranks at each save, and any layout can load it;
+    `dp_reshardable` writes what each rank holds, which is faster, and only data and context parallelism may change.
+    """
 
     save_interval: Positive = 50
     keep_last: Positive = 3
-    optimizer: Literal["fully_reshardable"] = "fully_reshardable"
+    optimizer: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
 
 
 class Evaluation(Section):

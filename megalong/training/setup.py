@@ -135,7 +135,7 @@ def save(session: Session) -> Path:
         consumed_samples=session.consumed_samples,
         architecture=session.architecture,
         layout=store.current_layout(),
-        has_optimizer=True,
+        optimizer=config.checkpoint.optimizer,
         versions=store.versions(),
     )
     for chunk in session.chunks:

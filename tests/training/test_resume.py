@@ -9,7 +9,7 @@ import pytest
 
 from megalong.checkpoint.folder import find_checkpoint, read_meta, whole_checkpoints
 from tests.llama import make_dataset, make_llama, run_settings
-from tests.pool import WorkerPool
+from tests.pool import RankError, WorkerPool
 
 TRAIN = "tests.training.workers:train_run"
 
@@ -95,3 +95,23 @@ def test_held_out_loss_is_the_same_under_any_layout(
         assert other["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-5)
         for key in ("position_losses", "validation_position_losses"):
             assert other[key] == pytest.approx(one[key], rel=1e-5)
+
+
+def test_dp_reshardable_allows_data_and_context_parallelism_to_change(
+    sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
+) -> None:
+    def settings(name: str, parallel: dict[str, Any]) -> dict[str, Any]:
+        return run_settings(
+            tmp_path / name,
+            *sources,
+            parallel=parallel,
+            checkpoint={"save_interval": 5, "optimizer": "dp_reshardable"},
+        )
+
+    unbroken = losses(pool.run(2, TRAIN, settings("unbroken", {}))[0])
+    pool.run(2, TRAIN, settings("run", {}), 5)
+    with pytest.raises(RankError, match="dp_reshardable under TP 1 × PP 1 .* this run has TP 2"):
+        pool.run(2, TRAIN, settings("run", {"tensor_model_parallel_size": 2}))
+    resumed = losses(pool.run(4, TRAIN, settings("run", {"context_parallel_size": 2}))[0])
+    for step in range(6, 11):
+        assert resumed[step] == pytest.approx(unbroken[step], rel=1e-5)
