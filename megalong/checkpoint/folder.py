@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megalong.config.architecture import Architecture
 from megalong.errors import UserError
+from megalong.runtime import megatron
 
 FOLDER = "checkpoints"
 META = "megalong.json"
@@ -102,7 +103,7 @@ def read_meta(checkpoint: Path) -> Meta:
     """Read `megalong.json`.
 
     Raises:
-        UserError: it is missing, damaged, or of a later format.
+        UserError: it is missing, damaged, of a later format, or a later Megatron-Core's than the installed one reads.
     """
     file = checkpoint / META
     try:
@@ -111,11 +112,14 @@ def read_meta(checkpoint: Path) -> Meta:
             raise UserError(
                 f"{file}: format {values.get('format')!r}, but this version reads format 1; update megalong"
             )
-        return Meta.model_validate(values)
+        meta = Meta.model_validate(values)
     except FileNotFoundError:
         raise UserError(f"{checkpoint} is not a checkpoint: it has no {META}") from None
     except (json.JSONDecodeError, ValidationError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({str(error).splitlines()[0]}); use another step") from None
+    if "megatron-core" in meta.versions:
+        megatron.check_readable(checkpoint, meta.versions["megatron-core"])
+    return meta
 
 
 def remove_old(run: Path, keep_last: int) -> list[Path]:

@@ -10,20 +10,29 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import re
+import runpy
 import sys
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("megalong")
 
 _TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine_torch")
+# The line that gave checkpoints their present form.
+_COMMON_IN_SHARDS = (0, 19)
 # Messages that ask nothing of a user of megalong, by logger and first words: 0.19's advice to those who write models
 # (what it advises against works as before), and torch built for CUDA on a machine without.
 _NOISE = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
     "torch.utils.cpp_extension": "No CUDA runtime is found",
 }
@@ -46,6 +55,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     # torch renames what Megatron-Core still calls by its old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch\.distributed)\.")
+    # How 0.19 reads, in each process by itself, what lies beside the tensors of a checkpoint.
+    reading = r"torch\.distributed is disabled, unavailable|The argument order of load has been changed"
+    warnings.filterwarnings("ignore", message=reading, module=r"torch\.distributed\.checkpoint\.")
     for name in _NOISE:
         logging.getLogger(name).addFilter(_is_no_noise)
 
@@ -89,10 +101,39 @@ def _install_adam() -> None:
 
 
 def version() -> str:
-    """The installed Megatron-Core's version."""
-    from megatron.core import __version__
+    """The version that `import megatron.core` would give, told without importing it: "0.19.2".
 
-    return str(__version__)
+    Not `__version__`, to which 0.19 appends the commit of whatever git checkout it is installed inside.
+    """
+    package = importlib.util.find_spec("megatron.core")
+    assert package is not None
+    assert package.origin is not None
+    return str(runpy.run_path(str(Path(package.origin).with_name("package_info.py")))["__shortversion__"])
+
+
+def check_readable(checkpoint: Path, written_by: str) -> None:
+    """Refuse a checkpoint whose format came after the installed version.
+
+    0.19 puts what is no tensor into the shards. Earlier versions look for it in `common.pt`, which 0.19 reads as well
+    but does not write.
+
+    Args:
+        written_by: the Megatron-Core version that wrote it, as `megalong.json` says.
+
+    Raises:
+        UserError: the installed version cannot read it.
+    """
+    here = version()
+    if _line(here) < _COMMON_IN_SHARDS <= _line(written_by):
+        raise UserError(
+            f"{checkpoint} was written under Megatron-Core {written_by}, and the installed {here} cannot read that; "
+            "use 0.19 or later (Python 3.12), or export it there with `megalong checkpoint export` and load the result"
+        )
+
+
+def _line(version: str) -> tuple[int, ...]:
+    """0.19.2 → (0, 19)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def checkpoint_strategy_arguments(strategy: type) -> tuple[Any, ...]:
