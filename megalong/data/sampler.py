@@ -8,6 +8,7 @@ k, ranks that share a sample for the same one, and a resumed run goes on with th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,6 +58,7 @@ class PackedSamples:
         seed: the run's seed; it decides the order of documents.
         split: shares of documents for training and validation, as in "99,1".
         part: "train" or "validation".
+        index_folder: where `prepare` leaves the shuffled orders for other ranks to map; None keeps them in memory.
         separator: `data.separator`: what must stand between documents; None takes the datasets as they are.
 
     Raises:
@@ -71,6 +73,7 @@ class PackedSamples:
         split: str,
         part: str = "train",
         separator: str | None = None,
+        index_folder: Path | None = None,
     ) -> None:
         if part not in PARTS:
             raise ValueError(f"part {part!r} is none of {PARTS}")
@@ -84,7 +87,7 @@ class PackedSamples:
         self._blend = Blend([entry.weight for entry in mixture])
         self._streams = [
             DomainStream(dataset, documents_of_part(dataset.num_documents, split, part, dataset.prefix), seed,
-                         f"{name}/{part}")
+                         f"{name}/{part}", index_folder)
             for name, dataset in zip(self.names, datasets, strict=True)
         ]  # fmt: skip
 
@@ -96,6 +99,12 @@ class PackedSamples:
     def domain_of(self, k: int) -> str:
         """Name of the domain that sample k comes from."""
         return self.names[self._blend.of(k)[0]]
+
+    def prepare(self, first: int, last: int) -> None:
+        """Shuffle the epochs that samples `first` up to `last` need, once, into the index folder."""
+        counts = zip(self._blend.counts(first).tolist(), self._blend.counts(last).tolist(), strict=True)
+        for stream, (before, after) in zip(self._streams, counts, strict=True):
+            stream.prepare(before * self.seq_length, after * self.seq_length + 1)
 
     def describe(self, samples: int) -> list[DomainShare]:
         """What the first `samples` samples take from each domain, in the mixture's order."""

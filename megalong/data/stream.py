@@ -15,9 +15,11 @@ function of (seed, domain name, part, epoch), so any rank computes any sample, a
 
 import zlib
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
+from megalong.data.epoch_index import Index, index_key, load_index, save_index
 from megalong.data.indexed import IndexedDataset
 from megalong.errors import UserError
 
@@ -28,12 +30,15 @@ class DomainStream:
     Args:
         seed: the run's seed.
         salt: the domain's name and part; streams of different salt are shuffled independently.
+        index_folder: where `prepare` leaves the order of an epoch for other ranks; None keeps it in memory.
 
     Raises:
         UserError: the documents hold no token at all.
     """
 
-    def __init__(self, dataset: IndexedDataset, documents: np.ndarray, seed: int, salt: str) -> None:
+    def __init__(
+        self, dataset: IndexedDataset, documents: np.ndarray, seed: int, salt: str, index_folder: Path | None = None
+    ) -> None:
         self.dataset = dataset
         starts = dataset.document_starts
         lengths = starts[documents + 1] - starts[documents]
@@ -44,7 +49,8 @@ class DomainStream:
             raise UserError(f"{dataset.prefix}: the {len(documents)} documents of {salt} hold no token")
         self._seed = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, zlib.crc32(salt.encode())]
         # Two epochs are kept: a sample spans a border, and so do the samples of a global batch.
-        self._epoch = lru_cache(maxsize=2)(self._shuffled)
+        self._epoch = lru_cache(maxsize=2)(self._indexed)
+        self._index_folder = index_folder
 
     def order(self, epoch: int) -> np.ndarray:
         """Numbers of the documents in the order in which `epoch` lays them down."""
@@ -63,6 +69,15 @@ class DomainStream:
         """int64 [seq_length + 1]: packed sample j of this domain."""
         return self.tokens(j * seq_length, seq_length + 1)
 
+    def prepare(self, start: int, end: int) -> None:
+        """Write the orders of the epochs that tokens `start` up to `end` lie in, where they are not on disk yet."""
+        if self._index_folder is None or end <= start:
+            return
+        for epoch in range(start // self.tokens_per_epoch, (end - 1) // self.tokens_per_epoch + 1):
+            key = index_key(self.dataset, self.documents, self._seed, epoch)
+            if load_index(self._index_folder, key) is None:
+                save_index(self._index_folder, key, self._shuffled(epoch))
+
     def _fill(self, out: np.ndarray, epoch: int, offset: int) -> int:
         """Copy tokens of one epoch from `offset` on; returns how many there were, at most len(out)."""
         order, ends = self._epoch(epoch)
@@ -77,7 +92,13 @@ class DomainStream:
             place += 1
         return filled
 
-    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _indexed(self, epoch: int) -> Index:
+        if self._index_folder is None:
+            return self._shuffled(epoch)
+        key = index_key(self.dataset, self.documents, self._seed, epoch)
+        return load_index(self._index_folder, key) or self._shuffled(epoch)
+
+    def _shuffled(self, epoch: int) -> Index:
         """Order of the documents in an epoch, and the token at which each of them ends.
 
         numpy freezes RandomState's stream for good (NEP 19): a run resumed under another numpy sees the same data.

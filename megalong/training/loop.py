@@ -11,6 +11,8 @@ import logging
 import time
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megalong.data.sampler import PackedSamples
 from megalong.evaluation.buckets import PositionLoss
 from megalong.evaluation.forward import forward_losses
@@ -108,9 +110,25 @@ class Trainer:
 
     def _samples(self, part: str) -> PackedSamples:
         data = self.config.data
-        return PackedSamples(
-            data.mixture, data.seq_length, self.config.run.seed, data.split, part, separator=data.separator
+        samples = PackedSamples(
+            data.mixture,
+            data.seq_length,
+            self.config.run.seed,
+            data.split,
+            part,
+            separator=data.separator,
+            index_folder=Path(self.config.run.dir) / "index",
         )
+        if is_main_rank():  # the others map what this one has shuffled
+            samples.prepare(*self._sample_range(part))
+        dist.barrier()
+        return samples
+
+    def _sample_range(self, part: str) -> tuple[int, int]:
+        training = self.config.training
+        if part == "validation":
+            return 0, self.config.evaluation.iters * training.global_batch_size
+        return self.session.consumed_samples, training.train_iters * training.global_batch_size
 
     def _say_what_is_read(self) -> None:
         if not is_main_rank():
