@@ -1,6 +1,6 @@
 """The starting point, as it would come from the Hugging Face hub: a tokenizer and a small Llama with random weights.
 
-The tokenizer is a byte-level BPE (no text is out of vocabulary) of 1024 entries: small, because in minutes a model
+The tokenizer is a byte-level BPE (no text is out of vocabulary) of 512 entries: small, because in minutes a model
 meets only a few million tokens and must see each of its embeddings often.
 
 `transformers` and `tokenizers` are imported where they are used: the story skips what is done already, and then
@@ -13,14 +13,14 @@ from pathlib import Path
 
 from megalong.quickstart.corpus import training_texts
 
-VOCABULARY = 1024
+VOCABULARY = 512
 SEPARATOR = "<s>"
 END_OF_TEXT = "<|end_of_text|>"
 ORIGINAL_LENGTH = 256
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
