@@ -1,6 +1,7 @@
 """What a run sees: packed samples of a mixture of domains, computable by any rank from a number alone.
 
-    sample k → blending picks the domain and its sample number j → tokens j·S .. (j+1)·S of the domain's stream
+    sample k → blending picks the domain and its sample number j → a shuffle picks piece i → tokens i·S .. (i+1)·S of
+    the domain's stream
 
 There is no iterator and no state: the data position of a run is k. Ranks of one data-parallel group ask for different
 k, ranks that share a sample for the same one, and a resumed run goes on with the next k.
@@ -58,7 +59,7 @@ class PackedSamples:
         seed: the run's seed; it decides the order of documents.
         split: shares of documents for training and validation, as in "99,1".
         part: "train" or "validation".
-        index_folder: where `prepare` leaves the shuffled orders for other ranks to map; None keeps them in memory.
+        index_folder: where `prepare` leaves the shuffled orders for other ranks to read; None keeps them in memory.
         separator: `data.separator`: what must stand between documents; None takes the datasets as they are.
 
     Raises:
@@ -104,7 +105,7 @@ class PackedSamples:
         """Shuffle the epochs that samples `first` up to `last` need, once, into the index folder."""
         counts = zip(self._blend.counts(first).tolist(), self._blend.counts(last).tolist(), strict=True)
         for stream, (before, after) in zip(self._streams, counts, strict=True):
-            stream.prepare(before * self.seq_length, after * self.seq_length + 1)
+            stream.prepare(before, after, self.seq_length)
 
     def describe(self, samples: int) -> list[DomainShare]:
         """What the first `samples` samples take from each domain, in the mixture's order."""

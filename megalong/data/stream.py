@@ -1,12 +1,16 @@
 """The endless token stream of one domain: documents shuffled anew each epoch, laid end to end.
 
-Naive packing: sample j of length S is tokens j·S to (j+1)·S of that stream, both included, so it holds S inputs and,
-shifted by one, S targets; neighbours share one token. Documents are cut where a sample ends and go on in the next one.
+Naive packing: piece i of length S is tokens i·S to (i+1)·S of that stream, both included, so it holds S inputs and,
+shifted by one, S targets; neighbours share one token. Documents are cut where a piece ends and go on in the next one.
 
     epoch 0: documents c a b      c c c a a b b b b | b a a c ...   epoch 1: b a c
     S = 4                        [c c c a a]
                                          [a b b b b]
                                                  [b | b a a c]
+
+Samples are these pieces in another order, shuffled within blocks of about an epoch: the pieces of one long document
+would else fill a whole batch. (On the quickstart's model, in order instead of shuffled: loss 4.33 instead of 3.18 after
+330 steps.)
 
 Any sample is found without walking the stream: every epoch has the same number of tokens T, so token p lies in epoch
 p // T, and a binary search over the running sum of that epoch's lengths gives its document. The order of an epoch is a
@@ -14,12 +18,13 @@ function of (seed, domain name, part, epoch), so any rank computes any sample, a
 """
 
 import zlib
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from megalong.data.epoch_index import Index, index_key, load_index, save_index
+from megalong.data.epoch_index import index_key, load_index, save_index
 from megalong.data.indexed import IndexedDataset
 from megalong.errors import UserError
 
@@ -49,7 +54,8 @@ class DomainStream:
             raise UserError(f"{dataset.prefix}: the {len(documents)} documents of {salt} hold no token")
         self._seed = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, zlib.crc32(salt.encode())]
         # Two epochs are kept: a sample spans a border, and so do the samples of a global batch.
-        self._epoch = lru_cache(maxsize=2)(self._indexed)
+        self._epoch = lru_cache(maxsize=2)(self._indexed_epoch)
+        self._block = lru_cache(maxsize=2)(self._indexed_block)
         self._index_folder = index_folder
 
     def order(self, epoch: int) -> np.ndarray:
@@ -67,16 +73,28 @@ class DomainStream:
 
     def sample(self, j: int, seq_length: int) -> np.ndarray:
         """int64 [seq_length + 1]: packed sample j of this domain."""
-        return self.tokens(j * seq_length, seq_length + 1)
+        return self.tokens(self.piece(j, seq_length) * seq_length, seq_length + 1)
 
-    def prepare(self, start: int, end: int) -> None:
-        """Write the orders of the epochs that tokens `start` up to `end` lie in, where they are not on disk yet."""
-        if self._index_folder is None or end <= start:
+    def piece(self, j: int, seq_length: int) -> int:
+        """Which piece of the stream sample j is; each block of samples holds the pieces of the same block once."""
+        size = self._block_size(seq_length)
+        block, place = divmod(j, size)
+        return block * size + int(self._block(size, block)[place])
+
+    def _block_size(self, seq_length: int) -> int:
+        return max(1, self.tokens_per_epoch // seq_length)
+
+    def prepare(self, first: int, last: int, seq_length: int) -> None:
+        """Write the orders that samples `first` up to `last` need, where they are not on disk yet."""
+        if self._index_folder is None or last <= first:
             return
-        for epoch in range(start // self.tokens_per_epoch, (end - 1) // self.tokens_per_epoch + 1):
-            key = index_key(self.dataset, self.documents, self._seed, epoch)
-            if load_index(self._index_folder, key) is None:
-                save_index(self._index_folder, key, self._shuffled(epoch))
+        size = self._block_size(seq_length)
+        blocks = range(first // size, (last - 1) // size + 1)
+        start, end = blocks.start * size * seq_length, blocks.stop * size * seq_length
+        for epoch in range(start // self.tokens_per_epoch, end // self.tokens_per_epoch + 1):
+            self._store(self._key("epoch", epoch), lambda epoch=epoch: self._shuffled(epoch))  # type: ignore[misc]
+        for block in blocks:
+            self._store(self._key("block", size, block), lambda block=block: self._permuted(size, block))  # type: ignore[misc]
 
     def _fill(self, out: np.ndarray, epoch: int, offset: int) -> int:
         """Copy tokens of one epoch from `offset` on; returns how many there were, at most len(out)."""
@@ -92,16 +110,33 @@ class DomainStream:
             place += 1
         return filled
 
-    def _indexed(self, epoch: int) -> Index:
-        if self._index_folder is None:
-            return self._shuffled(epoch)
-        key = index_key(self.dataset, self.documents, self._seed, epoch)
-        return load_index(self._index_folder, key) or self._shuffled(epoch)
+    def _indexed_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        order, ends = self._load(self._key("epoch", epoch)) or self._shuffled(epoch)
+        return order, ends
 
-    def _shuffled(self, epoch: int) -> Index:
+    def _indexed_block(self, size: int, block: int) -> np.ndarray:
+        (order,) = self._load(self._key("block", size, block)) or self._permuted(size, block)
+        return order
+
+    def _key(self, *what: object) -> str:
+        return index_key(self.dataset, self.documents, self._seed, *what) if self._index_folder is not None else ""
+
+    def _load(self, key: str) -> tuple[np.ndarray, ...] | None:
+        return load_index(self._index_folder, key) if self._index_folder is not None else None
+
+    def _store(self, key: str, make: Callable[[], tuple[np.ndarray, ...]]) -> None:
+        assert self._index_folder is not None
+        if load_index(self._index_folder, key) is None:
+            save_index(self._index_folder, key, make())
+
+    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the documents in an epoch, and the token at which each of them ends.
 
         numpy freezes RandomState's stream for good (NEP 19): a run resumed under another numpy sees the same data.
         """
         order = np.random.RandomState([*self._seed, epoch]).permutation(len(self._lengths))
         return order, np.cumsum(self._lengths[order])
+
+    def _permuted(self, size: int, block: int) -> tuple[np.ndarray]:
+        """The order in which a block's pieces become samples; a seed apart from those of the epochs."""
+        return (np.random.RandomState([*self._seed, block, size]).permutation(size),)

@@ -119,7 +119,7 @@ class Trainer:
             separator=data.separator,
             index_folder=Path(self.config.run.dir) / "index",
         )
-        if is_main_rank():  # the others map what this one has shuffled
+        if is_main_rank():  # the others read what this one has shuffled
             samples.prepare(*self._sample_range(part))
         dist.barrier()
         return samples

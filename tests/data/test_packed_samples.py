@@ -53,9 +53,19 @@ def test_samples_are_slices_of_the_concatenated_epochs(tmp_path: Path, seq_lengt
     assert len({tuple(order) for order in orders}) > 40
     whole = np.concatenate([data.document(number) for order in orders for number in order])
     samples = [stream.sample(j, seq_length) for j in range(5)]
-    for j, sample in enumerate(samples):
+    for sample, j in zip(samples, (stream.piece(k, seq_length) for k in range(5)), strict=True):
         assert sample.dtype == np.int64
         np.testing.assert_array_equal(sample, whole[j * seq_length : (j + 1) * seq_length + 1])
+
+
+def test_blocks_of_samples_are_shuffled_pieces(tmp_path: Path) -> None:
+    """Each block of an epoch's pieces comes once, not in the order of the stream, and no two blocks alike."""
+    stream = DomainStream(IndexedDataset(dataset(tmp_path / "a", [50] * 20)), np.arange(20), seed=5, salt="a/train")
+    pieces = np.array([stream.piece(j, 10) for j in range(300)]).reshape(3, 100)
+    for block, order in enumerate(pieces - np.arange(0, 300, 100)[:, None]):
+        assert sorted(order.tolist()) == list(range(100)), block
+        assert np.mean(np.abs(np.diff(order)) == 1) < 0.1
+    assert len({tuple(order % 100) for order in pieces}) == 3
 
 
 def test_every_token_of_an_epoch_is_a_target_or_input_exactly_once(tmp_path: Path) -> None:
@@ -112,10 +122,12 @@ def test_orders_are_frozen(tmp_path: Path) -> None:
     """A change of these numbers changes the data of every resumed run and leaks its held-out documents."""
     stream = DomainStream(IndexedDataset(dataset(tmp_path / "a", [1] * 8)), np.arange(8), 1234, "a/train")
     assert [stream.order(epoch).tolist() for epoch in (0, 1)] == FROZEN_ORDERS
+    assert [stream.piece(j, 1) for j in range(8)] == FROZEN_PIECES
     assert documents_of_part(20, "80,20", "validation", "a").tolist() == FROZEN_SPLIT
 
 
 FROZEN_ORDERS = [[3, 0, 1, 6, 5, 7, 4, 2], [1, 4, 6, 5, 0, 2, 7, 3]]
+FROZEN_PIECES = [7, 5, 3, 1, 6, 2, 0, 4]
 FROZEN_SPLIT = [9, 15, 17, 19]
 
 
