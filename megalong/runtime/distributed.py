@@ -117,11 +117,19 @@ def set_layout(layout: Layout, seed: int = 1234, timeout_minutes: float = 60) ->
 
 
 def clear_layout() -> None:
-    """Forget the groups of the last layout, if there was one."""
+    """Close the groups of the last layout, if there was one.
+
+    Megatron-Core only forgets them; each would keep its threads and sockets for as long as the process lives.
+    """
     from megatron.core import parallel_state
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    groups = list(parallel_state._global_process_group_list or [])
+    parallel_state.destroy_model_parallel()
+    for group in groups:
+        if group is not None and group is not dist.group.WORLD and group is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.destroy_process_group(group)
 
 
 def stop() -> None:
