@@ -190,10 +190,14 @@ class Logging(Section):
 
 
 class Runtime(Section):
-    """Where it runs, and how long a collective may take before the run is given up."""
+    """Where it runs, and how long a collective may take before the run is given up.
+
+    On GPUs the last `flight_recorder_events` collectives of every group are dumped to RUN/nccl when that happens.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_minutes: float = Field(default=60.0, gt=0)
+    flight_recorder_events: Count = 2000
 
 
 class Config(Section):

@@ -71,10 +71,13 @@ def _check_vocabulary(samples: PackedSamples, vocabulary: int) -> None:
 
 def _run_here(stages: list[Config]) -> None:
     from megalong.runtime import distributed
+    from megalong.runtime.flight_recorder import record_collectives
     from megalong.runtime.logs import close_logging, setup_logging
 
     setup_logging(distributed.environment_world()[0])
     device = distributed.choose_device(stages[0].runtime.device)
+    if device.type == "cuda":
+        record_collectives(Path(stages[0].run.dir), stages[0].runtime.flight_recorder_events)
     distributed.start(device, stages[0].runtime.timeout_minutes)
     try:
         for config in stages:
