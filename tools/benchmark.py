@@ -1,0 +1,38 @@
+#!/usr/bin/env python3
+"""Measure megalong against something a user would use instead: `python tools/benchmark.py NAME [--json]`.
+
+Every figure is a ratio, or stands beside one: both sides run in turn, in one call, on the same machine. Absolute
+times of one machine say little about another, and shared machines drift. With `--json` one object goes to stdout,
+{"benchmark": NAME, "figures": {...}}, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+BENCHMARKS = {"step": "one training step against transformers (SDPA) on the same small Llama, one CPU process each"}
+
+
+def main() -> int:
+    """Run one benchmark; print a table for people, or one JSON object."""
+    epilog = "benchmarks: " + "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(description="Measure megalong.", epilog=epilog)
+    parser.add_argument("name", choices=BENCHMARKS)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
+    options = parser.parse_args()
+    report = importlib.import_module(f"benchmarks.{options.name}").run()
+    if options.json:
+        print(json.dumps({"benchmark": options.name, "figures": report.figures}))
+    else:
+        print(report.table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
