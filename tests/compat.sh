@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The same tests on the newer Megatron-Core: parity, resume, logits and checkpoints on 0.19.x under Python 3.12.
+# The tests that touch Megatron-Core (training, model, checkpoints) on its newer line: 0.19.x under Python 3.12.
 #
 # Makes .venv-compat beside .venv the first time: constraints.txt with another Megatron-Core (5 GB where pip offers
 # only torch's CUDA build, which runs on a CPU as well). A stamp in it makes every later start instant. Where there is
 # no Python 3.12 or the environment cannot be made, it prints one line `SKIPPED compat: <why>` and succeeds.
-# Arguments go to pytest: `tests/compat.sh -k TP2`, `tests/compat.sh -m "not slow"`.
+# As tests/run.sh it leaves the slow ones out, and arguments go to pytest: `tests/compat.sh -m slow`, `-k TP2`.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 megatron="megatron-core>=0.19,<0.20"
-tests=(tests/training/test_parity.py tests/training/test_resume.py tests/model/test_logits.py tests/checkpoint)
+tests=(tests/training tests/model tests/checkpoint)
 venv="$PWD/.venv-compat"
 stamp="$venv/.compat-installed"
 wanted="$megatron $(cksum setup.py constraints.txt examples/setup_env.sh) $PWD"
@@ -48,4 +48,4 @@ fi
 if [ -x .venv/bin/python ]; then
     export MEGALONG_OLDER_PYTHON="$PWD/.venv/bin/python"
 fi
-exec "$venv/bin/python" -m pytest -rs "${tests[@]}" "$@"
+exec "$venv/bin/python" -m pytest -rs -m "not slow" "${tests[@]}" "$@"
