@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 log = logging.getLogger("megalong")
 
@@ -38,6 +39,8 @@ _FACTORIES = (
     "zeros_like",
 )
 _installed = False
+# Ranks of a group -> the world it belongs to, and the group (or torch's mark for ranks outside of it).
+_groups: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
 
 def install() -> None:
@@ -50,6 +53,7 @@ def install() -> None:
     _patch_factories()
     _patch_tensor_methods()
     _patch_random_state()
+    _share_equal_groups()
     _installed = True
     log.info("no GPU in use: Megatron-Core's CUDA calls are answered by the CPU (runtime/cpu.py)")
 
@@ -130,6 +134,34 @@ def _patch_random_state() -> None:
     patched: Any = megatron_random
     patched._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: torch.get_rng_state()
     patched._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _share_equal_groups() -> None:
+    """Groups of the same ranks become one group.
+
+    Megatron-Core makes some fifty groups for a layout, most of them of ranks that have a group already, and each gloo
+    group keeps two threads that wake a hundred times a second: on two cores they would cost more than training. Sharing
+    is safe because every rank issues the operations of a layout in the same order. Making a group takes all ranks, so
+    ranks outside of it remember it too.
+    """
+    new_group = dist.new_group
+
+    @functools.wraps(new_group)
+    def shared(ranks: list[int] | None = None, *args: Any, **kwargs: Any) -> Any:
+        key = tuple(ranks) if ranks is not None else tuple(range(dist.get_world_size()))
+        world, group = _groups.get(key, (None, None))
+        if world is not dist.group.WORLD:
+            group = new_group(ranks, *args, **kwargs)
+            _groups[key] = (dist.group.WORLD, group)
+        return group
+
+    module: Any = dist
+    module.new_group = shared
+
+
+def forget_groups() -> None:
+    """The groups of a layout are about to be closed: the next one makes its own."""
+    _groups.clear()
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

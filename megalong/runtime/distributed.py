@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megalong.errors import UserError
-from megalong.runtime import megatron
+from megalong.runtime import cpu, megatron
 
 GRID_ORDER = "tp-cp-ep-dp-pp"
 
@@ -100,6 +101,7 @@ def set_layout(layout: Layout, seed: int = 1234, timeout_minutes: float = 60) ->
             f"= {layout.model_parallel_size}; start a multiple of {layout.model_parallel_size}"
         )
     clear_layout()
+    gc.collect()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -125,11 +127,13 @@ def clear_layout() -> None:
 
     if not parallel_state.model_parallel_is_initialized():
         return
-    groups = list(parallel_state._global_process_group_list or [])
+    groups = set(parallel_state._global_process_group_list or [])
     parallel_state.destroy_model_parallel()
-    for group in groups:
-        if group is not None and group is not dist.group.WORLD and group is not dist.GroupMember.NON_GROUP_MEMBER:
-            dist.destroy_process_group(group)
+    cpu.forget_groups()
+    # A model holds its groups, and lies in reference cycles: without a collection they would outlive it.
+    gc.collect()
+    for group in groups - {None, dist.group.WORLD, dist.GroupMember.NON_GROUP_MEMBER}:
+        dist.destroy_process_group(group)
 
 
 def stop() -> None:

@@ -22,6 +22,8 @@ from megalong.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+from megalong.runtime import cpu
+
 log = logging.getLogger("megalong")
 
 _TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine_torch")
@@ -43,8 +45,6 @@ def prepare(device: torch.device) -> None:
     hide_broken_transformer_engine()
     _quiet()
     if device.type == "cpu":
-        from megalong.runtime import cpu
-
         cpu.install()
     _install_adam()
 
