@@ -110,7 +110,7 @@ def test_dp_reshardable_allows_data_and_context_parallelism_to_change(
 
     unbroken = losses(pool.run(2, TRAIN, settings("unbroken", {}))[0])
     pool.run(2, TRAIN, settings("run", {}), 5)
-    with pytest.raises(RankError, match="dp_reshardable under TP 1 × PP 1 .* this run has TP 2"):
+    with pytest.raises(RankError, match=r"dp_reshardable under TP 1 × PP 1 .* this run has TP 2"):
         pool.run(2, TRAIN, settings("run", {"tensor_model_parallel_size": 2}))
     resumed = losses(pool.run(4, TRAIN, settings("run", {"context_parallel_size": 2}))[0])
     for step in range(6, 11):
