@@ -1,5 +1,6 @@
 """The quickstart: its parts alone, and (slow) the whole story with a handful of training steps."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -121,6 +123,16 @@ def _small(name, **changes):
     return yaml.safe_dump(tree)
 
 
+def _processes_in(folder):
+    """Processes that work in `folder`; those that end while we look do not."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(folder):
+                found.append(process.pid)
+    return found
+
+
 @pytest.mark.slow
 def test_the_whole_story_stopped_once_and_taken_up_again(tmp_path):
     """Every step by its real command; the first start is killed in the middle of training."""
@@ -139,6 +151,7 @@ def test_the_whole_story_stopped_once_and_taken_up_again(tmp_path):
             break
     started.communicate(timeout=60)
     assert started.returncode == 130
+    assert not _processes_in(folder)  # the ranks have gone with it
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done before") == 5
@@ -146,8 +159,8 @@ def test_the_whole_story_stopped_once_and_taken_up_again(tmp_path):
     text = (folder / "report.md").read_text()
     for name in (story.BASE, story.UNTRAINED, story.EXTENDED):
         assert re.search(rf"^\| {name} +\|", text, re.MULTILINE)
-    difference = float(re.search(r"largest difference (\S+)", text)[1])
-    assert difference < 1e-3
+    assert float(re.search(r"differ by at most (\S+)", text)[1]) < 1e-2
+    assert float(re.search(r"with exact angles it is ([\d.e-]+)", text)[1]) < 1e-4
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0
     assert again.stdout.count("done before") == 12

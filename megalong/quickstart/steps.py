@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ import megalong
 from megalong.training.console import duration
 
 WIDTH = 100
+GRACE_SECONDS = 30.0
 
 
 class StepFailed(SystemExit):
@@ -72,10 +74,24 @@ class Commands:
         """
         print(f"   $ megalong {shlex.join(arguments)}")
         command = [sys.executable, "-m", "megalong", *arguments]
-        status = subprocess.run(command, cwd=self._folder, env=_environment(), check=False).returncode
+        status = _run(command, self._folder)
         if status:
             print(f"   stopped: exit status {status}; the same command goes on from here", file=sys.stderr)
             raise StepFailed(status if status > 0 else 128 - status)
+
+
+def _run(command: list[str], folder: Path) -> int:
+    """Exit status of `command`; an interrupt of ours is handed on and waited for, so that nothing runs on unseen."""
+    with subprocess.Popen(command, cwd=folder, env=_environment()) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
 
 
 def _environment() -> dict[str, str]:

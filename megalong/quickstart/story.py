@@ -19,12 +19,14 @@ from megalong.checkpoint.folder import whole_checkpoints
 from megalong.config.load import load_config
 from megalong.config.rope import RopeSettings
 from megalong.config.schema import Config
+from megalong.data.indexed import IndexedDataset
 from megalong.errors import UserError
 from megalong.quickstart import corpus, model
 from megalong.quickstart.steps import Commands, Step, published, run_steps
 
 PROCESSES = "2"
-MEASURED_SAMPLES = "32"
+HELD_OUT = "data/heldout_text_document"
+MEASURED_SAMPLES = 32  # fewer where this Python's library is smaller
 CONFIGS = ("pretrain.yaml", "extend.yaml")
 BASE, UNTRAINED, EXTENDED = "base", "base-yarn-untrained", "extended"
 
@@ -132,9 +134,10 @@ class Story:
 
     def measure(self, name: str, *source: str) -> None:
         """Measure perplexity by position at the extended length."""
-        sizes = ["--seq-length", str(self.extend.data.seq_length), "--samples", MEASURED_SAMPLES]
-        data = ["--data", "data/heldout_text_document"]
-        self.megalong("evaluate", "perplexity", *source, *data, *sizes, "--output", f"evaluation/{name}")
+        length = self.extend.data.seq_length
+        held = IndexedDataset(self.folder / HELD_OUT).num_tokens // length
+        sizes = ["--seq-length", str(length), "--samples", str(min(MEASURED_SAMPLES, held))]
+        self.megalong("evaluate", "perplexity", *source, "--data", HELD_OUT, *sizes, "--output", f"evaluation/{name}")
 
     def measure_untrained(self) -> None:
         """Export the base, let its config say what the extension's says, and measure that."""
@@ -152,7 +155,7 @@ class Story:
         outcome = compare_with_transformers(
             self.folder / "runs" / "extended",
             self.folder / "hf" / "extended",
-            self.folder / "data" / "heldout_text_document",
+            self.folder / HELD_OUT,
             self.extend.data.seq_length,
         )
         print(f"   {outcome}")
