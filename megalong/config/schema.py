@@ -33,7 +33,11 @@ class Run(Section):
 
 
 class Load(Section):
-    """Where weights come from at the first start: a Hugging Face folder, or a run or step of ours."""
+    """Where weights come from at the first start: a Hugging Face folder, or a run or step of ours.
+
+    Weights and tokenizer are taken over, nothing else: step, learning-rate schedule, optimizer and position in the data
+    start fresh. A run whose own folder holds a checkpoint resumes all of these from there and does not read `load`.
+    """
 
     hf: Text | None = None
     checkpoint: Text | None = None
