@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import io
 import shutil
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
 import megalong
 from megalong.checkpoint.folder import whole_checkpoints
@@ -42,10 +44,15 @@ def quickstart(output: str = "quickstart-run") -> None:
         sys.stdout.reconfigure(line_buffering=True)  # our lines and those of the commands in their true order
     folder = Path(output)
     _copy_configs(folder)
+    signal.signal(signal.SIGTERM, _end)  # an ending of ours must reach the command under way
     story = Story(folder)
     print(f"megalong quickstart: everything goes to {folder}/; interrupt it at any time, start it again to go on.")
     print(f"Commands are run in that folder: cd {folder}")
     story.report(run_steps(story.steps()))
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _copy_configs(folder: Path) -> None:

@@ -6,7 +6,8 @@ Both start from one `StepRecord` a logged step; rates and shares are worked out 
     MFU      = tokens/s/GPU x model FLOPs per token (flops.py) / peak of the device (hardware.py)
 
 Curves are named `group/name` so that TensorBoard shows one panel a subject: loss, loss_by_position, schedule, speed,
-time, memory, progress. Only the writer rank writes; on the others a `Metrics` does nothing.
+time (seconds a step; of a checkpoint or an evaluation as a whole), memory, progress. Only the writer rank writes; on
+the others a `Metrics` does nothing.
 
 A run that dies at step 170 and resumes from the checkpoint of step 150 does steps 151-170 again. `purge_step` tells
 TensorBoard to forget what the first life wrote from step 151 on, so a curve never runs back and forth (zigzag).
@@ -33,6 +34,7 @@ from megalong.training.hardware import Peak, device_peak, peak_memory
 
 LOG = logging.getLogger("megalong")
 FLUSH_SECONDS = 10
+OCCASIONAL = ("checkpoint", "evaluation")  # timed as a whole; the rest is time of every step
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class StepRecord:
     @property
     def step_seconds(self) -> float:
         """Wall seconds of the steps themselves, without saving and evaluating."""
-        return sum(value for name, value in self.seconds.items() if name not in ("checkpoint", "evaluation"))
+        return sum(value for name, value in self.seconds.items() if name not in OCCASIONAL)
 
 
 class Metrics:
@@ -97,6 +99,7 @@ class Metrics:
         if not is_writer_rank:
             return
         self._config, self._world_size, self._device = config, world_size, device
+        self._last_step = start_step
         self._edges = bucket_edges(config.data.seq_length)
         self._flops_per_token = flops_per_token(architecture, config.data.seq_length)
         self._peak = device_peak(device)
@@ -114,6 +117,7 @@ class Metrics:
         """One console line and one point on every curve."""
         if not self._active:
             return
+        steps, self._last_step = record.step - self._last_step, record.step
         tokens_per_second = record.tokens / max(record.step_seconds, 1e-9)
         utilization = tokens_per_second / self._world_size * self._flops_per_token / self._peak.flops_per_second
         memory = peak_memory(self._device)
@@ -131,9 +135,9 @@ class Metrics:
                 seconds_left=self._remaining.after(record.step),
             )
         )
-        self._write(record, tokens_per_second, utilization, memory)
+        self._write(record, steps, tokens_per_second, utilization, memory)
 
-    def _write(self, record: StepRecord, tokens_per_second: float, utilization: float, memory: int) -> None:
+    def _write(self, record: StepRecord, steps: int, tokens_per_second: float, utilization: float, memory: int) -> None:
         if self._writer is None:
             return
         scalars: dict[str, float | None] = {
@@ -146,7 +150,7 @@ class Metrics:
             "speed/mfu": utilization,
             "memory/peak_gib": memory / 2**30,
             "progress/consumed_tokens": record.consumed_tokens,
-            **{f"time/{name}": value for name, value in record.seconds.items()},
+            **{f"time/{name}": value / (1 if name in OCCASIONAL else steps) for name, value in record.seconds.items()},
             **self._by_position("loss_by_position", record.position_losses),
             **self._by_position("validation_loss_by_position", record.validation_position_losses),
         }

@@ -111,9 +111,19 @@ def test_every_promised_curve_is_there(open_metrics, tmp_path):
     assert values["progress/consumed_tokens"] == 256
     assert values["loss_by_position/0-64"] == 2.5
     assert "loss_by_position/64-128" not in values
+    assert values["time/forward_backward"] == pytest.approx(0.3)
     split = {name for name in values if name.startswith("time/")}
     assert split == {"time/data", "time/forward_backward", "time/optimizer", "time/checkpoint"}
     assert {"loss/train", "loss/validation", "schedule/learning_rate", "schedule/gradient_norm"} <= values.keys()
+
+
+def test_times_are_per_step_whatever_the_log_interval(open_metrics, tmp_path):
+    metrics = open_metrics(start_step=5)
+    metrics.log_step(record(10))
+    metrics.close()
+    events = curves(tmp_path)
+    assert events.Scalars("time/forward_backward")[0].value == pytest.approx(0.3 / 5)
+    assert events.Scalars("time/checkpoint")[0].value == pytest.approx(5.0)
 
 
 def test_the_resolved_config_is_kept_as_text(open_metrics, tmp_path):
