@@ -9,10 +9,6 @@ Steps = Mapping[str, Sequence[float]]
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 
-# Where a gradient is not far above eps, AdamW's step depends on how the gradient was rounded. Measured over ten steps,
-# two layouts' gradient norms are up to 1e-5 apart with eps 1e-6 and up to 2e-6 with this.
-WELL_CONDITIONED = {"adam_eps": 1e-5}
-
 
 def deviation(ranks: Sequence[Steps], reference: Steps) -> float:
     """The largest relative difference of any rank's loss or gradient norm at any step from the reference's.

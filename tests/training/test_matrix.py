@@ -20,7 +20,7 @@ import pytest
 
 from tests.llama import make_dataset, make_llama, run_settings
 from tests.pool import WorkerPool
-from tests.training.comparison import TOLERANCE, WELL_CONDITIONED, deviation
+from tests.training.comparison import TOLERANCE, deviation
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +64,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
             memory={"recompute": recompute},
             parallel=parallel or {},
             training={"global_batch_size": 16, "micro_batch_size": 4},
-            optimizer=WELL_CONDITIONED,
         )
 
     return of

@@ -14,7 +14,7 @@ import pytest
 
 from tests.llama import make_dataset, make_llama, run_settings
 from tests.pool import WorkerPool
-from tests.training.comparison import TOLERANCE, WELL_CONDITIONED, deviation
+from tests.training.comparison import TOLERANCE, deviation
 
 TRAIN = "tests.training.workers:train_run"
 SAVED, STEPS = 5, 10
@@ -83,7 +83,7 @@ def unbroken(
     folder = tmp_path_factory.mktemp("unbroken")
     return {
         model: after_saving(
-            pool.run(1, TRAIN, run_settings(folder / model, *sources[model], optimizer=WELL_CONDITIONED))[0]
+            pool.run(1, TRAIN, run_settings(folder / model, *sources[model]))[0]
         )
         for model in MODELS
     }
@@ -114,7 +114,6 @@ def test_a_run_goes_on_under_another_layout(
             *sources[model],
             parallel=parallel,
             checkpoint={"save_interval": SAVED},
-            optimizer=WELL_CONDITIONED,
         )
         return pool.run(world, TRAIN, settings, stop_after)
 

@@ -15,7 +15,7 @@ import torch
 
 from tests.llama import make_dataset, make_llama, run_settings
 from tests.pool import WorkerPool
-from tests.training.comparison import TOLERANCE, WELL_CONDITIONED, deviation
+from tests.training.comparison import TOLERANCE, deviation
 from tests.training.gradients import global_batches, plain_llama, plain_loss
 
 STEPS = 10
@@ -58,7 +58,7 @@ def test_ten_steps_are_those_of_plain_transformers(
     model: str, attention: str, tmp_path: Path, pool: WorkerPool
 ) -> None:
     llama = make_llama(tmp_path / model, tie_word_embeddings=model == "tied")
-    settings = run_settings(tmp_path / "run", llama, make_dataset(tmp_path / "data"), optimizer=WELL_CONDITIONED)
+    settings = run_settings(tmp_path / "run", llama, make_dataset(tmp_path / "data"))
     plain = plain_steps(llama, settings, attention)
     ours = pool.run(1, "tests.training.workers:train_steps", settings, STEPS)
     assert min(plain["norm"]) > 1  # every step is clipped
