@@ -82,10 +82,7 @@ def unbroken(
     """What one process that never stops logs of the steps after the checkpoint."""
     folder = tmp_path_factory.mktemp("unbroken")
     return {
-        model: after_saving(
-            pool.run(1, TRAIN, run_settings(folder / model, *sources[model]))[0]
-        )
-        for model in MODELS
+        model: after_saving(pool.run(1, TRAIN, run_settings(folder / model, *sources[model]))[0]) for model in MODELS
     }
 
 
