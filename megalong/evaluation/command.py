@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from megalong.data.sampler import PackedSamples
 from megalong.errors import UserError
 from megalong.evaluation.source import ModelSource, find_model, open_held_out
+from megalong.runtime.folders import refuse_unwritable
 from megalong.runtime.launch import run_local
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def perplexity(
     _check_length(seq_length, int(os.environ["WORLD_SIZE"]) if launched else nproc or 1)
     source = find_model(checkpoint, hf)
     packed = open_held_out(data, seq_length, samples, source)
+    if output is not None:
+        refuse_unwritable(Path(output), "--output")
     if nproc is not None and nproc > 1:
         model = ["--hf", hf] if hf is not None else ["--checkpoint", str(checkpoint)]
         where = ["--output", output] if output is not None else []

@@ -37,6 +37,7 @@ from megalong.hf.load import load_into
 from megalong.hf.reader import HFReader
 from megalong.hf.writer import MAX_SHARD_BYTES, check_target, write_folder
 from megalong.runtime.distributed import single_process
+from megalong.runtime.folders import refuse_unwritable
 from megalong.runtime.logs import close_logging, setup_logging
 
 log = logging.getLogger("megalong")
@@ -54,6 +55,7 @@ def import_hf(hf: str | Path, output: str | Path) -> Path:
     architecture = read_architecture(hf)
     if whole_checkpoints(output) or output.is_file():
         raise UserError(f"{output}: exists already; choose another --output or remove it first")
+    refuse_unwritable(output, "--output")
     target = step_folder(output, 0)
     with HFReader(hf) as reader:
         reader.check(architecture)

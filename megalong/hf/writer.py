@@ -24,6 +24,7 @@ from megalong.checkpoint.folder import copy_assets
 from megalong.errors import UserError
 from megalong.hf.config import CONFIG_FILE
 from megalong.hf.reader import INDEX_FILE, SINGLE_FILE
+from megalong.runtime.folders import refuse_unwritable
 
 log = logging.getLogger("megalong")
 
@@ -31,11 +32,11 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 def check_target(output: Path) -> None:
-    """Refuse a target that exists and is not an empty folder."""
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists() or output.is_symlink():
+    """Refuse a target that exists and is not an empty folder, or that cannot be made."""
+    taken = any(output.iterdir()) if output.is_dir() else output.exists() or output.is_symlink()
+    if taken:
         raise UserError(f"{output}: exists already; choose another --output or remove it first")
+    refuse_unwritable(output.absolute().parent, "--output")
 
 
 def plan_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> list[list[str]]:

@@ -18,6 +18,7 @@ from megalong.config.schema import Config
 from megalong.config.text import dump_config
 from megalong.data.sampler import PackedSamples
 from megalong.errors import UserError
+from megalong.runtime.folders import refuse_unwritable
 from megalong.runtime.launch import run_local
 from megalong.training.start import find_start
 
@@ -46,7 +47,10 @@ def train(config_path: str, overrides: list[str] | None = None, nproc: int | Non
 
 
 def _check(stages: list[Config], world: int) -> None:
-    """Everything that needs no process. A later stage starts from the one before: its model is checked as it starts."""
+    """Everything that needs no process, for every stage: the last one's mistake must not show after days of the first.
+
+    A stage that starts from the one before has the model of the one before, which is not trained yet.
+    """
     for index, config in enumerate(stages):
         check_world(config, world)
         data = config.data
@@ -54,10 +58,16 @@ def _check(stages: list[Config], world: int) -> None:
             samples = PackedSamples(
                 data.mixture, data.seq_length, config.run.seed, data.split, part, separator=data.separator
             )
-        if index == 0:
-            start = find_start(config)
-            check_model(config, start.architecture)
-            _check_vocabulary(samples, start.architecture.vocab_size)
+        if index == 0 or not _follows(config, stages[index - 1]):
+            architecture = find_start(config).architecture
+        check_model(config, architecture)
+        _check_vocabulary(samples, architecture.vocab_size)
+        refuse_unwritable(Path(config.run.dir), "run.dir")
+
+
+def _follows(config: Config, before: Config) -> bool:
+    load = config.model.load
+    return load is not None and load.checkpoint == before.run.dir
 
 
 def _check_vocabulary(samples: PackedSamples, vocabulary: int) -> None:

@@ -78,6 +78,8 @@ def test_targets_that_are_refused(tmp_path: Path) -> None:
     assert (full / "notes.txt").read_text() == "mine"
     with pytest.raises(UserError, match=r"needs 4000000000\.0 GB"):
         write_folder(tmp_path / "huge", {"a": (10**9, 10**9)}, tensors(), DTYPE, {})
+    with pytest.raises(UserError, match=r"--output .*: .*notes\.txt is a file"):
+        check_target(full / "notes.txt" / "out")
 
 
 SLOW = """

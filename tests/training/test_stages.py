@@ -5,10 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
 from megalong.checkpoint.folder import find_checkpoint, read_meta
+from megalong.errors import UserError
+from megalong.training import launch
 from tests.llama import make_dataset, make_llama, run_settings
 
 
@@ -54,3 +58,32 @@ def test_stages_run_one_after_another_and_go_on_in_a_later_job(tmp_path: Path) -
     assert again.count("of step 2") == 2
     assert "weights from" not in again
     assert "is complete at step 3" in train(config, "training.train_iters=3")
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        ({"model": {"load": {"hf": "nowhere"}}}, "nowhere/config.json: no such file"),
+        ({"parallel": {"pipeline_model_parallel_size": 3}}, "does not divide the model's 4 layers"),
+    ],
+)
+def test_the_last_stages_mistake_is_told_before_the_first_starts(
+    last: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    settings = run_settings(tmp_path / "run", make_llama(tmp_path / "hf"), make_dataset(tmp_path / "data"))
+    settings["training"]["global_batch_size"] = 3
+    settings["stages"] = [{"name": "short"}, {"name": "long", **last}]
+    config = tmp_path / "stages.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match=told):
+        launch.train(str(config), nproc=3)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_below_a_file_is_told_before_a_process_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    settings = run_settings(tmp_path / "file" / "run", make_llama(tmp_path / "hf"), make_dataset(tmp_path / "data"))
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match=r"run\.dir .*file/run: .*file is a file"):
+        launch.train(str(config), nproc=2)
