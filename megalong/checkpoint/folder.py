@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from megalong.config.architecture import Architecture
 from megalong.errors import UserError
@@ -29,6 +29,7 @@ META = "megalong.json"
 ASSETS = "tokenizer"
 # What travels with the weights: text and tokenizer models. No weights, no code.
 _ASSET_SUFFIXES = {".json", ".jinja", ".model", ".txt"}
+_MEND = "copy it again, or delete that folder to use the step before it"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -49,6 +50,8 @@ class Meta(BaseModel):
 
     `optimizer` is the format of the optimizer's state, None where there are only weights.
     `consumed_samples` is the position in the data: samples 0 … consumed_samples - 1 have been trained on.
+    `files` are the bytes of each tensor file, which tell a truncated or half-copied checkpoint before it is read; an
+    earlier checkpoint has none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,6 +63,7 @@ class Meta(BaseModel):
     layout: SavedLayout = SavedLayout()
     optimizer: Literal["fully_reshardable", "dp_reshardable"] | None = None
     versions: dict[str, str] = {}
+    files: dict[str, int] = {}
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -73,7 +77,7 @@ def whole_checkpoints(run: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = {int(match[1]): path for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))}
-    return [found[step] for step in sorted(found) if (found[step] / META).is_file()]
+    return [found[step] for step in sorted(found)]
 
 
 def find_checkpoint(path: Path | str, step: int | None = None) -> Path:
@@ -103,7 +107,8 @@ def read_meta(checkpoint: Path) -> Meta:
     """Read `megalong.json`.
 
     Raises:
-        UserError: it is missing, damaged, of a later format, or a later Megatron-Core's than the installed one reads.
+        UserError: it is missing, damaged, of a later format, or a later Megatron-Core's than the installed one reads;
+            or a file of the checkpoint is missing or has another size than when it was written.
     """
     file = checkpoint / META
     try:
@@ -114,12 +119,28 @@ def read_meta(checkpoint: Path) -> Meta:
             )
         meta = Meta.model_validate(values)
     except FileNotFoundError:
-        raise UserError(f"{checkpoint} is not a checkpoint: it has no {META}") from None
-    except (json.JSONDecodeError, ValidationError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({str(error).splitlines()[0]}); use another step") from None
+        raise UserError(f"{checkpoint} is not a whole checkpoint: it has no {META}; {_MEND}") from None
+    except (ValueError, AttributeError) as error:  # not UTF-8, not JSON, not these keys
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} is damaged ({str(error).splitlines()[0]}); {_MEND}") from None
+    _check_files(checkpoint, meta)
     if "megatron-core" in meta.versions:
         megatron.check_readable(checkpoint, meta.versions["megatron-core"])
     return meta
+
+
+def file_sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of each tensor file in `checkpoint`: all but `megalong.json` and what lies in `tokenizer/`."""
+    return {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.is_file() and path.name != META}
+
+
+def _check_files(checkpoint: Path, meta: Meta) -> None:
+    found = file_sizes(checkpoint)
+    for name, size in meta.files.items():
+        if found.get(name) != size:
+            told = f"has {found[name]} bytes instead of {size}" if name in found else "is missing"
+            raise UserError(f"{checkpoint} is damaged: {name} {told}; {_MEND}")
 
 
 def remove_old(run: Path, keep_last: int) -> list[Path]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megalong import __version__
-from megalong.checkpoint.folder import ASSETS, META, Meta, SavedLayout, copy_assets, publish
+from megalong.checkpoint.folder import ASSETS, META, Meta, SavedLayout, copy_assets, file_sizes, publish
 from megalong.checkpoint.strategy import DirectSave
 from megalong.errors import UserError
 from megalong.model.build import unwrap
@@ -28,6 +30,9 @@ from megalong.runtime.distributed import is_main_rank
 from megalong.runtime.megatron import version as megatron_version
 
 log = logging.getLogger("megalong")
+
+# What torch's zip writer says when the disk does not take what it writes.
+_ZIP_WRITER = ("inline_container", "iostream error")
 
 
 def save_weights(checkpoint: Path, chunks: list[torch.nn.Module], meta: Meta, assets: Path | None = None) -> None:
@@ -128,18 +133,44 @@ def versions() -> dict[str, str]:
 def _published(checkpoint: Path, meta: Meta, assets: Path | None) -> Iterator[Path]:
     """A folder to write into, which becomes `checkpoint` once every rank has written and nothing was raised."""
     aside = checkpoint.with_name(checkpoint.name + ".tmp")
-    if is_main_rank():
+    try:
+        if is_main_rank():
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        dist.barrier()
+        yield aside
+        dist.barrier()
+        if is_main_rank():
+            if assets is not None and assets.is_dir():
+                copy_assets(assets, aside / ASSETS)
+            described = meta.model_copy(update={"files": file_sizes(aside)})
+            (aside / META).write_text(described.model_dump_json(indent=2) + "\n")
+            publish(aside, checkpoint)
+        dist.barrier()
+    except (OSError, RuntimeError, CheckpointException) as error:
+        reason = _disk_failure(error)
+        if reason is None:
+            raise
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    yield aside
-    dist.barrier()
-    if is_main_rank():
-        if assets is not None and assets.is_dir():
-            copy_assets(assets, aside / ASSETS)
-        (aside / META).write_text(meta.model_dump_json(indent=2) + "\n")
-        publish(aside, checkpoint)
-    dist.barrier()
+        raise UserError(
+            f"checkpoint {checkpoint} could not be written ({reason}); checkpoints before it are untouched: make room "
+            "or mend the disk, and start again"
+        ) from error
+
+
+def _disk_failure(error: BaseException) -> str | None:
+    """What the disk said if that is why a save failed, None for anything else.
+
+    Torch passes every rank's exceptions on in a CheckpointException; its zip writer turns what the disk says into a
+    RuntimeError of its own.
+    """
+    causes = [one for one, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    for cause in causes:
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause).splitlines()[0]
+        if isinstance(cause, RuntimeError) and any(part in str(cause) for part in _ZIP_WRITER):
+            return "the disk took only a part: is it full?"
+    return None
 
 
 def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -147,6 +178,14 @@ def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         return dist_checkpointing.load(wanted, str(checkpoint))
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"{checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except CheckpointException as error:
+        causes = [one for one, _ in error.failures.values()]
+        if not all(isinstance(one, OSError | EOFError | pickle.UnpicklingError) for one in causes):
+            raise
+        raise UserError(
+            f"{checkpoint} is damaged ({type(causes[0]).__name__} in its tensor files); copy it again, or delete that "
+            "folder to use the step before it"
+        ) from error
 
 
 def _model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:

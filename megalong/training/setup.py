@@ -22,7 +22,6 @@ from megalong.checkpoint import folder, store
 from megalong.config.architecture import Architecture
 from megalong.config.checks import check_model, check_world
 from megalong.config.schema import Config
-from megalong.errors import UserError
 from megalong.hf.load import WeightSource, load_into
 from megalong.hf.random_weights import RandomWeights
 from megalong.hf.reader import HFReader
@@ -141,10 +140,7 @@ def save(session: Session) -> Path:
     for chunk in session.chunks:
         # With overlap_param_gather the weights of the last step may still lie scattered.
         chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
-    try:
-        store.save_training(path, session.chunks, session.optimizer, session.scheduler, meta, session.assets)
-    except OSError as error:
-        raise UserError(f"checkpoint {path} could not be written: {error}; the one before it is untouched") from error
+    store.save_training(path, session.chunks, session.optimizer, session.scheduler, meta, session.assets)
     if distributed.is_main_rank():
         folder.remove_old(run, config.checkpoint.keep_last)
     return path

@@ -1,0 +1,80 @@
+"""A damaged checkpoint and a full disk are one line each, and what was whole before is whole after."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megalong.checkpoint.folder import META, find_checkpoint, read_meta
+from megalong.errors import UserError
+from tests.llama import make_llama
+
+MEGALONG = f"{sys.executable} -m megalong"
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    done = shell(f"{MEGALONG} import-hf --hf {make_llama(folder / 'hf')} --output {folder / 'run'}")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def cut(checkpoint: Path, name: str) -> None:
+    os.truncate(checkpoint / name, 40)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda step: cut(step, ".metadata"), r"\.metadata has 40 bytes instead of \d+"),
+        (lambda step: cut(step, "__0_0.distcp"), r"__0_0\.distcp has 40 bytes instead of \d+"),
+        (lambda step: (step / "__0_0.distcp").unlink(), r"__0_0\.distcp is missing"),
+        (lambda step: (step / "common.pt").unlink(), r"common\.pt is missing"),
+        (lambda step: (step / META).unlink(), "no megalong.json"),
+        (lambda step: (step / META).write_bytes(b"\xff\xfe"), "megalong.json is damaged"),
+        (lambda step: (step / META).write_text("[]"), "megalong.json is damaged"),
+    ],
+)
+def test_damage_is_told_before_anything_is_loaded(
+    damage: Callable[[Path], object], told: str, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    step = find_checkpoint(tmp_path / "run")
+    assert read_meta(step).files.keys() >= {".metadata", "__0_0.distcp", "common.pt"}
+    damage(step)
+    with pytest.raises(UserError, match=f"{told}.*delete that folder") as error:
+        read_meta(find_checkpoint(tmp_path / "run"))
+    assert "\n" not in str(error.value)
+
+
+def test_damage_within_a_file_is_one_line_too(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    shard = find_checkpoint(tmp_path / "run") / "__0_0.distcp"
+    shard.write_bytes(b"\x93" * shard.stat().st_size)
+    done = shell(f"{MEGALONG} export-hf --checkpoint {tmp_path / 'run'} --output {tmp_path / 'out'}")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"error: {shard.parent} is damaged" in done.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("kilobytes", [1, 100])
+def test_a_full_disk_is_one_line_and_leaves_nothing(kilobytes: int, whole: Path, tmp_path: Path) -> None:
+    """No file may grow beyond a limit, which the writers meet as they would meet a full disk."""
+    hf = whole.parent / "hf"
+    done = shell(f"ulimit -f {kilobytes}; {MEGALONG} import-hf --hf {hf} --output {tmp_path / 'new'}")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "could not be written" in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "new" / "checkpoints").iterdir())
