@@ -9,9 +9,11 @@ A dataset without .idx does not open, so from the first step to the last there i
 tokens. What a killed run leaves behind are `.tmp-` files, which nothing reads and which may be deleted at any time.
 """
 
+import contextlib
 import json
 import os
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -35,7 +37,7 @@ class IndexedDatasetWriter:
     """Writes the dataset `prefix`; a context manager that removes what it wrote unless `finish` was reached.
 
     Raises:
-        UserError: the folder cannot be made or written to.
+        UserError: the folder cannot be made or written to, or the disk is full.
 
     Example:
         with IndexedDatasetWriter("corpus_text_document", np.uint16) as writer:
@@ -81,6 +83,10 @@ class IndexedDatasetWriter:
 
     def finish(self, sidecar: dict[str, Any] | None = None) -> None:
         """Publish the dataset; `sidecar` describes it beside the counts, without one an old description is removed."""
+        with self._told():
+            self._publish(sidecar)
+
+    def _publish(self, sidecar: dict[str, Any] | None) -> None:
         data, description, index = self._targets
         _close(self._data)
         with _aside(index).open("wb") as file:
@@ -99,7 +105,8 @@ class IndexedDatasetWriter:
 
     def abandon(self) -> None:
         """Remove what was written aside; does nothing once published."""
-        self._data.close()
+        with contextlib.suppress(OSError):  # closing writes what is buffered, for which a full disk has no room
+            self._data.close()
         for target in self._targets:
             _aside(target).unlink(missing_ok=True)
 
@@ -110,6 +117,16 @@ class IndexedDatasetWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abandon()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn what the disk says into one line."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.prefix}: cannot be written ({error.strerror}); make room, or give another output prefix"
+            ) from error
 
     def _counts(self) -> dict[str, Any]:
         return {
@@ -123,7 +140,8 @@ class IndexedDatasetWriter:
         limits = np.iinfo(self.dtype)
         if len(tokens) and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
             raise ValueError(f"tokens from {tokens.min()} to {tokens.max()} do not fit {self.dtype}")
-        self._data.write(tokens.astype(self.dtype, copy=False).tobytes())
+        with self._told():
+            self._data.write(tokens.astype(self.dtype, copy=False).tobytes())
         self.num_tokens += len(tokens)
 
     def _write_index(self, file: Any) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -226,3 +227,13 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match="do not fit uint16"):
                 writer.add_document(np.array([token]))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(tmp_path: Path) -> None:
+    """The .bin is a link to /dev/full, which takes nothing; an old dataset of the name stays as it was."""
+    texts = write(tmp_path / "data")
+    (tmp_path / f"data.bin.tmp-{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=f"{tmp_path}/data: cannot be written .No space left on device.; make room"):
+        write(tmp_path / "data")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.bin", "data.idx"]
+    assert np.array_equal(IndexedDataset(tmp_path / "data").document(0), texts[0])
