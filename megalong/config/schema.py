@@ -29,7 +29,7 @@ class Run(Section):
 
     name: Name
     dir: Text
-    seed: Count = 1234
+    seed: int = Field(1234, ge=0, lt=2**32)
 
 
 class Load(Section):

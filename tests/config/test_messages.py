@@ -25,6 +25,7 @@ WRONG = {
     "data.seq_length=4096.0": "4096.0 is not a whole number; write 4096",
     'data.seq_length="4096"': "'4096' is not a whole number; write it without quotes",
     "data.seq_length=long": "'long' is not a whole number",
+    "run.seed=99999999999999999999": "run.seed: 99999999999999999999 is out of range; it must be < 4294967296",
     "data.seq_length=0": "data.seq_length: 0 is out of range; it must be >= 1",
     "data.separator=3": "data.separator: 3 is not text; write it in quotes",
     "data.split=99:1": "data.split: 5941 is not text; write it in quotes",
