@@ -1,11 +1,13 @@
 """Local processes for `--nproc N`: what torchrun does for one machine, without its agent.
 
 Each process runs `python -m megalong …` with RANK, WORLD_SIZE and a rendezvous on 127.0.0.1. The first to fail takes
-the others down at once; its exit status is ours (torchrun would turn a user's mistake, status 2, into 1).
+the others down at once; its exit status is ours (torchrun would turn a user's mistake, status 2, into 1). Nor do they
+outlive this process, however it ends: left alone they would write into the run folder beside the run's next start.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -17,6 +19,8 @@ from types import FrameType
 from typing import Any
 
 _GRACE_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_prctl = ctypes.CDLL(None).prctl  # found here: between fork and exec nothing may be looked up
 
 
 def run_local(arguments: Sequence[str], nproc: int) -> int:
@@ -47,7 +51,14 @@ def _spawn(arguments: Sequence[str], rank: int, nproc: int, port: int) -> subpro
     )
     # Every process would otherwise start a thread per core and fight the others for them.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    return subprocess.Popen([sys.executable, "-m", "megalong", *arguments], env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "megalong", *arguments], env=environment, preexec_fn=_end_with_parent
+    )
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel to end this process when its parent is gone, even by SIGKILL, which no parent can pass on."""
+    _prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def _free_port() -> int:
