@@ -119,7 +119,7 @@ def test_the_report_states_what_was_measured(tmp_path, capsys):
 def _small(name, **changes):
     tree = yaml.safe_load((EXAMPLES / name).read_text())
     for section, values in changes.items():
-        tree[section].update(values)
+        tree.setdefault(section, {}).update(values)
     return yaml.safe_dump(tree)
 
 
@@ -138,7 +138,12 @@ def test_the_whole_story_stopped_once_and_taken_up_again(tmp_path):
     """Every step by its real command; the first start is killed in the middle of training."""
     folder = tmp_path / "story"
     folder.mkdir()
-    few = {"training": {"train_iters": 12}, "checkpoint": {"save_interval": 4}, "logging": {"log_interval": 1}}
+    few = {
+        "training": {"train_iters": 12},
+        "checkpoint": {"save_interval": 4},
+        "logging": {"log_interval": 1},
+        "optimizer": {"warmup_iters": 1},
+    }
     (folder / "pretrain.yaml").write_text(_small("pretrain.yaml", **few))
     few["training"] = {"train_iters": 3}
     (folder / "extend.yaml").write_text(_small("extend.yaml", **few))
