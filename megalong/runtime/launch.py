@@ -20,7 +20,8 @@ from typing import Any
 
 _GRACE_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_prctl = ctypes.CDLL(None).prctl  # found here: between fork and exec nothing may be looked up
+# Found here: between fork and exec nothing may be looked up. Only Linux has it.
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)
 
 
 def run_local(arguments: Sequence[str], nproc: int) -> int:
@@ -58,7 +59,8 @@ def _spawn(arguments: Sequence[str], rank: int, nproc: int, port: int) -> subpro
 
 def _end_with_parent() -> None:
     """Ask the kernel to end this process when its parent is gone, even by SIGKILL, which no parent can pass on."""
-    _prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def _free_port() -> int:
