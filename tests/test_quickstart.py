@@ -145,7 +145,7 @@ def test_the_whole_story_stopped_once_and_taken_up_again(tmp_path):
         "optimizer": {"warmup_iters": 1},
     }
     (folder / "pretrain.yaml").write_text(_small("pretrain.yaml", **few))
-    few["training"] = {"train_iters": 3}
+    few |= {"training": {"train_iters": 3}, "data": {"seq_length": 1024}}
     (folder / "extend.yaml").write_text(_small("extend.yaml", **few))
     command = [sys.executable, "-m", "megalong", "quickstart", "--output", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parents[1])}
