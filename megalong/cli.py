@@ -10,6 +10,7 @@ Exit status: 0 done; 2 the user's mistake, told in one line (under torchrun by r
 
 import argparse
 import difflib
+import errno
 import os
 import select
 import sys
@@ -37,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _reader_is_gone():
             raise
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        _tell(f"{error.filename or 'output'}: {error.strerror}; make room there, or write elsewhere")
+        return 2
     return status
 
 

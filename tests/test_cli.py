@@ -1,6 +1,7 @@
 """The command line: its surface, frozen; exit statuses; and how quickly it answers."""
 
 import argparse
+import errno
 import importlib
 import inspect
 import os
@@ -80,7 +81,10 @@ def test_exit_statuses(answers, capsys):
     answers("doctor", stop(KeyboardInterrupt()))
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == ""
-    for bug in (ValueError("a bug"), BrokenPipeError("between processes")):
+    answers("doctor", stop(OSError(errno.ENOSPC, "No space left on device", "runs/config.yaml")))
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err.startswith("megalong: error: runs/config.yaml: No space left on device; make room")
+    for bug in (ValueError("a bug"), BrokenPipeError("between processes"), OSError(errno.EIO, "a broken disk")):
         answers("doctor", stop(bug))
         with pytest.raises(type(bug)):
             cli.main(["doctor"])
