@@ -40,7 +40,7 @@ def cut(checkpoint: Path, name: str) -> None:
         (lambda step: cut(step, ".metadata"), r"\.metadata has 40 bytes instead of \d+"),
         (lambda step: cut(step, "__0_0.distcp"), r"__0_0\.distcp has 40 bytes instead of \d+"),
         (lambda step: (step / "__0_0.distcp").unlink(), r"__0_0\.distcp is missing"),
-        (lambda step: (step / "common.pt").unlink(), r"common\.pt is missing"),
+        (lambda step: (step / "metadata.json").unlink(), r"metadata\.json is missing"),
         (lambda step: (step / META).unlink(), "no megalong.json"),
         (lambda step: (step / META).write_bytes(b"\xff\xfe"), "megalong.json is damaged"),
         (lambda step: (step / META).write_text("[]"), "megalong.json is damaged"),
@@ -51,7 +51,7 @@ def test_damage_is_told_before_anything_is_loaded(
 ) -> None:
     shutil.copytree(whole, tmp_path / "run")
     step = find_checkpoint(tmp_path / "run")
-    assert read_meta(step).files.keys() >= {".metadata", "__0_0.distcp", "common.pt"}
+    assert read_meta(step).files.keys() >= {".metadata", "__0_0.distcp", "metadata.json"}
     damage(step)
     with pytest.raises(UserError, match=f"{told}.*delete that folder") as error:
         read_meta(find_checkpoint(tmp_path / "run"))
