@@ -12,7 +12,6 @@ Nothing here needs torch.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from megalong.config.architecture import Architecture
 from megalong.errors import UserError
 from megalong.runtime import megatron
+from megalong.runtime.folders import sync
 
 FOLDER = "checkpoints"
 META = "megalong.json"
@@ -163,15 +163,7 @@ def copy_assets(source: Path, target: Path) -> None:
 def publish(aside: Path, checkpoint: Path) -> None:
     """Put everything in `aside` on disk, then give it its name: after a power cut it is whole or not there."""
     for path in [*aside.rglob("*"), aside]:
-        _sync(path)
+        sync(path)
     shutil.rmtree(checkpoint, ignore_errors=True)
     aside.rename(checkpoint)
-    _sync(checkpoint.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(checkpoint.parent)

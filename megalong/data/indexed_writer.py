@@ -31,6 +31,7 @@ from megalong.data.indexed import (
     sidecar_path,
 )
 from megalong.errors import UserError
+from megalong.runtime.folders import sync
 
 
 class IndexedDatasetWriter:
@@ -98,10 +99,10 @@ class IndexedDatasetWriter:
                 _close(file)
         index.unlink(missing_ok=True)
         description.unlink(missing_ok=True)
-        _flush_folder(index.parent)
+        sync(index.parent)
         for target in (data, description, index) if sidecar is not None else (data, index):
             _aside(target).replace(target)
-        _flush_folder(index.parent)
+        sync(index.parent)
 
     def abandon(self) -> None:
         """Remove what was written aside; does nothing once published."""
@@ -179,11 +180,3 @@ def _close(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

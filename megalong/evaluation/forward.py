@@ -9,7 +9,18 @@ from megatron.core import parallel_state
 
 from megalong.evaluation.buckets import PositionLoss
 from megalong.model.batch import MicroBatch
-from megalong.model.schedule import reduce_losses, run_microbatches
+from megalong.model.schedule import LossObserver, reduce_losses, run_microbatches
+
+
+def adding_to(positions: PositionLoss) -> LossObserver:
+    """An observer for `run_microbatches` that gathers losses by position, in training and evaluation alike."""
+
+    def observe(losses: torch.Tensor, batch: MicroBatch) -> None:
+        # Every tensor-parallel rank holds the same losses; one of them counts.
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            positions.add(losses, batch.positions, batch.loss_mask)
+
+    return observe
 
 
 def forward_losses(
@@ -25,12 +36,6 @@ def forward_losses(
     Returns:
         float64 [2]: summed loss in nats and number of valid tokens, over the global batch, on every rank.
     """
-
-    def observe(losses: torch.Tensor, batch: MicroBatch) -> None:
-        # Every tensor-parallel rank holds the same losses; one of them counts.
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
-            positions.add(losses, batch.positions, batch.loss_mask)
-
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
@@ -40,6 +45,6 @@ def forward_losses(
             seq_length,
             micro_batches[0].tokens.shape[0],
             forward_only=True,
-            observe=observe,
+            observe=adding_to(positions),
         )
     return reduce_losses(local)

@@ -24,7 +24,7 @@ from megalong.checkpoint.folder import copy_assets
 from megalong.errors import UserError
 from megalong.hf.config import CONFIG_FILE
 from megalong.hf.reader import INDEX_FILE, SINGLE_FILE
-from megalong.runtime.folders import refuse_unwritable
+from megalong.runtime.folders import refuse_unwritable, sync
 
 log = logging.getLogger("megalong")
 
@@ -150,15 +150,6 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _publish(aside: Path, output: Path) -> None:
     """Flush every file, then give the folder its name."""
     for path in [*sorted(aside.rglob("*")), aside]:
-        _flush(path)
+        sync(path)
     os.rename(aside, output)
-    _flush(output.absolute().parent)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(output.absolute().parent)

@@ -1,4 +1,4 @@
-"""Whether a folder can be written to, asked before there is anything to write.
+"""Whether a folder can be written to, asked before there is anything to write; and that a thing written is on disk.
 
 A run whose folder lies below a file, on a read-only mount or in someone else's home would otherwise fail in one process
 of many, after all of them have started. Asking makes no folder, so a mistake leaves nothing behind.
@@ -26,3 +26,12 @@ def refuse_unwritable(folder: Path, key: str) -> None:
         raise UserError(f"{key} {folder}: {nearest} is a file, so no folder can be there; choose another")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{key} {folder}: {nearest} is not writable by this user; choose another")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk: a rename must not overtake what it publishes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

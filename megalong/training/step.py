@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 
 from megalong.evaluation.buckets import PositionLoss
+from megalong.evaluation.forward import adding_to
 from megalong.model.batch import MicroBatch
 from megalong.model.schedule import reduce_losses, run_microbatches
 from megalong.training.batches import Batches
@@ -84,9 +84,5 @@ class TrainStep:
     def _gradients(
         self, micro_batches: list[MicroBatch], micro_batch_size: int, positions: PositionLoss | None
     ) -> torch.Tensor:
-        def observe(losses: torch.Tensor, batch: MicroBatch) -> None:
-            # Every tensor-parallel rank holds the same losses; one of them counts.
-            if positions is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
-                positions.add(losses, batch.positions, batch.loss_mask)
-
+        observe = adding_to(positions) if positions is not None else None
         return run_microbatches(self.chunks, micro_batches, self.seq_length, micro_batch_size, observe=observe)
