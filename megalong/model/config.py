@@ -60,6 +60,7 @@ def transformer_config(architecture: Architecture, settings: ModelSettings) -> L
         layernorm_epsilon=architecture.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # the place where the layer's specification puts our SwiGLU
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megalong.model.core_attention import CoreAttention
 from megalong.model.norm import RMSNorm
+from megalong.model.swiglu import SwiGLU
 
 
 def llama_layer() -> ModuleSpec:
@@ -25,7 +26,8 @@ def llama_layer() -> ModuleSpec:
         ),
     )
     mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU),
     )
     return ModuleSpec(
         module=TransformerLayer,

@@ -48,6 +48,7 @@ def install() -> None:
     global _installed
     if _installed:
         return
+    _patch_lone_collectives()
     _import_without_compiling()
     _patch_device_queries()
     _patch_factories()
@@ -56,6 +57,27 @@ def install() -> None:
     _share_equal_groups()
     _installed = True
     log.info("no GPU in use: Megatron-Core's CUDA calls are answered by the CPU (runtime/cpu.py)")
+
+
+def _patch_lone_collectives() -> None:
+    """Gathering or scattering in place within a group of one rank does nothing; gloo copies the buffer twice.
+
+    Before Megatron-Core is imported, because it takes these functions from torch once.
+    """
+    module: Any = dist
+    module.all_gather_into_tensor = _unless_alone(dist.all_gather_into_tensor)
+    module.reduce_scatter_tensor = _unless_alone(dist.reduce_scatter_tensor)
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def called(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        group, waited_for = kwargs.get("group"), not kwargs.get("async_op", False)
+        if waited_for and not args and output.data_ptr() == input.data_ptr() and dist.get_world_size(group) == 1:
+            return None
+        return collective(output, input, *args, **kwargs)
+
+    return called
 
 
 def _import_without_compiling() -> None:

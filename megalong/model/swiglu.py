@@ -1,0 +1,73 @@
+"""SwiGLU with its own backward: one pass over memory each way, and only its input kept.
+
+    y = silu(gate) · up        with [gate, up] the two halves of the first linear's output
+
+Written with torch's operations this is a chunk, an activation and a product, which autograd undoes by two products, an
+activation's gradient and a concatenation that copies both halves once more: five arrays of the layer's widest size,
+two of them kept for backward. Here a tile of rows goes through all of it while it is in the cache, and gradients of
+both halves are written where they belong. On a GPU Megatron-Core's compiled kernel does the same.
+Source: GLU variants, arXiv 2002.05202.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.autograd.function import once_differentiable
+
+TILE_ELEMENTS = 1 << 17  # of one half: tile and temporaries stay within a core's cache
+
+
+class SwiGLU(MegatronModule):
+    """What Megatron-Core's MLP builds as its activation: `[..., 2f]` to `[..., f]`, in the input's type."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config=config)
+
+    def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(first half) · second half of the last dimension."""
+        if gate_up.device.type == "cpu":
+            return swiglu(gate_up)
+        result: torch.Tensor = bias_swiglu_impl(gate_up, None)
+        return result
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(first half) · second half: `[..., 2f]` to `[..., f]`. Differentiable once."""
+    result: torch.Tensor = _SwiGLU.apply(gate_up)
+    return result
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_up)
+        rows = gate_up.flatten(0, -2)
+        result = rows.new_empty(rows.shape[0], rows.shape[1] // 2)
+        for tile, out in _tiles(rows, result):
+            gate, up = tile.chunk(2, dim=-1)
+            torch.mul(F.silu(gate), up, out=out)
+        return result.view(*gate_up.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (gate_up,) = ctx.saved_tensors
+        rows, grads = gate_up.flatten(0, -2), grad.flatten(0, -2)
+        result = torch.empty_like(rows)
+        for tile, upstream, out in _tiles(rows, grads, result):
+            gate, up = tile.chunk(2, dim=-1)
+            grad_gate, grad_up = out.chunk(2, dim=-1)
+            torch.ops.aten.silu_backward.grad_input(upstream * up, gate, grad_input=grad_gate)
+            torch.mul(upstream, F.silu(gate), out=grad_up)
+        return result.view_as(gate_up)
+
+
+def _tiles(rows: torch.Tensor, *others: torch.Tensor) -> zip[tuple[torch.Tensor, ...]]:
+    count = max(1, 2 * TILE_ELEMENTS // rows.shape[-1])
+    return zip(*(t.split(count) for t in (rows, *others)), strict=True)
