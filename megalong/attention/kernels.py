@@ -2,11 +2,11 @@
 
 A softmax over many keys can be taken block by block: besides its result a block hands back, for every query, the
 logarithm of the sum of its exponentials. Two blocks of one query merge by weights that follow from these two numbers
-alone (ring.py). Backward runs the other way: given the *merged* result and log-sum-exp, each block's share of the
+alone (merge.py). Backward runs the other way: given the *merged* result and log-sum-exp, each block's share of the
 gradient is computed from `exp(score - lse)` as if it stood alone, and shares add up.
 
     kernel   device   types              why
-    cpu      CPU      all                torch's fused kernel: no S x S scores
+    cpu      CPU      all                torch's fused kernel: no S x S scores (cpu_kernel.py)
     flash    CUDA     bf16, fp16         FlashAttention-2 as built into torch; heads of 8, 16, ... 256 channels
     tiled    any      all                plain torch in tiles of queries: what flash does not take (fp32, odd heads)
 
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megalong.attention import tiled
+from megalong.attention import cpu_kernel, tiled
+from megalong.attention.mask import BlockMask
 from megalong.errors import UserError
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -27,11 +28,11 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class BlockKernel:
-    """One implementation. h query heads, g key heads, g divides h; n queries, m keys (n = m where causal).
+    """One implementation. h query heads, g key heads, g divides h; n queries, m keys.
 
-    `forward(q, k, v, causal, scale) -> (out, lse)` with q `[n, b, h, d]`, k and v `[m, b, g, d]`, out like q, and
+    `forward(q, k, v, mask, scale) -> (out, lse)` with q `[n, b, h, d]`, k and v `[m, b, g, d]`, out like q, and
     lse float32 `[b, h, n]`.
-    `backward(grad_out, q, k, v, out, lse, causal, scale) -> (grad_q, grad_k, grad_v)` with out and lse merged over all
+    `backward(grad_out, q, k, v, out, lse, mask, scale) -> (grad_q, grad_k, grad_v)` with out and lse merged over all
     blocks; gradients have the shapes of q, k, v, and their type or float32.
     """
 
@@ -61,60 +62,23 @@ def _flash_takes(q: torch.Tensor) -> bool:
     )
 
 
-def _heads_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """`[s, b, h, d]` seen as torch's `[b, h, s, d]`; the kernels read any strides but that of the last dimension."""
-    return tuple((t if t.stride(-1) == 1 else t.contiguous()).permute(1, 2, 0, 3) for t in tensors)
-
-
-def _sequence_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(t.permute(2, 0, 1, 3) for t in tensors)
-
-
-def _cpu_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *_heads_first(q, k, v), 0.0, causal, scale=scale
-    )
-    return _sequence_first(out)[0], lse
-
-
-def _cpu_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    causal: bool,
-    scale: float,
-) -> Gradients:
-    """torch adds up a group's key gradients in the type of the keys: 2e-2 off in bf16 with 8 heads a group.
-
-    So below float32 it gets one query head of each group at a time, and the sum is ours, in float32.
-    """
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    grad_out, q, k, v, out = _heads_first(grad_out, q, k, v, out)
-    group_size = 1 if q.dtype == torch.float32 else q.shape[1] // k.shape[1]
-    grad_q = torch.empty_like(q)
-    grad_k, grad_v = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
-    for first in range(group_size):
-        one = slice(first, None, group_size)  # with a group size of 1: all heads at once
-        grads = kernel(grad_out[:, one], q[:, one], k, v, out[:, one], lse[:, one], 0.0, causal, scale=scale)
-        grad_q[:, one] = grads[0]
-        grad_k += grads[1]
-        grad_v += grads[2]
-    dq, dk, dv = _sequence_first(grad_q, grad_k, grad_v)
-    return dq, dk, dv
-
-
 def _flash_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        *_heads_first(q, k, v), 0.0, causal, False, scale=scale
+    """FlashAttention counts diagonals from the bottom right corner, where the last query meets the last key."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *_batch_first(q, k, v),
+        None,
+        None,
+        q.shape[0],
+        k.shape[0],
+        0.0,
+        False,
+        False,
+        scale=scale,
+        **_window(q, k, mask),
     )
-    return _sequence_first(out)[0], lse
+    return out.transpose(0, 1), lse
 
 
 def _flash_backward(
@@ -124,30 +88,50 @@ def _flash_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    causal: bool,
+    mask: BlockMask,
     scale: float,
 ) -> Gradients:
     """The kernel reads the log-sum-exp by address, so a slice of it must be made contiguous first."""
-    no_random_state = (
-        torch.zeros(2, dtype=torch.uint64, device=q.device),
-        torch.zeros((), dtype=torch.uint64, device=q.device),
-    )
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        *_heads_first(grad_out, q, k, v, out),
+    grads = torch.ops.aten._flash_attention_backward(
+        *_batch_first(grad_out, q, k, v, out),
         lse.contiguous(),
         None,  # no ragged batch, so no bounds of its sequences
         None,
         q.shape[0],
         k.shape[0],
         0.0,
-        causal,
-        *no_random_state,
+        False,
+        *no_random_state(q.device),
         scale=scale,
+        **_window(q, k, mask),
     )
-    dq, dk, dv = _sequence_first(*grads)
+    dq, dk, dv = (grad.transpose(0, 1) for grad in grads)
     return dq, dk, dv
 
 
-CPU = BlockKernel("cpu", _cpu_forward, _cpu_backward)
+def _batch_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`[s, b, h, d]` seen as flash's `[b, s, h, d]`; it reads any strides but that of the last dimension."""
+    return tuple((t if t.stride(-1) == 1 else t.contiguous()).transpose(0, 1) for t in tensors)
+
+
+def _window(q: torch.Tensor, k: torch.Tensor, mask: BlockMask) -> dict[str, int]:
+    """`mask` in flash's words. Every query must see a key: flash has no word for one that sees none."""
+    corner = k.shape[0] - q.shape[0]
+    left = -1 if mask.lower is None else corner - mask.lower
+    right = -1 if mask.upper is None else mask.upper - corner
+    assert mask.lower is None or left >= 0
+    assert mask.upper is None or right >= 0
+    return {"window_size_left": left, "window_size_right": right}
+
+
+def no_random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What flash's backward wants to know of dropout, which there is none of."""
+    return (
+        torch.zeros(2, dtype=torch.uint64, device=device),
+        torch.zeros((), dtype=torch.uint64, device=device),
+    )
+
+
+CPU = BlockKernel("cpu", cpu_kernel.forward, cpu_kernel.backward)
 FLASH = BlockKernel("flash", _flash_forward, _flash_backward)
 TILED = BlockKernel("tiled", tiled.forward, tiled.backward)

@@ -28,6 +28,8 @@ from torch.autograd.function import once_differentiable
 
 from megalong.attention.kernels import BlockKernel, choose_kernel
 from megalong.attention.layout import Block, ZigzagLayout
+from megalong.attention.mask import CAUSAL, FULL
+from megalong.attention.merge import merge
 
 KEYS_TAG, GRADIENTS_TAG = 0, 1  # two streams between the same pair of ranks, which gloo tells apart by tag
 
@@ -79,22 +81,15 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Result of q's type and float32 log-sum-exp `[b, h, s]`, over the keys of all ranks."""
     if ring.size == 1:
-        return kernel.forward(q, k, v, True, scale)
+        return kernel.forward(q, k, v, CAUSAL, scale)
     out = torch.zeros_like(q, dtype=torch.float32)
     lse = q.new_full((*q.shape[1:3], q.shape[0]), float("-inf"), dtype=torch.float32)  # no key seen yet
     for step, pair in enumerate(ring.travel(torch.stack((k, v)))):
         block = ring.block(q, step)
         rows, (keys, values) = block.queries, pair[:, block.keys]
-        new_out, new_lse = kernel.forward(q[rows], keys, values, block.causal, scale)
-        _merge(out[rows], lse[..., rows], new_out, new_lse)
+        new_out, new_lse = kernel.forward(q[rows], keys, values, CAUSAL if block.causal else FULL, scale)
+        merge(out[rows], lse[..., rows], new_out, new_lse)
     return out.to(q.dtype), lse
-
-
-def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor) -> None:
-    """Take a block into `out` (float32 `[n, b, h, d]`) and `lse` (float32 `[b, h, n]`), in place."""
-    weight = torch.sigmoid(new_lse - lse).permute(2, 0, 1).unsqueeze(-1)
-    out.lerp_(new_out.float(), weight)
-    lse.copy_(torch.logaddexp(lse, new_lse))
 
 
 def _backward(
@@ -110,7 +105,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v; float32 where more than one block was added up."""
     if ring.size == 1:
-        return kernel.backward(grad_out, q, k, v, out, lse, True, scale)
+        return kernel.backward(grad_out, q, k, v, out, lse, CAUSAL, scale)
     own_pair = torch.stack((k, v))
     grad_q = torch.zeros_like(q, dtype=torch.float32)
     homeward = _Arrival.of(torch.zeros_like(own_pair, dtype=torch.float32))
@@ -118,7 +113,7 @@ def _backward(
         block = ring.block(q, step)
         rows, (keys, values) = block.queries, pair[:, block.keys]
         dq, dk, dv = kernel.backward(
-            grad_out[rows], q[rows], keys, values, out[rows], lse[..., rows], block.causal, scale
+            grad_out[rows], q[rows], keys, values, out[rows], lse[..., rows], CAUSAL if block.causal else FULL, scale
         )
         grad_q[rows] += dq
         grad_pair = homeward.wait()

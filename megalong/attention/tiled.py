@@ -5,30 +5,32 @@ With scores S = scale * Q K^T, log-sum-exp L and result O = exp(S - L) V, the gr
     P  = exp(S - L)            dV = P^T dO
     dS = P * (dO V^T - D)      dQ = scale * dS K,  dK = scale * dS^T Q,  with D = rowsum(dO * O)
 
-A tile of queries needs scores only against the keys it sees, and the tile is made so small that they fit
-`SCORES_PER_TILE` whatever the length. Everything is float32; it is a correct path, not a fast
-one.
+A tile of queries needs scores only against the keys it may see, and the tile is made so small that they fit
+`SCORES_PER_TILE` whatever the length. Everything is float32; it is a correct path, not a fast one.
 """
 
 from collections.abc import Iterator
 
 import torch
 
+from megalong.attention.mask import BlockMask
+from megalong.attention.merge import finite
+
 SCORES_PER_TILE = 1 << 26  # 256 MiB in float32
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `BlockKernel.forward`."""
     length, batch, heads, _ = q.shape
     queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
     out = torch.empty(length, batch, heads, v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
-    for rows, seen in _tiles(q, k, causal):
-        scores = _scores(queries[..., rows, :], keys[..., seen, :], rows, causal, scale)
+    for rows, seen, hidden in _tiles(q, k, mask):
+        scores = _scores(queries[..., rows, :], keys[..., seen, :], hidden, scale)
         tile_lse = scores.logsumexp(-1, keepdim=True)
-        tile_out = scores.sub_(tile_lse).exp_() @ values[..., seen, :]
+        tile_out = scores.sub_(finite(tile_lse)).exp_() @ values[..., seen, :]
         out[rows] = tile_out.flatten(1, 2).permute(2, 0, 1, 3)
         lse[..., rows] = tile_lse.flatten(1, 2).squeeze(-1)
     return out, lse
@@ -41,18 +43,18 @@ def backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    causal: bool,
+    mask: BlockMask,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `BlockKernel.backward`."""
     queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
     upstream, results = _grouped(grad_out, k), _grouped(out, k)
-    logs = lse.unflatten(1, (k.shape[2], -1)).unsqueeze(-1)
+    logs = finite(lse.unflatten(1, (k.shape[2], -1)).unsqueeze(-1))
     grad_q = torch.empty_like(queries, dtype=torch.float32)
     grad_k, grad_v = (torch.zeros_like(t, dtype=torch.float32) for t in (keys, values))
-    for rows, seen in _tiles(q, k, causal):
+    for rows, seen, hidden in _tiles(q, k, mask):
         tile_q, tile_up = queries[..., rows, :].float(), upstream[..., rows, :].float()
-        weights = _scores(tile_q, keys[..., seen, :], rows, causal, scale).sub_(logs[..., rows, :]).exp_()
+        weights = _scores(tile_q, keys[..., seen, :], hidden, scale).sub_(logs[..., rows, :]).exp_()
         grad_v[..., seen, :] += (weights.transpose(-1, -2) @ tile_up).sum(2, keepdim=True)
         share = (tile_up * results[..., rows, :]).sum(-1, keepdim=True)
         grad_scores = (tile_up @ values[..., seen, :].transpose(-1, -2)).sub_(share).mul_(weights).mul_(scale)
@@ -75,18 +77,16 @@ def _grouped(t: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return t.permute(1, 2, 0, 3).unflatten(1, (k.shape[2], -1))
 
 
-def _tiles(q: torch.Tensor, k: torch.Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
-    """(rows of queries, keys they may see), few enough rows that their scores fit the tile."""
+def _tiles(q: torch.Tensor, k: torch.Tensor, mask: BlockMask) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
+    """(rows of queries, keys they may see, what they may not), few enough rows that their scores fit the tile."""
     length, batch, heads, _ = q.shape
-    rows = max(1, SCORES_PER_TILE // (batch * heads * k.shape[0]))
-    for start in range(0, length, rows):
-        end = min(start + rows, length)
-        yield slice(start, end), slice(0, end if causal else k.shape[0])
+    count = max(1, SCORES_PER_TILE // (batch * heads * k.shape[0]))
+    for start in range(0, length, count):
+        rows = range(start, min(start + count, length))
+        seen = mask.keys_of(rows, k.shape[0])
+        yield slice(rows.start, rows.stop), slice(seen.start, seen.stop), mask.hidden(rows, seen, q.device)
 
 
-def _scores(q: torch.Tensor, keys: torch.Tensor, rows: slice, causal: bool, scale: float) -> torch.Tensor:
+def _scores(q: torch.Tensor, keys: torch.Tensor, hidden: torch.Tensor | None, scale: float) -> torch.Tensor:
     scores = (q.float() @ keys.transpose(-1, -2)).mul_(scale)
-    if causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(rows.start + 1)
-        scores.masked_fill_(later, float("-inf"))
-    return scores
+    return scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megalong.attention import tiled
 from megalong.attention.kernels import CPU, FLASH, TILED, BlockKernel, choose_kernel
+from megalong.attention.mask import CAUSAL, FULL, BlockMask
 from megalong.errors import UserError
 from tests.attention.reference import Case, assert_near, dense, random_case
 
@@ -30,8 +31,8 @@ SHAPES: dict[str, Any] = {
 @given(**SHAPES)
 def test_causal_block(kernel: BlockKernel, dtype: torch.dtype, **shape: int) -> None:
     case = random_case(dtype=dtype, **shape)
-    out, lse = kernel.forward(case.q, case.k, case.v, True, case.scale)
-    gradients = kernel.backward(case.grad, case.q, case.k, case.v, out, lse, True, case.scale)
+    out, lse = kernel.forward(case.q, case.k, case.v, CAUSAL, case.scale)
+    gradients = kernel.backward(case.grad, case.q, case.k, case.v, out, lse, CAUSAL, case.scale)
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
     assert_near([out, *gradients], dense(case), dtype)
@@ -44,14 +45,13 @@ def test_blocks_of_a_causal_sequence_add_up(kernel: BlockKernel, dtype: torch.dt
     case = random_case(5, length=96, batch=2, groups=2, group_size=4, head_dim=16, dtype=dtype)
     early, late = slice(0, 40), slice(40, None)
     queries, grad = case.q[late], case.grad[late]
-    blocks = [(early, False), (late, True)]
-    parts = [kernel.forward(queries, case.k[keys], case.v[keys], causal, case.scale) for keys, causal in blocks]
+    blocks = [(early, FULL), (late, CAUSAL)]
+    parts = [kernel.forward(queries, case.k[keys], case.v[keys], mask, case.scale) for keys, mask in blocks]
     lse = torch.logaddexp(parts[0][1], parts[1][1])
     shares = [torch.exp(part_lse - lse).permute(2, 0, 1)[..., None] for _, part_lse in parts]
     out = (shares[0] * parts[0][0].float() + shares[1] * parts[1][0].float()).to(dtype)
     grads = [
-        kernel.backward(grad, queries, case.k[keys], case.v[keys], out, lse, causal, case.scale)
-        for keys, causal in blocks
+        kernel.backward(grad, queries, case.k[keys], case.v[keys], out, lse, mask, case.scale) for keys, mask in blocks
     ]
     truth = dense(_without_gradient(case, early))
     ours = [out, grads[0][0].float() + grads[1][0].float()]
@@ -68,23 +68,23 @@ def _without_gradient(case: Case, rows: slice) -> Case:
 def test_the_tiles_of_the_plain_kernel_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case(7, length=50, batch=2, groups=2, group_size=2, head_dim=8, dtype=torch.float32)
     monkeypatch.setattr(tiled, "SCORES_PER_TILE", 2 * 4 * 50 * 7)  # seven rows a tile, one in the last
-    for causal in (True, False):
-        out, lse = TILED.forward(case.q, case.k, case.v, causal, case.scale)
-        ours = [out, lse, *TILED.backward(case.grad, case.q, case.k, case.v, out, lse, causal, case.scale)]
-        out, lse = CPU.forward(case.q, case.k, case.v, causal, case.scale)
-        theirs = [out, lse, *CPU.backward(case.grad, case.q, case.k, case.v, out, lse, causal, case.scale)]
+    for mask in (CAUSAL, FULL, BlockMask(3, -2), BlockMask(-5, None)):
+        out, lse = TILED.forward(case.q, case.k, case.v, mask, case.scale)
+        ours = [out, lse, *TILED.backward(case.grad, case.q, case.k, case.v, out, lse, mask, case.scale)]
+        out, lse = CPU.forward(case.q, case.k, case.v, mask, case.scale)
+        theirs = [out, lse, *CPU.backward(case.grad, case.q, case.k, case.v, out, lse, mask, case.scale)]
         for mine, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(mine.float(), other.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_flash_is_called_as_torch_declares_it() -> None:
     """No GPU here: on meta tensors torch checks names, types and number of arguments, and tells the shapes."""
     q = torch.empty(64, 2, 8, 32, dtype=torch.bfloat16, device="meta")
     k = torch.empty(48, 2, 2, 32, dtype=torch.bfloat16, device="meta")
-    out, lse = FLASH.forward(q, k, k, False, 0.1)
+    out, lse = FLASH.forward(q, k, k, FULL, 0.1)
     assert out.shape == q.shape
     assert lse.shape == (2, 8, 64)
-    gradients = FLASH.backward(out, q[32:], k, k, out[32:], lse[..., 32:], False, 0.1)
+    gradients = FLASH.backward(out, q[32:], k, k, out[32:], lse[..., 32:], FULL, 0.1)
     assert [g.shape for g in gradients] == [q[32:].shape, k.shape, k.shape]
 
 
