@@ -7,9 +7,11 @@ With scores S = scale * Q K^T, log-sum-exp L and result O = exp(S - L) V, the gr
 
 A tile of queries needs scores only against the keys it may see, and the tile is made so small that they fit
 `SCORES_PER_TILE` whatever the length. Everything is float32; it is a correct path, not a fast one.
+
+The two products that P and dS enter can be computed on rounded ones: this is where FP8 is emulated (fp8.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -18,11 +20,22 @@ from megalong.attention.merge import finite
 
 SCORES_PER_TILE = 1 << 26  # 256 MiB in float32
 
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    scale: float,
+    round_weights: Rounding = _exact,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `BlockKernel.forward`."""
+    """See `BlockKernel.forward`. `round_weights` is applied to exp(S - L), keys along the last dimension."""
     length, batch, heads, _ = q.shape
     queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
     out = torch.empty(length, batch, heads, v.shape[-1], dtype=q.dtype, device=q.device)
@@ -30,7 +43,7 @@ def forward(
     for rows, seen, hidden in _tiles(q, k, mask):
         scores = _scores(queries[..., rows, :], keys[..., seen, :], hidden, scale)
         tile_lse = scores.logsumexp(-1, keepdim=True)
-        tile_out = scores.sub_(finite(tile_lse)).exp_() @ values[..., seen, :]
+        tile_out = round_weights(scores.sub_(finite(tile_lse)).exp_()) @ values[..., seen, :]
         out[rows] = tile_out.flatten(1, 2).permute(2, 0, 1, 3)
         lse[..., rows] = tile_lse.flatten(1, 2).squeeze(-1)
     return out, lse
@@ -45,8 +58,10 @@ def backward(
     lse: torch.Tensor,
     mask: BlockMask,
     scale: float,
+    round_weights: Rounding = _exact,
+    round_scores: Rounding = _exact,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `BlockKernel.backward`."""
+    """See `BlockKernel.backward`. `round_weights` is applied to P, `round_scores` to dS."""
     queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
     upstream, results = _grouped(grad_out, k), _grouped(out, k)
     logs = finite(lse.unflatten(1, (k.shape[2], -1)).unsqueeze(-1))
@@ -55,9 +70,10 @@ def backward(
     for rows, seen, hidden in _tiles(q, k, mask):
         tile_q, tile_up = queries[..., rows, :].float(), upstream[..., rows, :].float()
         weights = _scores(tile_q, keys[..., seen, :], hidden, scale).sub_(logs[..., rows, :]).exp_()
-        grad_v[..., seen, :] += (weights.transpose(-1, -2) @ tile_up).sum(2, keepdim=True)
+        grad_v[..., seen, :] += (round_weights(weights).transpose(-1, -2) @ tile_up).sum(2, keepdim=True)
         share = (tile_up * results[..., rows, :]).sum(-1, keepdim=True)
-        grad_scores = (tile_up @ values[..., seen, :].transpose(-1, -2)).sub_(share).mul_(weights).mul_(scale)
+        grad_scores = (tile_up @ values[..., seen, :].transpose(-1, -2)).sub_(share).mul_(weights)
+        grad_scores = round_scores(grad_scores).mul_(scale)
         grad_q[..., rows, :] = grad_scores @ keys[..., seen, :]
         grad_k[..., seen, :] += (grad_scores.transpose(-1, -2) @ tile_q).sum(2, keepdim=True)
     return (

@@ -1,0 +1,152 @@
+"""Numbers of 8 bits, emulated: what FP8 does to a matrix product, without a GPU that has it.
+
+    format   sign exponent mantissa   largest   half a step, relative   smallest
+    e4m3     1 + 4 + 3                    448   2^-4                    2^-9
+    e5m2     1 + 5 + 2                  57344   2^-3                    2^-16
+
+A tensor is brought into a format's range by one factor, its largest magnitude (amax) to the largest number there is:
+
+    scale = largest / amax        x8 = round(x * scale)        x ~ x8 / scale
+
+Every operand above the smallest normal number is then off by at most half a step; what lies below loses bits, and less
+than half of `smallest` becomes 0. Products of two such numbers are exact in float32, where they are summed, so that a
+product of rounded operands in float32 is what a GPU's FP8 product gives, but for the order of its sums.
+
+`hybrid` takes e4m3 forward and e5m2, which has more range, for gradients; `e4m3` takes that for both.
+
+Attention rounds what Transformer Engine's FP8 attention rounds. Q, K and V share one scale, of the whole tensors on all
+context-parallel ranks, and so does dO, before blocks are cut: how the sequence lies on ranks does not matter to them.
+
+    operand   type       scale
+    Q, K, V   forward    their common amax
+    P         forward    in O = P V by each row's largest in its block, as kernels round exp(score - maximum) before
+                         they divide by the sum; in dV = P^T dO by 1
+    dO        backward   its amax
+    dS        backward   the tile's amax up to a power of two, under which a number rounds the same in any tile
+
+Under delayed scaling O comes out in the forward type, and dQ, dK, dV, with a common scale, in the backward one.
+Transformer Engine's delayed scales are those of the pass before, which no attention here remembers.
+Source: FP8 formats for deep learning, arXiv 2209.05433; Transformer Engine's recipes, and its table of FusedAttention.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Formats:
+    """`precision.fp8`: the type of operands going forward and of gradients going backward."""
+
+    forward: torch.dtype
+    backward: torch.dtype
+
+
+FORMATS = {
+    "hybrid": Formats(torch.float8_e4m3fn, torch.float8_e5m2),
+    "e4m3": Formats(torch.float8_e4m3fn, torch.float8_e4m3fn),
+}
+
+
+def largest_magnitude(*tensors: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The largest |x| of all tensors, over the ranks of `group` if there is one: float32 scalar."""
+    amax = torch.stack([tensor.detach().abs().amax() for tensor in tensors]).amax().float()
+    if group is not None:
+        dist.all_reduce(amax, dist.ReduceOp.MAX, group)
+    return amax
+
+
+def scale_for(amax: torch.Tensor, dtype: torch.dtype, before: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """The factor that brings `amax` to the largest number of `dtype`; `before` where amax is 0 or not finite."""
+    scale = (torch.finfo(dtype).max / amax).clamp(max=torch.finfo(torch.float32).max)
+    usable = (amax > 0) & amax.isfinite()
+    return torch.where(usable, scale, torch.as_tensor(before, dtype=scale.dtype, device=scale.device))
+
+
+def to_fp8(tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor * scale` in `dtype`, to the nearest, ties to even; what is too large becomes the largest."""
+    limit = torch.finfo(dtype).max
+    return (tensor.float() * scale).clamp_(-limit, limit).to(dtype)
+
+
+def rounded(tensor: torch.Tensor, dtype: torch.dtype, amax: torch.Tensor) -> torch.Tensor:
+    """`tensor` to `dtype` and back, scaled by `amax`; in its own type."""
+    scale = scale_for(amax, dtype)
+    return (to_fp8(tensor, scale, dtype).float() / scale).to(tensor.dtype)
+
+
+def rounded_rows(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Weights >= 0, rounded relative to the largest of their row (last dimension)."""
+    limit = torch.finfo(dtype).max
+    unit = weights.amax(-1, keepdim=True).clamp_(min=torch.finfo(weights.dtype).tiny) / limit
+    return (weights / unit).clamp_(max=limit).to(dtype).to(weights.dtype) * unit
+
+
+def rounded_probabilities(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Weights between 0 and 1, rounded with the scale that 1 gives."""
+    return rounded(weights, dtype, weights.new_ones(()))
+
+
+def rounded_in_any_tile(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tile rounded so that, but for numbers 2^28 (e5m2) or 2^13 (e4m3) times below its largest, tiles agree."""
+    scale = scale_for(largest_magnitude(tensor), dtype)
+    power = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
+    return to_fp8(tensor, power, dtype).to(tensor.dtype).div_(power)
+
+
+@dataclass(frozen=True)
+class AttentionRounding:
+    """What is rounded around a blockwise attention, on whole tensors.
+
+    `results`: whether O, dQ, dK and dV are rounded too. `group`: the context-parallel ranks, None for one.
+    """
+
+    formats: Formats
+    results: bool
+    group: dist.ProcessGroup | None = None
+
+    def around(
+        self, attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor], *operands: torch.Tensor
+    ) -> torch.Tensor:
+        """`attend(q, k, v)` of rounded q, k, v `[s, b, heads, d]`; backward, of a rounded gradient.
+
+        `attend` must compute with a kernel of these formats (kernels.py). All ranks of the group must call this, and
+        its backward, in the same order.
+        """
+        q, k, v = _Operands.apply(self, *operands)
+        out: torch.Tensor = _Result.apply(self, attend(q, k, v))
+        return out
+
+    def together(self, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """All of them rounded with one scale."""
+        amax = largest_magnitude(*tensors, group=self.group)
+        return tuple(rounded(tensor, dtype, amax) for tensor in tensors)
+
+
+class _Operands(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rounding: AttentionRounding, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.rounding = rounding
+        return rounding.together(operands, rounding.formats.forward)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rounding = ctx.rounding
+        return None, *(rounding.together(grads, rounding.formats.backward) if rounding.results else grads)
+
+
+class _Result(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rounding: AttentionRounding, out: torch.Tensor) -> torch.Tensor:
+        ctx.rounding = rounding
+        return rounding.together((out,), rounding.formats.forward)[0] if rounding.results else out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *ctx.rounding.together((grad,), ctx.rounding.formats.backward)
