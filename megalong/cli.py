@@ -172,20 +172,53 @@ def _run_quickstart(options: argparse.Namespace) -> int:
 
 def _add_data(commands: Any) -> None:
     group = _group(commands, "data", "tokenize a corpus; look into a dataset")
-    parser = _command(group, "preprocess", "turn text files into an indexed dataset", _run_preprocess)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl and .txt, also .gz; folders")
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin and .idx")
-    parser.add_argument("--tokenizer", "--tokenizer-model", required=True, metavar="DIR", help="Hugging Face folder")
-    parser.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="JSON fields to tokenize (text)"
-    )
-    parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-text token")
-    parser.add_argument("--separator", metavar="TEXT", help="token or text between documents, such as <s>")
-    parser.add_argument("--workers", type=_count, metavar="N", help="processes (one for each core this job may use)")
+    _add_preprocess(group)
+    parser = _command(group, "merge", "join datasets of one tokenizer, such as the shards of a corpus", _run_merge)
+    parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="datasets, in order; or a folder")
+    parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx and P.json")
     parser = _command(group, "inspect", "say what an indexed dataset holds", _run_inspect)
     parser.add_argument("prefix", metavar="PREFIX", help="path of the .bin and .idx without their endings")
     parser.add_argument("--documents", type=_count, default=3, metavar="N", help="documents to show (%(default)s)")
     parser.add_argument("--tokenizer", metavar="DIR", help="Hugging Face folder, to show text instead of numbers")
+    parser.add_argument("--png", metavar="FILE", help="draw the lengths of documents there")
+
+
+def _add_preprocess(group: Any) -> None:
+    parser = _command(group, "preprocess", "turn text files into an indexed dataset", _run_preprocess)
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".jsonl, .txt (.gz, .zst), .parquet; folders, wildcards",
+    )
+    add("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin and .idx")
+    add("--tokenizer", "--tokenizer-model", required=True, metavar="DIR", help="Hugging Face folder")
+    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="JSON fields or columns to tokenize (text)")
+    add("--append-eod", action="store_true", help="end every document with the end-of-text token")
+    add("--separator", metavar="TEXT", help="token or text between documents, such as <s>")
+    add("--separator-position", choices=["between", "before"], default="between", help="(%(default)s)")
+    add("--workers", type=_count, metavar="N", help="processes (one for each core this job may use)")
+    add("--on-error", choices=["fail", "skip"], default="fail", help="at a bad record; skip gathers them (%(default)s)")
+    add("--group-by", metavar="KEY", help="make records that share KEY, such as a repository, one document")
+    add("--group-path", default="path", metavar="KEY", help="orders the records of a group (%(default)s)")
+    add("--shard", metavar="I/N", help="the Ith of N shares, from 1, as one task of a SLURM array")
+    add(
+        "--decontaminate",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="benchmarks that documents must not share text with",
+    )
+    add("--decontaminate-action", choices=["drop", "report"], default="drop", help="for such documents (%(default)s)")
+    add("--decontaminate-ngram", type=_count, default=13, metavar="N", help="words in a row that count (%(default)s)")
+    add(
+        "--encoder",
+        choices=["gigatoken", "tokenizers"],
+        default="gigatoken",
+        help="gigatoken wherever exact (%(default)s)",
+    )
 
 
 def _run_preprocess(options: argparse.Namespace) -> int:
@@ -198,15 +231,31 @@ def _run_preprocess(options: argparse.Namespace) -> int:
         json_keys=options.json_keys,
         append_eod=options.append_eod,
         separator=options.separator,
+        separator_position=options.separator_position,
         workers=options.workers,
+        on_error=options.on_error,
+        group_by=options.group_by,
+        group_path=options.group_path,
+        shard=options.shard,
+        decontaminate=options.decontaminate,
+        decontaminate_action=options.decontaminate_action,
+        decontaminate_ngram=options.decontaminate_ngram,
+        encoder=options.encoder,
     )
+    return 0
+
+
+def _run_merge(options: argparse.Namespace) -> int:
+    from megalong.data.merge import merge
+
+    merge(options.input, options.output_prefix)
     return 0
 
 
 def _run_inspect(options: argparse.Namespace) -> int:
     from megalong.data.inspect import inspect
 
-    inspect(options.prefix, documents=options.documents, tokenizer=options.tokenizer)
+    inspect(options.prefix, documents=options.documents, tokenizer=options.tokenizer, png=options.png)
     return 0
 
 

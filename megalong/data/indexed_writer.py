@@ -1,19 +1,22 @@
 """Writing an indexed dataset so that a killed run is never mistaken for a whole one.
 
-Tokens stream into `P.bin.tmp-PID`; only lengths stay in memory (4 bytes a sequence, 8 a document). `finish` writes the
-index and the sidecar aside too, then publishes in the one order that is safe at every instant:
+Tokens, lengths and document boundaries stream into files of their own beside the dataset (or in `folder`), so memory
+does not grow with the corpus: a billion documents are 12 GB of index. `finish` makes the index out of them and writes
+the sidecar aside too, then publishes in the one order that is safe at every instant:
 
     delete the old P.idx → rename P.bin → rename P.json → rename P.idx
 
 A dataset without .idx does not open, so from the first step to the last there is none: never the old index over new
-tokens. What a killed run leaves behind are `.tmp-` files, which nothing reads and which may be deleted at any time.
+tokens. What a killed run leaves behind are `.tmp-` files, which nothing reads and which may be deleted at any time. In
+a `folder` of its own they have lasting names, and a writer that is given what `settle` returned goes on from there.
 """
 
 import contextlib
+import errno
 import json
 import os
-from array import array
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -30,12 +33,22 @@ from megalong.data.indexed import (
     index_path,
     sidecar_path,
 )
+from megalong.data.lengths import LengthHistogram
 from megalong.errors import UserError
 from megalong.runtime.folders import sync
+
+SLICE = 1 << 20  # index entries handled at once
+State = dict[str, Any]
+Entries = tuple[np.ndarray, np.ndarray, np.ndarray]
+NOTHING: State = {"tokens": 0, "sequences": 0, "documents": 0, "histogram": None}
 
 
 class IndexedDatasetWriter:
     """Writes the dataset `prefix`; a context manager that removes what it wrote unless `finish` was reached.
+
+    Args:
+        folder: where to write until `finish`, kept if that is not reached; must be on the same file system.
+        state: what an earlier writer's `settle` returned; go on from there.
 
     Raises:
         UserError: the folder cannot be made or written to, or the disk is full.
@@ -46,19 +59,23 @@ class IndexedDatasetWriter:
             writer.finish()
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.typing.DTypeLike) -> None:
+    def __init__(
+        self,
+        prefix: str | Path,
+        dtype: np.typing.DTypeLike,
+        folder: Path | None = None,
+        state: State | None = None,
+    ) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype)
-        self.lengths = array("i")
-        self.document_indices = array("q", [0])
-        self.num_tokens = 0
+        state = state or NOTHING
+        self.num_tokens, self.num_sequences, self.num_documents = (state[k] for k in list(NOTHING)[:3])
+        self.histogram = LengthHistogram(state["histogram"])
+        self._folder = folder
         self._targets = (data_path(prefix), sidecar_path(prefix), index_path(prefix))
-        self._data = _created(_aside(data_path(prefix)))
-
-    @property
-    def num_documents(self) -> int:
-        """Documents added so far."""
-        return len(self.document_indices) - 1
+        self._data = _opened(self._aside(".bin"), self.num_tokens * self.dtype.itemsize)
+        self._lengths = _opened(self._aside(".lengths"), 4 * self.num_sequences)
+        self._bounds = _opened(self._aside(".bounds"), 8 * self.num_documents)  # each document's end
 
     def add_document(self, tokens: np.ndarray, lengths: list[int] | None = None) -> None:
         """One document: `tokens` [n], cut into sequences of `lengths` (one sequence unless told otherwise).
@@ -68,48 +85,56 @@ class IndexedDatasetWriter:
         sequences = ([len(tokens)] if len(tokens) else []) if lengths is None else lengths
         if sum(sequences) != len(tokens):
             raise ValueError(f"sequences of {sequences} tokens do not make a document of {len(tokens)}")
-        self._write(np.asarray(tokens))
-        self.lengths.extend(_checked_lengths(np.asarray(sequences, np.int64)).tolist())
-        self.document_indices.append(len(self.lengths))
+        self._write_tokens(np.asarray(tokens))
+        self._write_index_entries(np.asarray(sequences, np.int64), np.array([len(sequences)]), np.array([len(tokens)]))
 
     def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Many documents of one sequence each: `tokens` [sum of lengths] end to end, `lengths` [documents]."""
         if int(np.sum(lengths, dtype=np.int64)) != len(tokens):
             raise ValueError(f"{len(lengths)} documents of {np.sum(lengths)} tokens do not make {len(tokens)} tokens")
-        self._write(np.asarray(tokens))
-        lengths = _checked_lengths(np.asarray(lengths, np.int64))
-        first = len(self.lengths)
-        self.lengths.frombytes(lengths[lengths > 0].astype(np.int32).tobytes())
-        self.document_indices.frombytes((first + np.cumsum(lengths > 0, dtype=np.int64)).tobytes())
+        self._write_tokens(np.asarray(tokens))
+        lengths = np.asarray(lengths, np.int64)
+        self._write_index_entries(lengths[lengths > 0], lengths > 0, lengths)
+
+    def add_file(self, tokens: Path, entries: Iterable[Entries]) -> None:
+        """Documents whose tokens, of our type, are the file `tokens`, copied without a look at them.
+
+        Args:
+            entries: for some documents at a time (tokens of each sequence, sequences and tokens of each document).
+        """
+        before = self.num_tokens
+        for sequences, counts, lengths in entries:
+            self.num_tokens += int(np.sum(lengths, dtype=np.int64))
+            self._write_index_entries(np.asarray(sequences, np.int64), counts, lengths)
+        size = (self.num_tokens - before) * self.dtype.itemsize
+        with self._told():
+            if tokens.stat().st_size != size:
+                raise UserError(f"{tokens}: {tokens.stat().st_size} bytes found, {size} expected; it changed meanwhile")
+            _append(self._data, tokens)
+
+    def settle(self) -> State:
+        """Wait until everything added is on disk; what to give a later writer that shall go on from here."""
+        with self._told():
+            for file in (self._data, self._lengths, self._bounds):
+                file.flush()
+                os.fsync(file.fileno())
+        counts = (self.num_tokens, self.num_sequences, self.num_documents, self.histogram.state())
+        return dict(zip(NOTHING, counts, strict=True))
 
     def finish(self, sidecar: dict[str, Any] | None = None) -> None:
         """Publish the dataset; `sidecar` describes it beside the counts, without one an old description is removed."""
         with self._told():
             self._publish(sidecar)
 
-    def _publish(self, sidecar: dict[str, Any] | None) -> None:
-        data, description, index = self._targets
-        _close(self._data)
-        with _aside(index).open("wb") as file:
-            self._write_index(file)
-            _close(file)
-        if sidecar is not None:
-            with _aside(description).open("wb") as file:
-                file.write((json.dumps(self._counts() | sidecar, indent=2) + "\n").encode())
-                _close(file)
-        index.unlink(missing_ok=True)
-        description.unlink(missing_ok=True)
-        sync(index.parent)
-        for target in (data, description, index) if sidecar is not None else (data, index):
-            _aside(target).replace(target)
-        sync(index.parent)
-
     def abandon(self) -> None:
-        """Remove what was written aside; does nothing once published."""
-        with contextlib.suppress(OSError):  # closing writes what is buffered, for which a full disk has no room
-            self._data.close()
-        for target in self._targets:
-            _aside(target).unlink(missing_ok=True)
+        """Remove what was written aside, or leave it in its folder; does nothing once published."""
+        for file in (self._data, self._lengths, self._bounds):
+            with contextlib.suppress(OSError):  # closing writes what is buffered, for which a full disk has no room
+                file.close()
+        if self._folder is None:
+            for ending in (".bin", ".lengths", ".bounds", ".json", ".idx"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._aside(ending))
 
     def __enter__(self) -> Self:
         return self
@@ -118,6 +143,28 @@ class IndexedDatasetWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abandon()
+
+    def _aside(self, ending: str) -> Path:
+        if self._folder is not None:
+            return self._folder / f"{Path(self.prefix).name}{ending}"
+        return Path(f"{self.prefix}{ending}.tmp-{os.getpid()}")
+
+    def _publish(self, sidecar: dict[str, Any] | None) -> None:
+        data, description, index = self._targets
+        _close(self._data)
+        with self._aside(".idx").open("wb") as file:
+            self._write_index(file)
+            _close(file)
+        if sidecar is not None:
+            with self._aside(".json").open("wb") as file:
+                file.write((json.dumps(self._counts() | sidecar, indent=2) + "\n").encode())
+                _close(file)
+        index.unlink(missing_ok=True)
+        description.unlink(missing_ok=True)
+        sync(index.parent)
+        for target in (data, description, index) if sidecar is not None else (data, index):
+            self._aside(target.suffix).replace(target)
+        sync(index.parent)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -137,7 +184,7 @@ class IndexedDatasetWriter:
             "dtype": self.dtype.name,
         }
 
-    def _write(self, tokens: np.ndarray) -> None:
+    def _write_tokens(self, tokens: np.ndarray) -> None:
         limits = np.iinfo(self.dtype)
         if len(tokens) and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
             raise ValueError(f"tokens from {tokens.min()} to {tokens.max()} do not fit {self.dtype}")
@@ -145,37 +192,79 @@ class IndexedDatasetWriter:
             self._data.write(tokens.astype(self.dtype, copy=False).tobytes())
         self.num_tokens += len(tokens)
 
-    def _write_index(self, file: Any) -> None:
-        lengths = np.frombuffer(self.lengths, np.int32)
-        bounds = np.frombuffer(self.document_indices, np.int64)
-        ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
-        file.write(HEADER.pack(MAGIC, VERSION, TYPE_CODES[self.dtype.name], len(lengths), len(bounds)))
-        file.write(lengths.tobytes())
-        file.write((ends - lengths.astype(np.int64) * self.dtype.itemsize).tobytes())
-        file.write(bounds.tobytes())
+    def _write_index_entries(self, sequences: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> None:
+        refuse_too_long(sequences)
+        bounds = self.num_sequences + np.cumsum(counts, dtype=np.int64)
+        with self._told():
+            self._lengths.write(sequences.astype("<i4").tobytes())
+            self._bounds.write(bounds.astype("<i8").tobytes())
+        self.num_sequences += len(sequences)
+        self.num_documents += len(counts)
+        self.histogram.add(lengths)
+
+    def _write_index(self, file: IO[bytes]) -> None:
+        code = TYPE_CODES[self.dtype.name]
+        file.write(HEADER.pack(MAGIC, VERSION, code, self.num_sequences, self.num_documents + 1))
+        for lengths in self._read(self._lengths, "<i4"):
+            file.write(lengths.tobytes())
+        start = 0
+        for lengths in self._read(self._lengths, "<i4"):
+            ends = start + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            file.write((ends - lengths.astype(np.int64) * self.dtype.itemsize).astype("<i8").tobytes())
+            start = int(ends[-1])
+        file.write(bytes(8))  # the first document starts at sequence 0
+        for bounds in self._read(self._bounds, "<i8"):
+            file.write(bounds.tobytes())
+
+    def _read(self, file: IO[bytes], dtype: str) -> Iterator[np.ndarray]:
+        """What was written to `file`, slice by slice."""
+        file.flush()
+        with open(file.name, "rb") as again:
+            while len(entries := np.fromfile(again, dtype, SLICE)):
+                yield entries
 
 
-def _checked_lengths(lengths: np.ndarray) -> np.ndarray:
+def refuse_too_long(lengths: np.ndarray) -> None:
+    """Refuse sequences (tokens of each) that the index cannot hold.
+
+    Raises:
+        UserError: 2^31 tokens or more.
+    """
     if len(lengths) and lengths.max() > np.iinfo(np.int32).max:
         raise UserError(
             f"a document of {lengths.max()} tokens: the format holds 2,147,483,647 at most; cut it into several"
         )
-    return lengths
 
 
-def _aside(target: Path) -> Path:
-    return target.with_name(f"{target.name}.tmp-{os.getpid()}")
-
-
-def _created(path: Path) -> IO[bytes]:
+def _opened(path: Path, size: int) -> IO[bytes]:
+    """`path` for writing behind its first `size` bytes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("wb")
+        file = path.open("r+b" if size else "wb", buffering=SLICE)
+        if size:
+            file.truncate(size)
+            file.seek(size)
+        return file
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be written to ({error.strerror}); give another output prefix") from None
 
 
-def _close(file: Any) -> None:
+def _append(target: IO[bytes], path: Path) -> None:
+    """Add the content of `path` to `target`, inside the kernel where it can."""
+    target.flush()
+    with path.open("rb") as source:
+        try:
+            while os.copy_file_range(source.fileno(), target.fileno(), 1 << 30):
+                pass
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            source.seek(os.lseek(source.fileno(), 0, os.SEEK_CUR))
+            shutil.copyfileobj(source, target, SLICE)
+    target.seek(0, os.SEEK_END)
+
+
+def _close(file: IO[bytes]) -> None:
     """Close only when the bytes are on the disk: a rename must not overtake them."""
     file.flush()
     os.fsync(file.fileno())

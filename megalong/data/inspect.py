@@ -7,6 +7,7 @@ Separators are shown between ⟦ and ⟧, so that one can see whether documents 
 """
 
 from pathlib import Path
+from typing import Any
 
 from megalong.data.indexed import IndexedDataset
 from megalong.data.lengths import length_histogram
@@ -14,13 +15,15 @@ from megalong.data.tokenizer import TextTokenizer
 from megalong.errors import UserError
 
 BAR = 40
+SET_ASIDE = {"bad": "records", "contaminated": "documents"}
 HEAD, TAIL = 200, 40  # tokens shown of a long document
 
 
-def inspect(prefix: str, documents: int = 3, tokenizer: str | None = None) -> None:
+def inspect(prefix: str, documents: int = 3, tokenizer: str | None = None, png: str | None = None) -> None:
     """Print what the dataset `prefix` holds and its first `documents` documents.
 
     Args:
+        png: where to draw the lengths of documents too.
         tokenizer: folder to decode with; else the one the dataset was made with if it is still there, else ids.
 
     Raises:
@@ -31,6 +34,11 @@ def inspect(prefix: str, documents: int = 3, tokenizer: str | None = None) -> No
     blocks = [_facts(dataset), _histogram(dataset)]
     blocks += [_document(dataset, number, decoder) for number in range(min(documents, dataset.num_documents))]
     print("\n\n".join(blocks))
+    if png is not None:
+        from megalong.data.length_plot import plot_lengths  # matplotlib is slow to import
+
+        plot_lengths(length_histogram(dataset.document_lengths), Path(prefix).name, Path(png))
+        print(f"\n{png}")
 
 
 def _decoder(dataset: IndexedDataset, tokenizer: str | None) -> TextTokenizer | None:
@@ -60,9 +68,18 @@ def _facts(dataset: IndexedDataset) -> str:
         "longest": f"{int(lengths.max(initial=0)):,} tokens",
         "mean": f"{dataset.num_tokens / max(dataset.num_documents, 1):,.1f} tokens",
         "tokenizer": f"{made_with['name']}, sha256 {made_with['sha256'][:12]}…" if made_with else unknown,
-        "separator": f"{separator['text']!r} = {separator['ids']}" if separator else unknown,
+        "separator": _separator(separator) if separator else unknown,
     }
+    set_aside = {name: sidecar.get(f"{name}_{what}", 0) for name, what in SET_ASIDE.items()}
+    if any(set_aside.values()):
+        rows["set aside"] = ", ".join(f"{count:,} {name} {SET_ASIDE[name]}" for name, count in set_aside.items())
+    if sidecar.get("grouped_by"):
+        rows["grouped by"] = sidecar["grouped_by"]
     return "\n".join([dataset.prefix] + [f"  {name:<10} {value}" for name, value in rows.items()])
+
+
+def _separator(separator: dict[str, Any]) -> str:
+    return f"{separator['text']!r} = {separator['ids']}, {separator.get('position', 'between')} documents"
 
 
 def _histogram(dataset: IndexedDataset) -> str:
@@ -76,9 +93,11 @@ def _histogram(dataset: IndexedDataset) -> str:
 
 def _document(dataset: IndexedDataset, number: int, decoder: TextTokenizer | None) -> str:
     ids = dataset.document(number).tolist()
-    separator = ((dataset.sidecar or {}).get("separator") or {"ids": [], "text": ""}) if ids else {"ids": []}
-    ending = separator["ids"] if separator["ids"] and ids[-len(separator["ids"]) :] == separator["ids"] else []
-    body = ids[: len(ids) - len(ending)]
+    separator = (dataset.sidecar or {}).get("separator") or {"ids": [], "text": ""}
+    size, first = len(separator["ids"]), separator.get("position") == "before"
+    found = ids[:size] if first else ids[len(ids) - size :]
+    stands = size > 0 and found == separator["ids"]
+    body = (ids[size:] if first else ids[: len(ids) - size]) if stands else ids
     if len(body) > HEAD + TAIL:
         parts = [
             _shown(body[:HEAD], decoder),
@@ -87,8 +106,9 @@ def _document(dataset: IndexedDataset, number: int, decoder: TextTokenizer | Non
         ]
     else:
         parts = [_shown(body, decoder)]
-    if ending:
-        parts.append(f"⟦{_printable(separator['text'])}⟧" if decoder else f"⟦{_shown(ending, None)}⟧")
+    if stands:
+        mark = f"⟦{_printable(separator['text'])}⟧" if decoder else f"⟦{_shown(found, None)}⟧"
+        parts.insert(0 if first else len(parts), mark)
     lines = (" " if decoder is None else "").join(parts).split("\n")
     return "\n".join([f"document {number}: {len(ids):,} tokens"] + [f"| {line}" for line in lines])
 

@@ -1,28 +1,63 @@
 """How long documents are, counted by doublings: [1, 2), [2, 4), [4, 8) …
 
 Long-context training lives on the few long documents; a mean hides them, doublings show them: for each bucket the
-number of documents and of tokens. Empty documents have no bucket.
+number of documents and of tokens. Empty documents have no bucket. Lengths are added as they come, since a corpus may
+have more documents than fit into memory.
 """
+
+from typing import Any
 
 import numpy as np
 
 Bucket = dict[str, int]
+DOUBLINGS = 63
+
+
+class LengthHistogram:
+    """Counts by doublings of all lengths added so far; `empty` counts those of no token.
+
+    Args:
+        state: what `state` of another histogram returned; go on from there.
+    """
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        state = state or {"documents": [0] * DOUBLINGS, "tokens": [0] * DOUBLINGS, "empty": 0}
+        self._documents = np.array(state["documents"], np.int64)
+        self._tokens = np.array(state["tokens"], np.int64)
+        self.empty: int = state["empty"]
+
+    def state(self) -> dict[str, Any]:
+        """All it knows, as JSON holds it."""
+        return {"documents": self._documents.tolist(), "tokens": self._tokens.tolist(), "empty": self.empty}
+
+    def add(self, lengths: np.ndarray) -> None:
+        """Count `lengths`: whole numbers [documents]."""
+        lengths = np.asarray(lengths, np.int64)
+        self.empty += int((lengths == 0).sum())
+        lengths = lengths[lengths > 0]
+        doubling = np.frexp(lengths.astype(np.float64))[1] - 1  # floor(log2), exact below 2^53
+        self._documents += np.bincount(doubling, minlength=DOUBLINGS)
+        np.add.at(self._tokens, doubling, lengths)
+
+    def buckets(self) -> list[Bucket]:
+        """From the shortest to the longest that occur, gaps included.
+
+        Each is {"from": 2^k, "below": 2^(k+1), "documents": …, "tokens": …}.
+        """
+        met = np.flatnonzero(self._documents)
+        return [
+            {
+                "from": 2**k,
+                "below": 2 ** (k + 1),
+                "documents": int(self._documents[k]),
+                "tokens": int(self._tokens[k]),
+            }
+            for k in (range(int(met[0]), int(met[-1]) + 1) if len(met) else ())
+        ]
 
 
 def length_histogram(lengths: np.ndarray) -> list[Bucket]:
-    """`lengths` (whole numbers [documents]) → buckets from the shortest to the longest that occur, gaps included.
-
-    Each is {"from": 2^k, "below": 2^(k+1), "documents": …, "tokens": …}.
-    """
-    lengths = np.asarray(lengths, np.int64)
-    lengths = lengths[lengths > 0]
-    if len(lengths) == 0:
-        return []
-    doubling = np.frexp(lengths.astype(np.float64))[1] - 1  # floor(log2), exact below 2^53
-    documents = np.bincount(doubling)
-    tokens = np.zeros(len(documents), np.int64)
-    np.add.at(tokens, doubling, lengths)
-    return [
-        {"from": 2**k, "below": 2 ** (k + 1), "documents": int(documents[k]), "tokens": int(tokens[k])}
-        for k in range(int(doubling.min()), len(documents))
-    ]
+    """`lengths` (whole numbers [documents]) → buckets, all at once."""
+    histogram = LengthHistogram()
+    histogram.add(lengths)
+    return histogram.buckets()

@@ -1,47 +1,36 @@
 """`megalong data preprocess`: a corpus of text becomes indexed datasets of tokens, one for each JSON key.
 
-    files → chunks of about 1 MB → workers: decode, tokenize, end every document → in order → {prefix}_{key}_document
+    files → parts of 8 to 256 MB → workers: read, tokenize, leave a finished part on disk → in order → the dataset
 
-The separator stands between documents. It is stored as the last tokens of every document, so that it is there in
-whatever order a sampler lays documents down:
+No token passes between processes, memory does not grow with the corpus, and a run that is killed and started again
+keeps its finished parts (they lie in `P.parts` until the end). What one dataset is made of does not depend on the
+number of workers, nor on how often it was interrupted.
 
-    --separator "<s>"    a special or added token of the tokenizer, by its spelling: its one id
-    --separator $'\\n\\n'  any other text: the ids of that text
-    --append-eod         the tokenizer's end token: Megatron-LM's flag for the same place
-    (none of them)       documents touch
-
-An empty document stays an empty document without tokens and without separator, as Megatron-LM's own tool writes it.
+`--shard 3/16` does the third sixteenth of the parts, for the tasks of a SLURM array; `megalong data merge` of all
+shards, in order, is what one run would have written, to the byte.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 
-import numpy as np
-
+from megalong.data.decontaminate import ACTIONS, NGRAM, Benchmarks
+from megalong.data.encoder import ENCODERS, BatchEncoder, reference
+from megalong.data.grouping import bucket_count
 from megalong.data.indexed import token_type
 from megalong.data.indexed_writer import IndexedDatasetWriter
-from megalong.data.lengths import length_histogram
-from megalong.data.progress import Progress
-from megalong.data.sources import LINES, Chunk, find_files, read_chunks, texts_of
+from megalong.data.records import read_records
+from megalong.data.run_parts import Run
+from megalong.data.separator import POSITIONS, Separator, find_separator
+from megalong.data.sources import LINES, TABLE, Part, Source, cut_into_parts, find_files, part_bytes
+from megalong.data.tokenize_part import Reading, Tokenizing
 from megalong.data.tokenizer import TextTokenizer
-from megalong.data.workers import available_cores, map_in_order
+from megalong.data.workers import available_cores, in_background
 from megalong.errors import UserError
 
-CHUNK_BYTES = 1 << 20  # large enough to make hand-over free, small enough to share work evenly
-
-Tokens = tuple[np.ndarray, np.ndarray]  # documents end to end, length of each
-
-
-@dataclass(frozen=True)
-class Separator:
-    """What ends every document: how the user names it, and its ids."""
-
-    text: str
-    ids: list[int]
+SAMPLES = 8  # documents on which both encoders are compared before the work
+ON_ERROR = ("fail", "skip")
 
 
 def preprocess(
@@ -51,7 +40,16 @@ def preprocess(
     json_keys: Sequence[str] = ("text",),
     append_eod: bool = False,
     separator: str | None = None,
+    separator_position: str = POSITIONS[0],
     workers: int | None = None,
+    on_error: str = ON_ERROR[0],
+    group_by: str | None = None,
+    group_path: str = "path",
+    shard: str | None = None,
+    decontaminate: Sequence[str] = (),
+    decontaminate_action: str = ACTIONS[0],
+    decontaminate_ngram: int = NGRAM,
+    encoder: str = ENCODERS[0],
 ) -> list[str]:
     """Tokenize `inputs` into the datasets `{output_prefix}_{key}_document`, whose prefixes are returned.
 
@@ -60,73 +58,48 @@ def preprocess(
         output_prefix: where to; missing folders are made.
         tokenizer: folder that holds a tokenizer.json.
         json_keys: keys whose values are documents, one dataset each.
-        append_eod: end every document with the tokenizer's end token.
-        separator: end every document with this special token or text; not together with append_eod.
+        append_eod, separator, separator_position: what stands between documents (see separator.py).
         workers: processes that tokenize; all cores unless told otherwise. The output does not depend on it.
+        on_error: "fail" at the first bad record, or "skip" it into `{output_prefix}_rejected.jsonl`.
+        group_by, group_path: keys of a record's group and of its path there (see grouping.py).
+        shard: "i/n", from 1: this share of the work alone, into `{output_prefix}_shard_i_of_n_{key}_document`.
+        decontaminate, decontaminate_action, decontaminate_ngram: benchmark files, what to do with documents that share
+            that many consecutive words with them ("drop" or "report"; see decontaminate.py).
+        encoder: "gigatoken" wherever it is exact, or "tokenizers" alone (see encoder.py).
 
     Raises:
-        UserError: a bad argument, an unreadable input (with file and line), an empty corpus. Nothing is written then.
+        UserError: a bad argument, an unreadable input (with file and line), an empty corpus, a full disk. No dataset is
+            touched then; finished parts are kept, and the message says so.
     """
     workers = available_cores() if workers is None else workers
     _check_arguments(json_keys, workers)
+    place, shards = _shard(shard)
     files = find_files(inputs)
-    _check_keys_fit(files, json_keys)
+    _check_keys_fit(files, [*json_keys, *([group_by, group_path] if group_by else [])])
     text_tokenizer = TextTokenizer(tokenizer)
-    ending = find_separator(text_tokenizer, append_eod, separator)
-    task = _Tokenize(text_tokenizer, list(json_keys), ending.ids if ending else [])
-    progress = Progress(sum(file.stat().st_size for file in files))
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(IndexedDatasetWriter(f"{output_prefix}_{key}_document", task.dtype))
-            for key in json_keys
-        ]
-        _write_all(writers, map_in_order(task, read_chunks(files, CHUNK_BYTES), workers), progress)
-        _refuse_empty(writers, json_keys, inputs)
-        for key, writer in zip(json_keys, writers, strict=True):
-            writer.finish(_described(writer, key, text_tokenizer, ending))
-            print(_summary(writer, ending, progress.seconds))
+    ending = find_separator(text_tokenizer, append_eod, separator, separator_position)
+    benchmarks = Benchmarks(decontaminate, decontaminate_ngram) if decontaminate else None
+    parts = cut_into_parts(files, part_bytes(files))
+    group = (group_by, group_path) if group_by else None
+    reading = Reading(list(json_keys), on_error == "skip", benchmarks, decontaminate_action == "drop", group)
+    prefix = output_prefix if shard is None else f"{output_prefix}_shard_{place + 1:05d}_of_{shards:05d}"
+    with _encoder(text_tokenizer, encoder, parts, json_keys) as (batch_encoder, check):
+        dtype = token_type(batch_encoder.vocabulary_size)
+        run = Run(prefix, reading, Tokenizing(batch_encoder, ending, dtype, text_tokenizer.sha256), workers)
+        about = {
+            "grouped_by": group_by,
+            "tokenizer": {"name": text_tokenizer.name, "path": text_tokenizer.path, "sha256": text_tokenizer.sha256},
+            "vocabulary_size": batch_encoder.vocabulary_size,
+            "separator": ending.described() if ending else None,
+        }
+        with run.kept_on_failure():
+            run.tokenize(parts, place, shards, bucket_count(files) if group else None, check)
+            if shard is None:
+                run.refuse_empty(inputs)
+            writers = run.publish(about)
+    for writer in writers:
+        print(_summary(writer, ending, run.seconds))
     return [writer.prefix for writer in writers]
-
-
-def find_separator(tokenizer: TextTokenizer, append_eod: bool, separator: str | None) -> Separator | None:
-    """What ends every document, from the two flags that say so; None for nothing.
-
-    Raises:
-        UserError: both flags, an empty separator, or no end token to append.
-    """
-    if append_eod and separator is not None:
-        raise UserError(f"--append-eod and --separator {separator!r} both end a document; give one of them")
-    if append_eod:
-        if tokenizer.eos_id is None:
-            raise UserError(
-                f"--append-eod: {tokenizer.path} names no end token; name one with --separator, or set "
-                "eos_token in its tokenizer_config.json"
-            )
-        return Separator(tokenizer.spelling(tokenizer.eos_id), [tokenizer.eos_id])
-    if separator is None:
-        return None
-    added = tokenizer.added_id(separator)
-    ids = tokenizer.encode(separator) if added is None else [added]
-    if not ids:
-        raise UserError(f"--separator: {separator!r} has no tokens; leave the flag out to have none")
-    return Separator(separator, ids)
-
-
-class _Tokenize:
-    """What a worker does with a chunk: for each key, tokens of all its documents end to end and their lengths."""
-
-    def __init__(self, tokenizer: TextTokenizer, keys: list[str], ending: list[int]) -> None:
-        self.tokenizer, self.keys, self.ending = tokenizer, keys, ending
-        self.dtype = token_type(tokenizer.vocabulary_size)
-
-    def __call__(self, chunk: Chunk) -> list[Tokens]:
-        texts = [texts_of(record, self.keys) for record in chunk.records]
-        return [self._tokens([one[place] for one in texts]) for place in range(len(self.keys))]
-
-    def _tokens(self, texts: list[str]) -> Tokens:
-        documents = [ids + self.ending if ids else ids for ids in self.tokenizer.encode_batch(texts)]
-        lengths = np.array([len(ids) for ids in documents], np.int64)
-        return np.fromiter(chain.from_iterable(documents), self.dtype, int(lengths.sum())), lengths
 
 
 def _check_arguments(json_keys: Sequence[str], workers: int) -> None:
@@ -136,47 +109,53 @@ def _check_arguments(json_keys: Sequence[str], workers: int) -> None:
         raise UserError(f"--json-keys: {' '.join(json_keys) or 'nothing'} given; name each key once, at least one")
 
 
-def _check_keys_fit(files: list[Path], json_keys: Sequence[str]) -> None:
+def _check_keys_fit(files: list[Source], keys: Sequence[str]) -> None:
     for file in files:
-        if len(json_keys) > 1 and Path(file.name.lower().removesuffix(".gz")).suffix not in LINES:
-            raise UserError(f"--json-keys: {' '.join(json_keys)} given, but {file} is one text; give one key for it")
+        if len(keys) > 1 and file.kind not in (LINES, TABLE):
+            raise UserError(
+                f"--json-keys, --group-by: {' '.join(keys)} given, but {file.path} is one text; give one key for it"
+            )
 
 
-def _write_all(writers: list[IndexedDatasetWriter], results: Any, progress: Progress) -> None:
-    try:
-        for chunk, tokens_by_key in results:
-            for writer, (tokens, lengths) in zip(writers, tokens_by_key, strict=True):
-                writer.add_documents(tokens, lengths)
-            progress.update(chunk.position, writers[0].num_documents)
-    finally:
-        results.close()
-        progress.finish()
+def _shard(shard: str | None) -> tuple[int, int]:
+    """`"3/16"` → (2, 16); (0, 1) for all of it."""
+    place, _, shards = (shard or "1/1").partition("/")
+    if not (place.isdecimal() and shards.isdecimal() and 1 <= int(place) <= int(shards)):
+        raise UserError(f"--shard {shard}: shards are counted from 1; write 1/16 to 16/16 for sixteen")
+    return int(place) - 1, int(shards)
 
 
-def _refuse_empty(writers: list[IndexedDatasetWriter], json_keys: Sequence[str], inputs: Sequence[str]) -> None:
-    for key, writer in zip(json_keys, writers, strict=True):
-        if writer.num_tokens == 0:
-            found = f"{writer.num_documents:,} documents, all empty" if writer.num_documents else "no document"
-            raise UserError(f"--input: empty corpus: {found} under {key!r} in {' '.join(inputs)}; give files with text")
+@contextmanager
+def _encoder(
+    tokenizer: TextTokenizer, asked: str, parts: Sequence[Part], keys: Sequence[str]
+) -> Iterator[tuple[BatchEncoder, Callable[[], None]]]:
+    """The encoder, and what holds it against `tokenizers`, which a process of its own loads and asks meanwhile."""
+    if asked != ENCODERS[0]:
+        yield BatchEncoder(tokenizer, asked), lambda: None
+        return
+    with in_background(lambda _: reference(tokenizer, _sample(parts, keys)), 0) as answer:
+        batch_encoder = BatchEncoder(tokenizer, asked)
+        if batch_encoder.fallback:
+            print(
+                f"megalong: gigatoken cannot take {tokenizer.name} ({batch_encoder.fallback}); "
+                "tokenizing with `tokenizers`, some fifty times slower",
+                file=sys.stderr,
+            )
+        yield batch_encoder, lambda: None if batch_encoder.fallback else batch_encoder.compare(answer())
 
 
-def _described(
-    writer: IndexedDatasetWriter, key: str, tokenizer: TextTokenizer, ending: Separator | None
-) -> dict[str, Any]:
-    return {
-        "key": key,
-        "empty_documents": writer.num_documents - len(writer.lengths),
-        "tokenizer": {"name": tokenizer.name, "path": tokenizer.path, "sha256": tokenizer.sha256},
-        "vocabulary_size": tokenizer.vocabulary_size,
-        "separator": {"text": ending.text, "ids": ending.ids} if ending else None,
-        "length_histogram": length_histogram(np.frombuffer(writer.lengths, np.int32)),
-    }
+def _sample(parts: Sequence[Part], keys: Sequence[str]) -> Iterator[str]:
+    """The first good texts of parts evenly spread over the corpus."""
+    for number in range(0, len(parts), -(-len(parts) // SAMPLES)):
+        for record in islice(read_records(parts[number], keys, lambda bad: None), 1):
+            yield from record.texts
 
 
 def _summary(writer: IndexedDatasetWriter, ending: Separator | None, seconds: float) -> str:
-    between = f"separator {ending.text!r} = {ending.ids}" if ending else "no separator"
+    place = f" ({ending.position} documents)" if ending else ""
+    between = f"separator {ending.text!r} = {ending.ids}{place}" if ending else "no separator"
     return (
-        f"{writer.prefix}: {writer.num_documents:,} documents ({writer.num_documents - len(writer.lengths):,} empty), "
+        f"{writer.prefix}: {writer.num_documents:,} documents ({writer.histogram.empty:,} empty), "
         f"{writer.num_tokens:,} tokens ({writer.dtype}), {between}, {seconds:.1f} s, "
         f"{writer.num_tokens / max(seconds, 1e-9):,.0f} tokens/s"
     )

@@ -51,7 +51,7 @@ class DomainShare:
 
 
 class PackedSamples:
-    """Naively packed samples of a mixture, endless and in a fixed order.
+    """Packed samples of a mixture, endless and in a fixed order.
 
     Args:
         mixture: domains with `name`, `path` (a dataset's prefix) and `weight`.
@@ -96,6 +96,11 @@ class PackedSamples:
         """int64 [seq_length + 1]: sample k; [:-1] are the inputs, [1:] the targets."""
         domain, j = self._blend.of(k)
         return self._streams[domain].sample(j, self.seq_length)
+
+    def documents(self, k: int) -> np.ndarray:
+        """int64, ascending from 0: the tokens of sample k at which a document, or the rest of one, begins."""
+        domain, j = self._blend.of(k)
+        return self._streams[domain].documents_of_sample(j, self.seq_length)
 
     def domain_of(self, k: int) -> str:
         """Name of the domain that sample k comes from."""

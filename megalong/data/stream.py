@@ -75,6 +75,26 @@ class DomainStream:
         """int64 [seq_length + 1]: packed sample j of this domain."""
         return self.tokens(self.piece(j, seq_length) * seq_length, seq_length + 1)
 
+    def documents_of_sample(self, j: int, seq_length: int) -> np.ndarray:
+        """int64, ascending from 0: the tokens of packed sample j at which a document, or the rest of one, begins."""
+        return self.document_starts(self.piece(j, seq_length) * seq_length, seq_length + 1)
+
+    def document_starts(self, start: int, length: int) -> np.ndarray:
+        """int64, ascending from 0: where documents begin among tokens `start` up to `start + length` of the stream."""
+        found, begin = [np.zeros(1, np.int64)], start
+        while begin < start + length:
+            epoch, offset = divmod(begin, self.tokens_per_epoch)
+            end = min(start + length, (epoch + 1) * self.tokens_per_epoch)
+            ends = self._epoch(epoch)[1]
+            first, last = np.searchsorted(ends, [offset, offset + end - begin], side="left")
+            inside = ends[first:last] + epoch * self.tokens_per_epoch - start
+            found.append(inside[(inside > 0) & (inside < length)])
+            begin = end
+        if (start + length - 1) // self.tokens_per_epoch > start // self.tokens_per_epoch:
+            borders = np.arange(start // self.tokens_per_epoch + 1, (start + length - 1) // self.tokens_per_epoch + 1)
+            found.append(borders * self.tokens_per_epoch - start)
+        return np.unique(np.concatenate(found))
+
     def piece(self, j: int, seq_length: int) -> int:
         """Which piece of the stream sample j is; each block of samples holds the pieces of the same block once."""
         size = self._block_size(seq_length)

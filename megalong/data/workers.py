@@ -1,15 +1,15 @@
 """Many processes tokenize, and the result is the same as if one did.
 
-One process reads chunks and writes results, N processes in between decode and tokenize, each behind a pipe of its own:
+One process hands out items and takes results, N processes in between do the work, each behind a pipe of its own:
 
-    parent:  send a chunk to whoever is idle → take whatever is ready → hand results on in the order of the chunks
+    parent:  send an item to whoever is idle → take whatever is ready → hand results on in the order of the items
 
-The output therefore does not depend on N. At most a few chunks a worker are under way or waiting for their turn:
-memory is bounded by that window, not by the corpus. A worker has one chunk at a time, so that parent and worker never
-both wait for the other to read.
+The output therefore does not depend on N. At most a few items a worker are under way or waiting for their turn:
+memory is bounded by that window. A worker has one item at a time, so that parent and worker never both wait for the
+other to read.
 
-Any end is a clean one. A failed or interrupted parent kills its workers. A killed parent closes the pipes, and every
-worker ends at the next word it reads or writes. A killed worker closes its pipe, and the parent says so.
+Any end is a clean one. A failed or interrupted parent kills its workers. A killed parent cannot: each worker looks for
+it a few times a second and ends when it is gone. A killed worker closes its pipe, and the parent says so.
 
 Workers are forked, not spawned: they start in milliseconds with the tokenizer already in memory, and a script that
 calls us needs no `if __name__ == "__main__"`.
@@ -18,8 +18,10 @@ calls us needs no `if __name__ == "__main__"`.
 import multiprocessing
 import os
 import signal
+import threading
+import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from multiprocessing.connection import Connection, wait
@@ -28,7 +30,8 @@ from typing import Any, Self, TypeVar
 
 from megalong.errors import UserError
 
-CHUNKS_UNDER_WAY = 3  # a worker: one in work, the others done and waiting for an earlier one
+CHUNKS_UNDER_WAY = 3
+PARENT_SECONDS = 0.2  # between two looks
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,23 +42,45 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def map_in_order(task: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[tuple[Item, Result]]:
+def map_in_order(
+    task: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    ahead: int = CHUNKS_UNDER_WAY,
+    meanwhile: Callable[[], None] | None = None,
+) -> Generator[tuple[Item, Result], None, None]:
     """(item, task(item)) for every item, in order, computed by `workers` processes.
+
+    Args:
+        ahead: items of a worker that may be under way or done and waiting for an earlier one.
+        meanwhile: called once, when all workers have something to do; what it raises is raised here.
 
     The first exception in the order of the items, be it of `task` or of `items` itself, is raised here.
 
     Raises:
         UserError: a worker was killed.
     """
-    with _serial_tokenizers(), _Pool(task, workers) as pool:
-        yield from pool.run(items)
+    with _serial_tokenizers(), _Pool(task, workers, workers * ahead) as pool:
+        yield from pool.run(items, meanwhile)
+
+
+@contextmanager
+def in_background(task: Callable[[Item], Result], item: Item) -> Iterator[Callable[[], Result]]:
+    """Start `task(item)` in a process of its own; what is yielded waits for its result, or raises its exception.
+
+    Raises:
+        UserError: the process was killed.
+    """
+    with _serial_tokenizers(), _Pool(task, 1, 1) as pool:
+        pool.give(iter([item]))
+        yield lambda: next(pool.run([]))[1]
 
 
 class _Pool:
     """Workers, the items they were given, and results that came before their turn."""
 
-    def __init__(self, task: Callable[[Any], Any], workers: int) -> None:
-        self._task, self._workers = task, workers
+    def __init__(self, task: Callable[[Any], Any], workers: int, window: int) -> None:
+        self._task, self._workers, self._window = task, workers, window
         self._processes: list[BaseProcess] = []
         self._idle: list[Connection] = []
         self._busy: dict[Connection, int] = {}
@@ -79,16 +104,19 @@ class _Pool:
         for process in self._processes:
             process.join()
 
-    def run(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    def run(self, items: Iterable[Any], meanwhile: Callable[[], None] | None = None) -> Iterator[tuple[Any, Any]]:
         """(item, result) in order."""
         pending = _guarded(items)
+        self.give(pending)
+        if meanwhile is not None:
+            meanwhile()
         for turn in count():
-            self._give(pending)
+            self.give(pending)
             if turn not in self._items:
                 return
             while turn not in self._results:
                 self._take()
-                self._give(pending)
+                self.give(pending)
             item, result = self._items.pop(turn), self._results.pop(turn)
             if isinstance(result, Exception):
                 raise result
@@ -99,15 +127,15 @@ class _Pool:
         # A copy of our end in a worker would keep its pipe open after our death, and the worker alive.
         inherited = [*self._idle, ours]
         context = multiprocessing.get_context("fork")
-        process = context.Process(target=_work, args=(self._task, theirs, inherited), daemon=True)
+        process = context.Process(target=_work, args=(self._task, theirs, inherited, os.getpid()), daemon=True)
         process.start()
         theirs.close()
         self._processes.append(process)
         self._idle.append(ours)
 
-    def _give(self, pending: Iterator[Any]) -> None:
+    def give(self, pending: Iterator[Any]) -> None:
         """Give items to idle workers, as far as the window allows."""
-        while self._idle and len(self._items) < self._workers * CHUNKS_UNDER_WAY:
+        while self._idle and len(self._items) < self._window:
             item = next(pending, None)
             if item is None:
                 return
@@ -143,12 +171,20 @@ def _guarded(items: Iterable[Any]) -> Iterator[Any]:
         yield error
 
 
-def _work(task: Callable[[Any], Any], connection: Connection, inherited: list[Connection]) -> None:
+def _work(task: Callable[[Any], Any], connection: Connection, inherited: list[Connection], parent: int) -> None:
     for other in inherited:
         other.close()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with suppress(EOFError, ConnectionError):
         while True:
             connection.send(_outcome(task, connection.recv()))
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(1)
 
 
 def _outcome(task: Callable[[Any], Any], item: Any) -> Any:

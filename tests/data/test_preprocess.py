@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 
 from megalong.data.indexed import IndexedDataset
 from megalong.data.inspect import inspect
-from megalong.data.preprocess import CHUNK_BYTES, preprocess
+from megalong.data.preprocess import preprocess
+from megalong.data.sources import SMALLEST_PART
 from megalong.errors import UserError
 from tests.data.conftest import PROSE
 
@@ -65,7 +66,7 @@ def test_output_is_megatrons_byte_for_byte(
         assert Path(f"{prefix}{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
     dataset = IndexedDataset(prefix)
     assert dataset.sidecar is not None
-    assert dataset.sidecar["separator"] == ({"text": text, "ids": ending} if text else None)
+    assert dataset.sidecar["separator"] == ({"text": text, "ids": ending, "position": "between"} if text else None)
     assert (dataset.num_documents, dataset.sidecar["empty_documents"]) == (40, 6)
     assert sum(bucket["documents"] for bucket in dataset.sidecar["length_histogram"]) == 34
     assert sum(bucket["tokens"] for bucket in dataset.sidecar["length_histogram"]) == dataset.num_tokens
@@ -75,7 +76,7 @@ def test_output_is_megatrons_byte_for_byte(
 def test_output_does_not_depend_on_workers_and_keys_are_apart(tmp_path: Path, tokenizer_folder: Path) -> None:
     corpus = tmp_path / "big.jsonl"
     with corpus.open("w") as file:
-        while file.tell() < 2 * CHUNK_BYTES:
+        while file.tell() < 2 * SMALLEST_PART:
             file.writelines(json.dumps({"text": text, "title": text[:20]}) + "\n" for text in PROSE)
     (tmp_path / "small.txt").write_text("the end")
 
@@ -111,6 +112,14 @@ def test_output_does_not_depend_on_workers_and_keys_are_apart(tmp_path: Path, to
         ({"inputs": ["none.jsonl"]}, "empty corpus: no document"),
         ({"inputs": ["none.txt"]}, "empty corpus: 1 documents, all empty"),
         ({"inputs": ["corpus.jsonl", "bad.jsonl"]}, "bad.jsonl, line 2: not valid JSON"),
+        ({"separator_position": "before"}, "there is nothing to put there"),
+        ({"shard": "0/4"}, "counted from 1"),
+        ({"shard": "5/4"}, "counted from 1"),
+        ({"shard": "x"}, "counted from 1"),
+        ({"group_by": "title"}, "no key 'path'"),
+        ({"inputs": ["none.txt"], "group_by": "title"}, "is one text"),
+        ({"decontaminate": ["absent.jsonl"]}, "absent.jsonl does not exist"),
+        ({"decontaminate": ["short.txt"]}, "holds no new run of 13 words"),
         ({"inputs": ["none.txt"], "json_keys": ("text", "title")}, "is one text"),
     ],
 )
@@ -125,6 +134,7 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     Path("none.jsonl").write_text("\n")
     Path("none.txt").write_text("")
+    Path("short.txt").write_text("too short")
     Path("bad.jsonl").write_text('{"text": "fine", "title": ""}\n{"text": "cut\n')
     before = sorted(tmp_path.rglob("*"))
     good = {"inputs": [corpus.name], "output_prefix": "out", "tokenizer": str(tokenizer_folder), "workers": 2}
@@ -145,18 +155,17 @@ def command(corpus: Path, output: Path, tokenizer: Path) -> list[str]:
     return [sys.executable, "-c", f"from megalong.data.preprocess import preprocess; {call}"]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(
     tmp_path: Path, tokenizer_folder: Path, sent: signal.Signals
 ) -> None:
     corpus = tmp_path / "big.jsonl"
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE) * 30)
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE) * 60)
     output = tmp_path / "out"
-    for wait in (0.0, 0.3, 0.6):
+    for wait in (0.0, 0.1, 0.3):
         process = subprocess.Popen(command(corpus, output, tokenizer_folder), stderr=subprocess.DEVNULL)
-        aside = Path(f"{output}_text_document.bin.tmp-{process.pid}")
-        while not aside.exists():
-            time.sleep(0.01)
+        while not list(tmp_path.glob("out.parts/*.bin")):
+            time.sleep(0.005)
         time.sleep(wait)
         workers = children(process.pid)
         process.send_signal(sent)
@@ -166,9 +175,8 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(
             process.kill()
         with pytest.raises(UserError, match="does not exist"):
             IndexedDataset(f"{output}_text_document")
-        if wait:  # at 0 the signal may hit while the file is being opened: a leftover, which is harmless
-            assert aside.exists() == (sent == signal.SIGKILL)
         wait_until_gone(workers)
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] in ([], ["out.parts"])
 
 
 def children(pid: int) -> list[int]:
@@ -191,11 +199,11 @@ def alive(pid: int) -> bool:
 
 
 def test_a_killed_worker_is_told(tmp_path: Path, tokenizer_folder: Path, corpus: Path) -> None:
-    call = "p.texts_of = lambda *_: os.kill(os.getpid(), 9)"
+    call = "t.read_records = lambda *_: os.kill(os.getpid(), 9)"
     code = command(corpus, tmp_path / "out", tokenizer_folder)[2]
-    code = f"import os, megalong.data.preprocess as p; {call}; {code}"
+    code = f"import os, megalong.data.tokenize_part as t; {call}; {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "UserError: --workers 2: a worker was killed" in done.stderr
+    assert "UserError: --workers 1: a worker was killed" in done.stderr
     assert not list(tmp_path.glob("out*"))
 
 
@@ -224,12 +232,31 @@ def test_inspect_shows_text_lengths_and_separators(
     assert "| Call me Ishmael.\n| Some \\x1b[31m years⟦<s>⟧" in shown
     assert "document 1: 0 tokens" in shown
     assert " tokens …⟧" in shown
-    assert "'<s>' = [0]" in shown
+    assert "'<s>' = [0], between documents" in shown
     assert f"{tokens:,} (uint16, {2 * tokens:,} B)" in shown
     other = tmp_path / "tokenizer.json"
     other.write_text((tokenizer_folder / "tokenizer.json").read_text() + " ")
     with pytest.raises(UserError, match="is not the one"):
         inspect(prefix, tokenizer=str(other))
+
+
+def test_the_separator_can_stand_before_documents(
+    tmp_path: Path, tokenizer_folder: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, tokenizer = str(tmp_path / "out"), str(tokenizer_folder)
+    (prefix,) = preprocess([str(corpus)], output, tokenizer, separator="<s>", separator_position="before")
+    reference = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    reference.no_truncation()
+    dataset = IndexedDataset(prefix)
+    for number, text in enumerate(documents(corpus)):
+        ids = reference.encode(text, add_special_tokens=False).ids
+        assert dataset.document(number).tolist() == ([0, *ids] if ids else [])
+    assert dataset.sidecar is not None
+    assert dataset.sidecar["separator"] == {"text": "<s>", "ids": [0], "position": "before"}
+    capsys.readouterr()
+    inspect(prefix, documents=2, png=str(tmp_path / "lengths.png"))
+    assert "| ⟦<s>⟧" in capsys.readouterr().out
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_inspect_shows_ids_of_a_dataset_without_sidecar(

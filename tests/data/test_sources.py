@@ -1,33 +1,55 @@
-"""Documents read from files of every kind, and every mistake told with its file and line."""
+"""Documents read from files of every kind, cut anywhere, and every mistake told with its file and line."""
 
 import gzip
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megalong.data.sources import find_files, read_chunks, texts_of
+from megalong.data.records import Bad, line_number, read_records
+from megalong.data.sources import cut_into_parts, find_files, part_bytes
 from megalong.errors import UserError
 
 TEXTS = ["one", "", "naïve 数学 🙂", "nul \0 and \r\n kept", " spaces \u2028 too "]
 
 
-def read(*inputs: Path, keys: tuple[str, ...] = ("text",), chunk_bytes: int = 50) -> list[list[str]]:
-    chunks = read_chunks(find_files([str(path) for path in inputs]), chunk_bytes)
-    return [texts_of(record, keys) for chunk in chunks for record in chunk.records]
+def read(*inputs: Path, keys: tuple[str, ...] = ("text",), size: int = 50) -> list[list[str]]:
+    parts = cut_into_parts(find_files([str(path) for path in inputs]), size)
+    assert [part.number for part in parts] == list(range(len(parts)))
+    return [record.texts for part in parts for record in read_records(part, keys)]
 
 
 def lines(texts: list[str], ensure_ascii: bool = False, end: str = "\n") -> bytes:
     return "".join(json.dumps({"text": text}, ensure_ascii=ensure_ascii) + end for text in texts).encode()
 
 
+def zst(content: bytes) -> bytes:
+    """Two frames, as files that were appended to have."""
+    packer = zstandard.ZstdCompressor()
+    return packer.compress(content[: len(content) // 2]) + packer.compress(content[len(content) // 2 :])
+
+
 @pytest.mark.parametrize("ensure_ascii", [True, False])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n  \n"])
-def test_json_lines(tmp_path: Path, ensure_ascii: bool, end: str) -> None:
-    plain, packed = tmp_path / "a.jsonl", tmp_path / "b.JSON.GZ"
+@pytest.mark.parametrize("size", [7, 50, 10**6])
+def test_json_lines(tmp_path: Path, ensure_ascii: bool, end: str, size: int) -> None:
+    plain, gzipped, packed = tmp_path / "a.jsonl", tmp_path / "b.JSON.GZ", tmp_path / "c.jsonl.zst"
     plain.write_bytes(b"\xef\xbb\xbf" + lines(TEXTS, ensure_ascii, end).rstrip())
-    packed.write_bytes(gzip.compress(lines(TEXTS[::-1], ensure_ascii, end)))
-    assert read(plain, packed) == [[text] for text in TEXTS + TEXTS[::-1]]
+    gzipped.write_bytes(gzip.compress(lines(TEXTS[::-1], ensure_ascii, end)))
+    packed.write_bytes(zst(b"\xef\xbb\xbf" + lines(TEXTS, ensure_ascii, end)))
+    assert read(plain, gzipped, packed, size=size) == [[text] for text in TEXTS + TEXTS[::-1] + TEXTS]
+
+
+def test_what_orjson_refuses_and_json_takes_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    big = "9" * 30
+    path.write_bytes(b'{"text": "x", "a": NaN, "b": -Infinity, "c": %s, "d": "\\ud800"}\n' % big.encode())
+    assert read(path) == [["x"]]
 
 
 def test_a_text_file_is_one_document_to_the_byte(tmp_path: Path) -> None:
@@ -35,69 +57,160 @@ def test_a_text_file_is_one_document_to_the_byte(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "c.txt").write_bytes(b"")
-    assert read(*sorted(tmp_path.iterdir())) == [[text], [text], [""]]
+    (tmp_path / "d.txt.zst").write_bytes(zst(text.encode()))
+    assert read(*sorted(tmp_path.iterdir())) == [[text], [text], [""], [text]]
+
+
+def table(path: Path, texts: list[str | None], **options: object) -> None:
+    columns = {"id": list(range(len(texts))), "text": texts, "title": [str(text)[:3] for text in texts]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=3, **options)
+
+
+@pytest.mark.parametrize("compression", ["zstd", "snappy", "none"])
+@pytest.mark.parametrize("size", [1, 10**6])
+def test_rows_of_a_table(tmp_path: Path, compression: str, size: int) -> None:
+    path = tmp_path / "a.parquet"
+    table(path, TEXTS * 3, compression=compression)
+    assert read(path, keys=("title", "text"), size=size) == [[text[:3], text] for text in TEXTS * 3]
+
+
+def test_bad_rows_and_columns_of_a_table_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table(path, ["a", "b", "c", "d", None])
+    with pytest.raises(UserError, match=r"a\.parquet, row 5: the value is of type NoneType"):
+        read(path, size=1)
+    with pytest.raises(UserError, match=r"no column 'body' \(there are: id, text, title\)"):
+        read(path, keys=("body",))
 
 
 def test_folders_and_wildcards_are_sorted(tmp_path: Path) -> None:
-    for name in ("z.txt", "a/b.txt", "a/a.jsonl", "settings.json", "readme.md"):
+    for name in ("z.txt", "a/b.txt", "a/a.jsonl", "settings.json", "readme.md", "a/c.jsonl.zst"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert find_files([str(tmp_path)]) == [tmp_path / name for name in ("a/a.jsonl", "a/b.txt", "z.txt")]
-    assert find_files([str(tmp_path / "**" / "*.txt")]) == [tmp_path / name for name in ("a/b.txt", "z.txt")]
+    found = [file.path for file in find_files([str(tmp_path)])]
+    assert found == [str(tmp_path / name) for name in ("a/a.jsonl", "a/b.txt", "a/c.jsonl.zst", "z.txt")]
+    found = [file.path for file in find_files([str(tmp_path / "**" / "*.txt")])]
+    assert found == [str(tmp_path / name) for name in ("a/b.txt", "z.txt")]
 
 
-def test_chunks_bound_what_is_read_at_once_and_tell_the_position(tmp_path: Path) -> None:
-    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    for file in files:
-        file.write_bytes(lines(["x" * 80] * 10))
-    chunks = list(read_chunks(files, 250))
-    assert [len(chunk.records) for chunk in chunks] == [3, 3, 3, 3, 3, 3, 2]
-    assert chunks[-1].position == sum(file.stat().st_size for file in files)
-    assert {(record.file, record.line) for chunk in chunks for record in chunk.records} == {
-        (str(file), line) for file in files for line in range(1, 11)
-    }
-
-
-@pytest.mark.parametrize(
-    ("line", "told"),
-    [
-        (b'{"text": "cut', "not valid JSON"),
-        (b"[" * 100000, "not valid JSON"),
-        (b"\0", "not valid JSON"),
-        (b'["text"]', "a JSON list, not an object"),
-        (b'{"body": "x"}', "no key 'text' .there are: body."),
-        (b'{"text": 5}', "of type int"),
-        (b'{"text": null}', "of type NoneType"),
-        (b'{"text": "\xff"}', "not UTF-8"),
-        (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
-        (b'{"text": "a \\ud800 b"}', "surrogate"),
-    ],
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.lists(st.integers(0, 60), max_size=12), min_size=1, max_size=4),
+    part=st.integers(1, 200),
+    final=st.booleans(),
 )
-def test_bad_lines_are_told_with_file_and_number(tmp_path: Path, line: bytes, told: str) -> None:
+def test_every_line_is_in_one_part_whatever_the_cuts(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[list[int]], part: int, final: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    expected, where = [], []
+    for number, file in enumerate(sizes):
+        texts = [f"{number}.{place}." + "x" * size for place, size in enumerate(file)]
+        content = lines(texts)
+        (folder / f"{number}.jsonl").write_bytes(content if final else content.rstrip(b"\n"))
+        expected += [[text] for text in texts]
+        where += [(f"{number}.jsonl", place) for place in range(1, len(file) + 1)]
+    parts = cut_into_parts(find_files([str(folder)]), part)
+    records = [record for part in parts for record in read_records(part, ("text",))]
+    assert [record.texts for record in records] == expected
+    assert [(Path(r.piece.source.path).name, line_number(r.piece, r.line)) for r in records] == where
+
+
+def test_parts_grow_with_the_corpus_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for size, expected in ((10, 8 << 20), (8 << 30, 32 << 20), (8 << 40, 256 << 20)):
+        with path.open("wb") as file:
+            file.truncate(size)  # sparse
+        assert part_bytes(find_files([str(path)])) == expected
+    assert len(cut_into_parts(find_files([str(path)]), 256 << 20)) == 32768
+
+
+BAD = [
+    (b'{"text": "cut', "not valid JSON"),
+    (b"[" * 100000, "not valid JSON"),
+    (b"\0", "not valid JSON"),
+    (b'["text"]', "a JSON list, not an object"),
+    (b'{"body": "x"}', "no key 'text' .there are: body."),
+    (b'{"text": 5}', "of type int"),
+    (b'{"text": null}', "of type NoneType"),
+    (b'{"text": "\xff"}', "not UTF-8"),
+    (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
+    (b'{"text": "a \\ud800 b"}', "surrogate"),
+]
+
+
+@pytest.mark.parametrize(("line", "told"), BAD)
+@pytest.mark.parametrize("size", [5, 10**6])
+def test_bad_lines_are_told_with_file_and_number(tmp_path: Path, line: bytes, told: str, size: int) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(lines(["fine"]) + b"\n" + line + b"\n" + lines(["fine"]))
     with pytest.raises(UserError, match=told) as error:
-        read(path)
+        read(path, size=size)
     assert f"{path}, line 3:" in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_broken_gzip_is_told_with_file_and_line(tmp_path: Path) -> None:
-    whole = gzip.compress(lines([str(number) * 50 for number in range(3000)]))
-    for name, content in {"cut": whole[:-2000], "tail": whole[:-4], "none": b"not gzip at all", "flip": b""}.items():
-        path = tmp_path / f"{name}.jsonl.gz"
-        path.write_bytes(content or whole[:600] + b"\xff" * 99 + whole[700:])
-        with pytest.raises(UserError, match=rf"{path}, line \d+: (broken gzip|not)"):
-            read(path)
+def test_bad_lines_can_be_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b"".join(lines([str(number)]) + line + b"\n" for number, (line, _) in enumerate(BAD)))
+    bad: list[Bad] = []
+    records = [
+        r for part in cut_into_parts(find_files([str(path)]), 40) for r in read_records(part, ["text"], bad.append)
+    ]
+    assert [record.texts for record in records] == [[str(number)] for number in range(len(BAD))]
+    assert [line_number(one.piece, one.line) for one in bad] == list(range(2, 2 * len(BAD) + 1, 2))
+    assert [one.data for one in bad] == [line for line, _ in BAD]
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_broken_packing_is_told(tmp_path: Path, ending: str) -> None:
+    """Cut anywhere, altered anywhere, or not packed at all: never a shorter corpus."""
+    texts = [str(number) * 50 for number in range(3000)]
+    path = tmp_path / f"whole{ending}"
+    if ending == ".parquet":
+        only = pyarrow.table({"text": texts})
+        pyarrow.parquet.write_table(only, path, write_page_checksum=True, use_dictionary=False, compression="none")
+    else:
+        checked = zstandard.ZstdCompressor(write_checksum=True).compress
+        path.write_bytes((gzip.compress if ending == ".jsonl.gz" else checked)(lines(texts)))
+    assert len(read(path, size=10**9)) == 3000
+    whole = path.read_bytes()
+    middle = len(whole) // 3
+    broken = {
+        "cut": whole[: -len(whole) // 2],
+        "tail": whole[:-4],
+        "none": b"not packed at all",
+        "flip": whole[:middle] + bytes(byte ^ 255 for byte in whole[middle : middle + 20]) + whole[middle + 20 :],
+    }
+    for name, content in broken.items():
+        path = tmp_path / f"{name}{ending}"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{path}(, line \d+)?: (broken|not)") as error:
+            read(path, size=10**9)
+        assert "\n" not in str(error.value)
+
+
+def test_a_file_that_changes_under_way_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(["x"]))
+    parts = cut_into_parts(find_files([str(path)]), 100)
+    path.write_bytes(lines(["x", "y"]))
+    with pytest.raises(UserError, match="changed while it was being read"):
+        list(read_records(parts[0], ["text"]))
+    path.unlink()
+    with pytest.raises(UserError, match="is gone"):
+        list(read_records(parts[0], ["text"]))
 
 
 def test_absent_and_unknown_inputs_are_told(tmp_path: Path) -> None:
-    (tmp_path / "table.parquet").write_bytes(b"")
+    (tmp_path / "table.csv").write_bytes(b"")
+    (tmp_path / "table.parquet.gz").write_bytes(b"")
     (tmp_path / "empty").mkdir()
     for name, told in {
         "absent.jsonl": "does not exist",
-        "*.jsonl": "nothing matches",
-        "table.parquet": "unknown kind",
+        "*.jsonl": "no file matches",
+        "table.csv": "unknown kind",
+        "table.parquet.gz": "unknown kind",
         "empty": "holds none of",
     }.items():
         with pytest.raises(UserError, match=told) as error:

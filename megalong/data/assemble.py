@@ -1,0 +1,143 @@
+"""Finished parts, in order, become the datasets.
+
+Each part is appended as its turn comes and, once its bytes are surely on the disk, deleted; a journal says how far that
+went. So a corpus needs the room of its dataset once, not twice, and a run killed here goes on here.
+
+    000000 000001 | 000002 000003        journal: 2 parts, 81,920 tokens, …
+    in the dataset, deleted   to come
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from megalong.data.indexed_writer import IndexedDatasetWriter, State
+from megalong.data.part_files import Finished, PartFolder
+from megalong.data.records import lines_before
+from megalong.errors import UserError
+
+SETTLE_BYTES = 1 << 30  # appended between two waits for the disk: what a run may hold twice
+
+Counts = dict[str, int]
+
+
+class Assembly:
+    """The datasets `prefixes` (one a key) as they grow out of the parts whose fingerprints are `fingerprints`.
+
+    Args:
+        acceptable: whether parts with such counts, of an earlier run, may be kept.
+
+    Attributes:
+        done: parts that are in already, those of an earlier run included.
+        counts: sums of the counts of these parts.
+    """
+
+    def __init__(
+        self,
+        folder: PartFolder,
+        prefixes: Sequence[str],
+        dtype: np.dtype[Any],
+        fingerprints: Sequence[str],
+        acceptable: Callable[[Counts], bool],
+    ) -> None:
+        self._folder, self._fingerprints, self._acceptable = folder, fingerprints, acceptable
+        self._waiting: list[Finished] = []
+        self._bytes = 0
+        journal = self._journal(prefixes)
+        self.done: int = journal["parts"]
+        self.counts: Counts = journal["counts"]
+        states: list[State | None] = journal["states"] or [None] * len(prefixes)
+        self.writers = [
+            IndexedDatasetWriter(prefix, dtype, folder.path, state)
+            for prefix, state in zip(prefixes, states, strict=True)
+        ]
+
+    def add(self, part: Finished) -> None:
+        """Append the next part."""
+        for place, writer in enumerate(self.writers):
+            if f"{place}.bin" in part.files:
+                lengths = np.fromfile(self._folder.file(part.number, f"{place}.lengths"), "<i4")
+                tokens = self._folder.file(part.number, f"{place}.bin")
+                writer.add_file(tokens, [(lengths[lengths > 0], lengths > 0, lengths)])
+                self._bytes += part.files[f"{place}.bin"][0]
+        for name, count in part.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        self.done += 1
+        self._waiting.append(part)
+        if self._bytes >= SETTLE_BYTES:
+            self._settle()
+
+    def close(self) -> None:
+        """Close all files, finished or not."""
+        for writer in self.writers:
+            writer.abandon()
+
+    def _settle(self) -> None:
+        states = [writer.settle() for writer in self.writers]
+        journal = {"parts": self.done, "identity": self._identity(self.done), "counts": self.counts, "states": states}
+        _write_aside(self._folder.path / "journal", json.dumps(journal).encode())
+        for part in self._waiting:
+            self._folder.remove(part)
+        self._waiting, self._bytes = [], 0
+
+    def _journal(self, prefixes: Sequence[str]) -> dict[str, Any]:
+        """What an earlier run of the same work left; nothing otherwise."""
+        nothing: dict[str, Any] = {"parts": 0, "counts": {}, "states": None}
+        try:
+            journal: dict[str, Any] = json.loads((self._folder.path / "journal").read_bytes())
+        except (OSError, ValueError):
+            return nothing
+        same = journal["identity"] == self._identity(journal["parts"]) and len(journal["states"]) == len(prefixes)
+        here = all((self._folder.path / f"{Path(prefix).name}.bin").is_file() for prefix in prefixes)
+        return journal if same and here and self._acceptable(journal["counts"]) else nothing
+
+    def _identity(self, parts: int) -> str:
+        return sha256("".join(self._fingerprints[:parts]).encode()).hexdigest()
+
+
+def publish_rejected(folders: Iterable[PartFolder], path: Path) -> int:
+    """Gather what was set aside into `path`, one JSON object a record, with the line's number in its file.
+
+    Returns how many; without any there is no file, and one of an earlier run is deleted.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    count = 0
+    try:
+        with aside.open("wb") as file:
+            for count, entry in enumerate(_rejected(folders), 1):  # noqa: B007
+                file.write(orjson.dumps(entry) + b"\n")
+        if count:
+            aside.replace(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    return count
+
+
+def _rejected(folders: Iterable[PartFolder]) -> Iterator[dict[str, Any]]:
+    for folder in folders:
+        for file in sorted(folder.path.glob("*.rejected")):
+            for line in file.read_bytes().splitlines():
+                path, start, number, why, data = orjson.loads(line)
+                yield {"file": path, "line": number + lines_before(path, start), "reason": why, "data": data}
+
+
+def _write_aside(path: Path, content: bytes) -> None:
+    aside = path.with_name(f"{path.name}.tmp")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,152 @@
+"""Documents that share text with a benchmark: found by common runs of words, as GPT-3's authors did (arXiv 2005.14165,
+appendix C): a document that holds any 13 consecutive words of a benchmark was probably made from it.
+
+    words: lower-case runs of letters and digits     "The cat's 3 hats." → the cat s 3 hats
+    a hit: N consecutive words of a document that stand so in one text of a benchmark file
+
+A benchmark file is JSON lines (every string in a line is a text, at any depth), .txt or .parquet. Benchmark texts of
+fewer than N words are not looked for: "yes" would be found everywhere.
+
+How it is fast: words that no benchmark uses become 0, and a run that holds a 0 cannot match. What is left is hashed N
+words at a time by numpy, and each hit is compared word by word with the benchmark's, so chance never drops a document.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import orjson
+
+from megalong.data import parquet
+from megalong.data.records import BYTE_ORDER_MARK
+from megalong.data.sources import LINES, TABLE, Source, find_files
+from megalong.data.unpack import unpacked
+from megalong.errors import UserError
+
+NGRAM = 13
+ACTIONS = ("drop", "report")
+_WORDS = re.compile(r"[^\W_]+")
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A document's words that a benchmark holds too, and the benchmark file."""
+
+    benchmark: str
+    words: str
+
+
+class Benchmarks:
+    """The runs of `ngram` words in benchmark files.
+
+    Attributes:
+        fingerprint: what was loaded and how, for the identity of the work.
+
+    Raises:
+        UserError: a file is absent, broken, or holds no text of that many words.
+    """
+
+    def __init__(self, files: Sequence[str], ngram: int = NGRAM) -> None:
+        self.ngram = ngram
+        self._numbers: dict[str, int] = {}
+        self._runs: dict[tuple[int, ...], str] = {}
+        self._spelling: list[str] = [""]
+        content = sha256(str(ngram).encode())
+        for source in find_files(files):
+            before = len(self._runs)
+            for text in _texts(source):
+                self._learn(source.path, text)
+                content.update(text.encode("utf-8", "surrogatepass") + b"\0")
+            if len(self._runs) == before:
+                raise UserError(
+                    f"--decontaminate: {source.path} holds no new run of {ngram} words; give a benchmark with texts, "
+                    "or fewer words with --decontaminate-ngram"
+                )
+        self.fingerprint = content.hexdigest()
+        self._hashes = np.unique(_hashes(np.array(list(self._runs), np.uint64)))
+
+    def find(self, texts: Sequence[str]) -> Hit | None:
+        """The first run of words that one of `texts` shares with a benchmark."""
+        number = self._numbers.get
+        for text in texts:
+            words = _WORDS.findall(text.lower())
+            if len(words) < self.ngram:
+                continue
+            ids = np.fromiter((number(word, 0) for word in words), np.uint64, len(words))
+            for start in self._candidates(ids).tolist():
+                run = tuple(ids[start : start + self.ngram].tolist())
+                if run in self._runs:
+                    return Hit(self._runs[run], " ".join(self._spelling[id] for id in run))
+        return None
+
+    def _candidates(self, ids: np.ndarray) -> np.ndarray:
+        """Where runs without unknown words start whose hash a benchmark has."""
+        unknown = np.concatenate([[0], np.cumsum(ids == 0)])
+        starts = np.flatnonzero(unknown[self.ngram :] == unknown[: -self.ngram])
+        if len(starts) == 0:
+            return starts
+        runs = np.lib.stride_tricks.sliding_window_view(ids, self.ngram)[starts]
+        hashes = _hashes(runs)
+        places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        return starts[self._hashes[places] == hashes]
+
+    def _learn(self, path: str, text: str) -> None:
+        words = _WORDS.findall(text.lower())
+        if len(words) < self.ngram:
+            return
+        for word in words:
+            if word not in self._numbers:
+                self._numbers[word] = len(self._spelling)
+                self._spelling.append(word)
+        ids = [self._numbers[word] for word in words]
+        for start in range(len(ids) - self.ngram + 1):
+            self._runs.setdefault(tuple(ids[start : start + self.ngram]), path)
+
+
+def _hashes(runs: np.ndarray) -> np.ndarray:
+    """uint64 [runs, words] → uint64 [runs], wrapping around."""
+    hashes = np.zeros(len(runs), np.uint64)
+    for column in range(runs.shape[1]):
+        hashes = (hashes + runs[:, column]) * _FACTOR
+        hashes ^= hashes >> np.uint64(29)
+    return hashes
+
+
+def _texts(source: Source) -> Iterator[str]:
+    """Every text of a benchmark file."""
+    if source.kind == TABLE:
+        columns = parquet.text_columns(source.path)
+        groups = len(parquet.row_group_sizes(source.path))
+        for _, values in parquet.rows(source.path, 0, groups, columns):
+            yield from (value.decode("utf-8", "replace") for value in values if isinstance(value, bytes))
+        return
+    with unpacked(source.path, source.packing) as stream:
+        content = stream.read().removeprefix(BYTE_ORDER_MARK)
+    if source.kind != LINES:
+        yield content.decode("utf-8", "replace")
+        return
+    try:
+        yield from _strings(orjson.loads(content))  # one object or list, as .json files often are
+        return
+    except ValueError:
+        pass
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line and not line.isspace():
+            try:
+                yield from _strings(orjson.loads(line))
+            except ValueError as error:
+                raise UserError(
+                    f"--decontaminate: {source.path}, line {number}: not valid JSON ({error}); give one object a line"
+                ) from None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)

@@ -1,0 +1,168 @@
+"""Text to ids at the speed of the disk: `gigatoken`, where it says exactly what `tokenizers` says.
+
+gigatoken tokenizes 270 MB of text a second on one core, `tokenizers` 4. The two are one algorithm in two programs, so
+they can differ, and a wrong id is never noticed later. So each text goes to the one that is right for it:
+
+    gigatoken     everything, save for what follows
+    `tokenizers`  a text that spells a token added without being special ("<tool>"): rules on its surroundings differ
+                  a text with a character that this Python's Unicode tables do not know yet: the tables of the two
+                  libraries are of different years, so the new one takes for a letter what is unassigned to the other
+
+Special tokens are left out of the copy that gigatoken loads: text never becomes one (see tokenizer.py).
+
+What gigatoken cannot load is left to `tokenizers` as a whole, and said. Both are compared on a sample before the work,
+and a difference ends it: `--encoder tokenizers` is the slow way out.
+"""
+
+import json
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from megalong.data.tokenizer import TextTokenizer, added_tokens_span
+from megalong.errors import UserError
+
+ENCODERS = ("gigatoken", "tokenizers")
+SHORT = 1024  # characters; below, texts go over to gigatoken in one call, which costs an import
+BLOCK_BITS = 8  # the table of unassigned characters is made 256 code points at a time, when the first of them is met
+SAMPLE_CHARACTERS = 4096  # compared of each sampled document
+
+# What a tokenizer is most likely to treat in its own way: white space, digits, contractions, scripts, marks, emoji.
+PROBES = (
+    "", "a", " ", "\n", "\0", "\t\t x", "The year 2026, 12345678 and 3.14159.", "don't WE'LL I'M they've it's",
+    "line\r\nline\r\n\r\n  indented\n\n\n", "def f(x):\n        return x+1  # done\n", "naïve café Ångström",
+    "数学は楽しい。한국어 Ελληνικά русский العربية हिन्दी ไทย", "🙂👨‍👩‍👧🇩🇪 ﬁ ½ ² Ⅷ",
+    "e\u0301 a\u0308\u0323 \u200d\ufeff\u2028\u00a0\u3000", "https://example.org/?q=a&b=c%20d",
+    "$x^2 + \\frac{1}{2}$ <p class='x'>", "___ --- *** !!!???...", "ALLCAPS camelCase snake_case",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What `tokenizers` says: the ids of `texts`."""
+
+    texts: list[str]
+    ids: list[list[int]]
+
+
+def reference(tokenizer: TextTokenizer, texts: Iterable[str]) -> Reference:
+    """Ask `tokenizers` for probes of our own and for the start of each of `texts`."""
+    sample = [*PROBES, *(text[:SAMPLE_CHARACTERS] for text in texts)]
+    return Reference(sample, tokenizer.encode_batch(sample))
+
+
+class BatchEncoder:
+    """Encodes many texts at once; the ids are those of `tokenizer.encode`.
+
+    Attributes:
+        fallback: why `tokenizers` does all of it, None where gigatoken works.
+
+    Args:
+        encoder: "gigatoken" wherever it can, or "tokenizers" alone.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, encoder: str = "gigatoken") -> None:
+        self._tokenizer = tokenizer
+        self._fast: Any = None
+        self.fallback: str | None = "asked for"
+        if encoder == "gigatoken":
+            self._fast, self.fallback = _loaded(tokenizer)
+
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of all texts end to end: uint32, number of ids of each text: int64 [texts])."""
+        exact = self._exact(texts)
+        if not exact and sum(map(len, texts)) < SHORT * len(texts):
+            rows = self._fast.encode_batch([text.encode() for text in texts], parallel=False).layout
+            offsets = np.asarray(rows.offsets.data, np.int64)
+            return np.asarray(rows.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+        slow = iter(self._tokenizer.encode_batch([text for text, told in zip(texts, exact, strict=True) if told])
+                    if exact else ())  # fmt: skip
+        ids = [
+            np.array(next(slow), np.uint32) if exact and exact[place] else self._fast.encode(text.encode())
+            for place, text in enumerate(texts)
+        ]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return (np.concatenate(ids) if ids else np.empty(0, np.uint32)), lengths
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Highest id + 1, added tokens included."""
+        if self._fast is None:
+            return self._tokenizer.vocabulary_size
+        return max(int(self._fast.vocab_size), self._tokenizer.highest_added_id + 1)
+
+    def compare(self, reference: Reference) -> None:
+        """Hold what `tokenizers` said against what this encoder says.
+
+        Raises:
+            UserError: they differ.
+        """
+        ids, lengths = self.encode(reference.texts)
+        differing = [
+            repr(text[:60])
+            for text, expected, found in zip(
+                reference.texts, reference.ids, np.split(ids, np.cumsum(lengths)[:-1]), strict=True
+            )
+            if found.tolist() != expected
+        ]
+        if differing:
+            raise UserError(
+                f"--tokenizer {self._tokenizer.path}: gigatoken and `tokenizers` disagree on {differing[0]}; "
+                "use --encoder tokenizers, which is right and slow"
+            )
+
+    def _exact(self, texts: list[str]) -> list[bool]:
+        """Which texts `tokenizers` must take; nothing where it takes none."""
+        if self._fast is None:
+            return [True] * len(texts)
+        matched = self._tokenizer.matched
+        if matched:
+            together = "\n".join(texts)
+            matched = [spelling for spelling in matched if spelling in together]
+        exact = [has_unassigned(text) or any(spelling in text for spelling in matched) for text in texts]
+        return exact if any(exact) else []
+
+
+def has_unassigned(text: str) -> bool:
+    """Whether `text` has a character to which this Python's Unicode tables give no meaning."""
+    if text.isascii():
+        return False
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    codes = codes[codes > 127]
+    blocks = np.unique(codes >> BLOCK_BITS)
+    tables = np.stack([_unassigned_of_block(block) for block in blocks.tolist()])
+    return bool(tables[np.searchsorted(blocks, codes >> BLOCK_BITS), codes & (1 << BLOCK_BITS) - 1].any())
+
+
+@cache
+def _unassigned_of_block(block: int) -> np.ndarray:
+    points = range(block << BLOCK_BITS, block + 1 << BLOCK_BITS)
+    return np.array([unicodedata.category(chr(point)) == "Cn" for point in points])
+
+
+def _loaded(tokenizer: TextTokenizer) -> tuple[Any, str | None]:
+    """gigatoken's tokenizer without any added token, or why there is none."""
+    if tokenizer.matched and tokenizer.normalizes:
+        return None, "its added tokens are looked for in normalized text"
+    try:
+        import gigatoken
+
+        return gigatoken.Tokenizer.from_json(_without_added_tokens(tokenizer.file.read_bytes())).backend, None
+    except ImportError as error:
+        return None, f"gigatoken is not installed ({error})"
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of its Rust code is no Exception
+        return None, " ".join(str(error).split())
+
+
+def _without_added_tokens(content: bytes) -> bytes:
+    """The tokenizer.json with an empty list of added tokens."""
+    span = added_tokens_span(content)
+    if span is None:
+        return json.dumps({**json.loads(content), "added_tokens": []}).encode()
+    return content[: span.start] + b"[]" + content[span.stop :]

@@ -1,0 +1,89 @@
+"""`--group-by`: records that share a key, such as the files of one repository, become one document.
+
+Files of a group are ordered by their path and joined by a newline; groups are ordered by a hash of their key, so that
+shards can share them out. The corpus need not fit into memory. It is first dealt into buckets on disk, by that hash;
+then each bucket, which does fit, is read back, sorted and tokenized:
+
+    part 0: a/x b/y a/z  ─┐  bucket 0: a: x z        →  document a
+    part 1: b/x c/y      ─┴  bucket 1: b: x y, c: y  →  documents b, c
+
+One group must fit into memory, as any document must. The buckets take as much disk as the unpacked corpus for a while.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
+
+import numpy as np
+import orjson
+
+from megalong.data.part_files import Finished, PartFolder, PartWriter
+from megalong.data.sources import Source
+
+BUCKET_BYTES = 32 << 20
+LARGEST_NUMBER = 1 << 14
+UNPACKED = 4  # times larger than packed, about
+RUN_BYTES = 32 << 20  # held in memory before it is dealt out
+
+Entry = tuple[str, str, list[str]]  # group, path, texts
+
+
+def bucket_count(files: Sequence[Source]) -> int:
+    """How many buckets a corpus needs, by its size alone."""
+    size = sum(file.size * (1 if file.path.endswith((".jsonl", ".json", ".txt")) else UNPACKED) for file in files)
+    return min(max(size // BUCKET_BYTES, 1), LARGEST_NUMBER)
+
+
+class Dealer:
+    """Deals the records of one part into buckets; keeps those of buckets in `mine`."""
+
+    def __init__(self, writer: PartWriter, buckets: int, mine: range) -> None:
+        self._writer, self._buckets, self._mine = writer, buckets, mine
+        self._held: dict[int, list[bytes]] = {}
+        self._size = 0
+
+    def add(self, group: str, path: str, texts: list[str]) -> None:
+        """One record."""
+        bucket = zlib.crc32(group.encode()) % self._buckets
+        if bucket in self._mine:
+            line = orjson.dumps([group, path, texts]) + b"\n"
+            self._held.setdefault(bucket, []).append(line)
+            self._size += len(line)
+            if self._size >= RUN_BYTES:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what is held, bucket by bucket, and where each begins."""
+        ends = np.zeros(len(self._mine) + 1, "<i8")
+        for place, bucket in enumerate(self._mine, 1):
+            data = b"".join(self._held.pop(bucket, []))
+            self._writer.write("dealt", data)
+            ends[place] = ends[place - 1] + len(data)
+        self._writer.write("ends", ends.tobytes())
+        self._size = 0
+
+
+def documents(folder: PartFolder, dealt: Sequence[Finished], place: int, buckets: int) -> Iterator[list[str]]:
+    """The documents of one bucket, for each the joined texts of every key.
+
+    Args:
+        place: which of the dealt buckets, from 0; buckets: how many were dealt.
+    """
+    entries = sorted(_entries(folder, dealt, place, buckets), key=itemgetter(0, 1))  # stable: then by place in corpus
+    for _, files in groupby(entries, key=itemgetter(0)):
+        yield ["\n".join(texts) for texts in zip(*(entry[2] for entry in files), strict=True)]
+
+
+def _entries(folder: PartFolder, dealt: Sequence[Finished], place: int, buckets: int) -> Iterator[Entry]:
+    for part in dealt:
+        if "ends" not in part.files:
+            continue
+        runs = np.fromfile(folder.file(part.number, "ends"), "<i8").reshape(-1, buckets + 1)
+        with folder.file(part.number, "dealt").open("rb") as file:
+            start = 0
+            for ends in runs:
+                file.seek(start + int(ends[place]))
+                data = file.read(int(ends[place + 1] - ends[place]))
+                yield from (tuple(orjson.loads(line)) for line in data.splitlines())
+                start += int(ends[-1])

@@ -1,0 +1,55 @@
+"""The picture of a length histogram: for each doubling of the length, the share of documents and the share of tokens.
+
+Both are shown because they differ: most documents of a crawl are short, and most tokens of a long-context corpus lie in
+few long ones. Drawn on matplotlib's Agg canvas without pyplot: no display, no global state.
+"""
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from megalong.data.lengths import Bucket
+from megalong.errors import UserError
+
+
+def plot_lengths(buckets: list[Bucket], title: str, path: Path) -> None:
+    """Draw `buckets` into the PNG `path`, which appears whole or not at all.
+
+    Raises:
+        UserError: there is nothing to draw, or the file cannot be written.
+    """
+    if not buckets:
+        raise UserError(f"--png: {title} holds no token, there is no length to draw; leave the flag out")
+    figure = Figure(figsize=(8, 4.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    places = range(len(buckets))
+    for offset, counted, colour in ((-0.2, "documents", "#0072B2"), (0.2, "tokens", "#D55E00")):
+        total = sum(bucket[counted] for bucket in buckets)
+        shares = [bucket[counted] / total for bucket in buckets]
+        axes.bar([place + offset for place in places], shares, 0.4, color=colour, label=f"share of {total:,} {counted}")
+    axes.set_xticks(list(places), [_label(bucket["from"]) for bucket in buckets])
+    axes.set_xlabel("tokens of a document, from … to the next mark")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(aside, format="png")
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"--png: {path} cannot be written ({error.strerror}); give another path") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _label(length: int) -> str:
+    """1024 → 1K."""
+    for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
+        if length >= size:
+            return f"{length // size}{unit}"
+    return str(length)

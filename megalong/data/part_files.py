@@ -1,0 +1,191 @@
+"""Finished parts on disk: what makes a killed run go on where it was, and memory independent of the corpus.
+
+A worker writes what it made of part 17 into files of the folder `P.parts`, and at last their description:
+
+    000017.0.bin  000017.0.lengths      tokens and document lengths under the first key; .1. under the second …
+    000017.rejected                     bad records and contaminated documents, one JSON object a line; often absent
+    000017.json                         fingerprint, counts, size and CRC-32 of each file: it appears last, and whole
+
+A part counts as finished if its description names the fingerprint of the work to do (corpus files with their sizes and
+times, tokenizer, settings) and every file has the size and checksum described. So after a kill, after a power cut that
+lost half a file, or after a file of the corpus was replaced, exactly the right parts are made again.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from megalong.errors import UserError
+
+BLOCK = 1 << 20
+LOCK_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The description of a finished part: `files` maps an ending to [size, CRC-32], `counts` a name to a number."""
+
+    number: int
+    fingerprint: str
+    counts: dict[str, int]
+    files: dict[str, list[int]]
+
+
+class PartFolder:
+    """The folder of finished parts; one run at a time may hold it.
+
+    Raises:
+        UserError: it cannot be made, or another run holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"{path.parent}: cannot be written to ({error.strerror}); give another output prefix"
+            ) from None
+        # Workers of a run that was just killed hold it too, until they have noticed.
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not self._locked():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--output-prefix: another run is writing to {path}; wait for it, or give another prefix"
+                )
+            time.sleep(LOCK_SECONDS / 100)
+
+    def file(self, number: int, ending: str) -> Path:
+        """Where part `number` has its file `ending`."""
+        return self.path / f"{number:06d}.{ending}"
+
+    def finished(self, number: int, fingerprint: str) -> Finished | None:
+        """The finished part `number`, if it is this work and undamaged."""
+        try:
+            found = Finished(**json.loads(self.file(number, "json").read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+        if found.fingerprint != fingerprint:
+            return None
+        whole = all(_checked(self.file(number, ending)) == told for ending, told in found.files.items())
+        return found if whole else None
+
+    def finished_count(self) -> int:
+        """Parts that have a description."""
+        return len(list(self.path.glob("[0-9]*.json")))
+
+    def forget(self, number: int) -> None:
+        """Delete whatever an earlier run left of part `number`."""
+        for path in self.path.glob(f"{number:06d}.*"):
+            path.unlink(missing_ok=True)
+
+    def forget_all_but(self, numbers: Collection[int]) -> None:
+        """Delete what an earlier run left of parts that this one does not have."""
+        for path in self.path.glob("[0-9]*.*"):
+            if int(path.name.partition(".")[0]) not in numbers:
+                path.unlink(missing_ok=True)
+
+    def remove(self, part: Finished, keep: str = "rejected") -> None:
+        """Delete the files of a part that are not needed any more; its file `keep` stays to the end."""
+        for ending in ("json", *part.files):
+            if ending != keep:
+                self.file(part.number, ending).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Delete the folder and all it holds."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let another run have it."""
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+    def _locked(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+class PartWriter:
+    """Files of one part as they grow; a context manager, finished by `finish` alone."""
+
+    def __init__(self, folder: PartFolder, number: int) -> None:
+        self._folder, self._number = folder, number
+        self._open: dict[str, IO[bytes]] = {}
+        self._files: dict[str, list[int]] = {}
+        folder.forget(number)
+
+    def write(self, ending: str, data: bytes | memoryview) -> None:
+        """Add `data` to the file `ending`.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with self._told():
+            if ending not in self._open:
+                self._open[ending] = self._folder.file(self._number, ending).open("wb", buffering=BLOCK)
+                self._files[ending] = [0, 0]
+            self._open[ending].write(data)
+        size, checksum = self._files[ending]
+        self._files[ending] = [size + memoryview(data).nbytes, zlib.crc32(data, checksum)]
+
+    def finish(self, fingerprint: str, counts: dict[str, int]) -> Finished:
+        """Describe the part: from here on it is kept."""
+        done = Finished(self._number, fingerprint, counts, self._files)
+        with self._told():
+            for file in self._open.values():
+                file.close()
+            aside = self._folder.file(self._number, f"json.tmp-{os.getpid()}")
+            aside.write_text(json.dumps(asdict(done)))
+            aside.replace(self._folder.file(self._number, "json"))
+        return done
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._open.values():
+            with contextlib.suppress(OSError):
+                file.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._folder.path}: cannot be written ({error.strerror}); make room, or give another output prefix"
+            ) from None
+
+
+def _checked(path: Path) -> list[int] | None:
+    """[size, CRC-32] of a file, None where there is none."""
+    size = checksum = 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                size, checksum = size + len(block), zlib.crc32(block, checksum)
+    except OSError:
+        return None
+    return [size, checksum]
+
+
+def described(value: Any) -> str:
+    """A text that is the same for the same value, whatever the order of its keys."""
+    return json.dumps(value, sort_keys=True, default=str)

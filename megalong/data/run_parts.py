@@ -1,0 +1,177 @@
+"""A run over the parts of a corpus: from a folder of finished parts, empty or left by a killed run, to the datasets.
+
+    parts → workers (tokenize_part.py) → finished parts → assembly, in order (assemble.py) → published
+
+Whatever ends it, the folder of finished parts stays if there is anything in it to go on from.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from megalong.data.assemble import Assembly, publish_rejected
+from megalong.data.indexed_writer import IndexedDatasetWriter
+from megalong.data.part_files import Finished, PartFolder
+from megalong.data.progress import Progress
+from megalong.data.sources import Part
+from megalong.data.tokenize_part import DealPart, Reading, TokenizeBucket, TokenizePart, Tokenizing
+from megalong.data.workers import map_in_order
+from megalong.errors import UserError
+
+PARTS_AHEAD = 64  # of a worker: one slow part (a large .gz) must not hold up the others; waiting costs no memory
+
+Check = Callable[[], None]
+
+
+class Run:
+    """One run over the parts of one shard, from an empty (or half-full) folder of finished parts to the datasets."""
+
+    def __init__(self, prefix: str, reading: Reading, tokenizing: Tokenizing, workers: int) -> None:
+        self._reading, self._tokenizing, self._workers = reading, tokenizing, workers
+        self._prefix = prefix
+        self._folder = PartFolder(Path(f"{prefix}.parts"))
+        self._dealt_in: PartFolder | None = None
+        self._assembly: Assembly | None = None
+        self._cleared = False
+        self.counts: dict[str, int] = {}
+        self.seconds = 0.0
+
+    @property
+    def writers(self) -> list[IndexedDatasetWriter]:
+        """One a key, once all parts are in."""
+        assert self._assembly is not None
+        return self._assembly.writers
+
+    def tokenize(self, parts: Sequence[Part], shard: int, shards: int, buckets: int | None, check: Check) -> None:
+        """Do the share `shard` of `shards`, from 0, of the corpus, which `buckets` (None: no grouping) deals out.
+
+        Args:
+            check: called once the workers are at work; what it raises makes all they have done worthless.
+        """
+
+        def checked() -> None:
+            try:
+                check()
+            except UserError:
+                self._clear()
+                raise
+
+        if buckets is None:
+            mine = parts[len(parts) * shard // shards : len(parts) * (shard + 1) // shards]
+            task = TokenizePart(self._folder, self._reading, self._tokenizing)
+            self._assemble(task, mine, [part.number for part in mine], [part.size for part in mine], checked)
+            return
+        numbers = range(buckets * shard // shards, buckets * (shard + 1) // shards)
+        self._dealt_in = PartFolder(self._folder.path / "dealt")
+        deal = DealPart(self._dealt_in, self._reading, buckets, numbers)
+        dealt = self._all(deal, parts, checked)
+        for part in dealt:
+            self._count(part)
+        bucket_task = TokenizeBucket(self._folder, self._reading.keys, self._tokenizing, self._dealt_in, dealt, numbers)
+        self._assemble(bucket_task, numbers, list(numbers), [1] * len(numbers))
+
+    def refuse_empty(self, inputs: Sequence[str]) -> None:
+        """Refuse a corpus without a token under any key."""
+        for key, writer in zip(self._reading.keys, self.writers, strict=True):
+            if writer.num_tokens == 0:
+                found = f"{writer.num_documents:,} documents, all empty" if writer.num_documents else "no document"
+                self._clear()
+                raise UserError(
+                    f"--input: empty corpus: {found} under {key!r} in {' '.join(inputs)}; give files with text"
+                )
+
+    def publish(self, about: dict[str, Any]) -> list[IndexedDatasetWriter]:
+        """Make the datasets appear, with `about` and what was counted in their sidecars; delete the finished parts."""
+        folders = [self._folder, *([self._dealt_in] if self._dealt_in else [])]
+        log = Path(f"{self._prefix}_rejected.jsonl")
+        if publish_rejected(folders, log):
+            print(f"{log}: {self.counts['bad']:,} bad records, {self.counts['contaminated']:,} contaminated documents")
+        for key, writer in zip(self._reading.keys, self.writers, strict=True):
+            writer.finish(
+                {
+                    "key": key,
+                    "empty_documents": writer.histogram.empty,
+                    "bad_records": self.counts["bad"],
+                    "contaminated_documents": self.counts["contaminated"],
+                    **about,
+                    "length_histogram": writer.histogram.buckets(),
+                }
+            )
+        self._clear()
+        return self.writers
+
+    @contextmanager
+    def kept_on_failure(self) -> Iterator[None]:
+        """Whatever ends the run: close all files, and keep the folder only if it holds finished parts."""
+        try:
+            yield
+        except BaseException as error:
+            if self._cleared:
+                raise
+            kept = self._assembly.done if self._assembly else 0
+            kept = max(kept, *(folder.finished_count() for folder in (self._folder, self._dealt_in) if folder))
+            if kept == 0:
+                self._clear()
+            elif isinstance(error, UserError):
+                raise UserError(
+                    f"{error} (finished parts, {kept} at least, are kept in {self._folder.path}: start again to go on, "
+                    "or delete it)"
+                ) from None
+            raise
+        finally:
+            if self._assembly is not None:
+                self._assembly.close()
+            for folder in (self._folder, self._dealt_in):
+                if folder is not None:
+                    folder.release()
+
+    def _assemble(
+        self,
+        task: Any,
+        items: Sequence[Any],
+        numbers: Sequence[int],
+        sizes: Sequence[int],
+        meanwhile: Check | None = None,
+    ) -> None:
+        """Run `task` on `items` (parts of `numbers` and `sizes`) and append what it makes, in order."""
+        prefixes = [f"{self._prefix}_{key}_document" for key in self._reading.keys]
+        fingerprints = [task.fingerprint(item) for item in items]
+        self._folder.forget_all_but(numbers)
+        self._assembly = Assembly(self._folder, prefixes, self._tokenizing.dtype, fingerprints, self._reading.accepts)
+        read = [0, *accumulate(sizes)]
+        progress = Progress(read[-1])
+        done = self._assembly.done
+        results = map_in_order(
+            task, items[done:], min(self._workers, max(len(items) - done, 1)), PARTS_AHEAD, meanwhile
+        )
+        try:
+            for _, part in results:
+                self._assembly.add(part)
+                progress.update(read[self._assembly.done], self.writers[0].num_documents)
+        finally:
+            results.close()
+            progress.finish()
+        for name, count in self._assembly.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        self.seconds = progress.seconds
+
+    def _all(self, task: DealPart, parts: Sequence[Part], meanwhile: Check) -> list[Finished]:
+        assert self._dealt_in is not None
+        self._dealt_in.forget_all_but(range(len(parts)))
+        results = map_in_order(task, parts, min(self._workers, len(parts)), PARTS_AHEAD, meanwhile)
+        try:
+            return [part for _, part in results]
+        finally:
+            results.close()
+
+    def _count(self, part: Finished) -> None:
+        for name in ("bad", "contaminated"):
+            self.counts[name] = self.counts.get(name, 0) + part.counts[name]
+
+    def _clear(self) -> None:
+        if self._assembly is not None:
+            self._assembly.close()
+        self._folder.clear()
+        self._cleared = True

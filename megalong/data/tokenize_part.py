@@ -1,0 +1,204 @@
+"""What a worker does with one part: read, check, tokenize, and leave the result in the folder of finished parts.
+
+    part → records → (bad ones set aside, contaminated ones dropped) → batches of texts → ids → files of the part
+
+Nothing but a few numbers goes back to the parent: tokens never pass through a pipe. With `--group-by` there are two
+such tasks, one that deals records into buckets and one that tokenizes a bucket (see grouping.py).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import orjson
+
+from megalong.data import grouping
+from megalong.data.decontaminate import Benchmarks
+from megalong.data.encoder import BatchEncoder
+from megalong.data.indexed_writer import refuse_too_long
+from megalong.data.part_files import Finished, PartFolder, PartWriter, described
+from megalong.data.records import Bad, Record, read_records, refuse
+from megalong.data.separator import Separator, with_separator
+from megalong.data.sources import LINES, Part, Piece
+
+FORMAT = 1  # of finished parts; another one makes those of an earlier version of this program be made again
+SHOWN = 1000  # characters of a contaminated document in the report
+BATCH_CHARACTERS = 1 << 20  # tokenized at once: bounds a worker's memory, unless one document is longer
+
+
+@dataclass
+class Reading:
+    """How records are read and which of them are kept.
+
+    Attributes:
+        keys: JSON keys of texts; skip_bad: set bad records aside instead of failing.
+        benchmarks, drop: what documents must not share text with, and whether those that do are dropped or told.
+        group: the keys of group and path, None without --group-by.
+    """
+
+    keys: list[str]
+    skip_bad: bool = False
+    benchmarks: Benchmarks | None = None
+    drop: bool = True
+    group: tuple[str, str] | None = None
+
+    def records(self, part: Part, writer: PartWriter, counts: dict[str, int]) -> Iterator[Record]:
+        """Records of `part` to be kept; what is set aside is written and counted."""
+        keys = [*self.keys, *(self.group or ())]
+
+        def set_aside(bad: Bad) -> None:
+            counts["bad"] += 1
+            _tell(writer, bad.piece, bad.line, bad.why, bad.data.decode("utf-8", "replace"))
+
+        for record in read_records(part, keys, set_aside if self.skip_bad else refuse):
+            hit = self.benchmarks.find(record.texts[: len(self.keys)]) if self.benchmarks else None
+            if hit is not None:
+                counts["contaminated"] += 1
+                why = f"shares text with {hit.benchmark}: {hit.words}"
+                _tell(writer, record.piece, record.line, why, record.texts[0][:SHOWN])
+                if self.drop:
+                    continue
+            yield record
+
+    def settings(self) -> dict[str, Any]:
+        """What the records depend on besides the corpus."""
+        benchmarks = [self.benchmarks.fingerprint, self.drop] if self.benchmarks else None
+        return {"format": FORMAT, "keys": self.keys, "benchmarks": benchmarks, "group": self.group}
+
+    def accepts(self, counts: dict[str, int]) -> bool:
+        """Whether parts with these counts may be kept: under --on-error fail, only without bad records."""
+        return self.skip_bad or counts["bad"] == 0
+
+
+@dataclass
+class Tokenizing:
+    """How texts become tokens; `sha256` is the tokenizer's fingerprint."""
+
+    encoder: BatchEncoder
+    separator: Separator | None
+    dtype: np.dtype[Any]
+    sha256: str
+
+    def write(self, documents: Iterable[Sequence[str]], keys: int, writer: PartWriter) -> int:
+        """Tokenize `documents` (for each, a text under every key) into the files of a part; returns how many."""
+        total = 0
+        for batch in _batches(documents):
+            total += len(batch)
+            for place in range(keys):
+                ids, lengths = self.encoder.encode([texts[place] for texts in batch])
+                assert ids.max(initial=0) < self.encoder.vocabulary_size, "an id past the vocabulary would not fit"
+                tokens, lengths = with_separator(ids, lengths, self.separator, self.dtype)
+                refuse_too_long(lengths)
+                writer.write(f"{place}.bin", tokens.data)
+                writer.write(f"{place}.lengths", lengths.astype("<i4").data)
+        return total
+
+    def settings(self) -> dict[str, Any]:
+        """What the tokens depend on besides the texts."""
+        separator = self.separator.described() if self.separator else None
+        return {"tokenizer": self.sha256, "separator": separator, "dtype": self.dtype.str}
+
+
+@dataclass
+class TokenizePart:
+    """Task: a part of the corpus → its tokens."""
+
+    folder: PartFolder
+    reading: Reading
+    tokenizing: Tokenizing
+
+    def __call__(self, part: Part) -> Finished:
+        """The finished part, made now or before."""
+        fingerprint = self.fingerprint(part)
+        done = self.folder.finished(part.number, fingerprint)
+        if done is not None and self.reading.accepts(done.counts):
+            return done
+        counts = {"documents": 0, "bad": 0, "contaminated": 0}
+        with PartWriter(self.folder, part.number) as writer:
+            texts = (record.texts for record in self.reading.records(part, writer, counts))
+            counts["documents"] = self.tokenizing.write(texts, len(self.reading.keys), writer)
+            return writer.finish(fingerprint, counts)
+
+    def fingerprint(self, part: Part) -> str:
+        """Identity of the work."""
+        return _fingerprint(part.pieces, self.reading.settings(), self.tokenizing.settings())
+
+
+@dataclass
+class DealPart:
+    """Task of --group-by: a part of the corpus → its records, dealt into buckets."""
+
+    folder: PartFolder
+    reading: Reading
+    buckets: int
+    mine: range
+
+    def __call__(self, part: Part) -> Finished:
+        """The dealt part, made now or before."""
+        fingerprint = _fingerprint(part.pieces, self.reading.settings(), [self.buckets, *self.mine])
+        done = self.folder.finished(part.number, fingerprint)
+        if done is not None and self.reading.accepts(done.counts):
+            return done
+        counts = {"documents": 0, "bad": 0, "contaminated": 0}
+        with PartWriter(self.folder, part.number) as writer:
+            dealer = grouping.Dealer(writer, self.buckets, self.mine)
+            for record in self.reading.records(part, writer, counts):
+                *texts, group, path = record.texts
+                dealer.add(group, path, texts)
+            dealer.flush()
+            return writer.finish(fingerprint, counts)
+
+
+@dataclass
+class TokenizeBucket:
+    """Task of --group-by: a bucket, by its number → the tokens of its groups."""
+
+    folder: PartFolder
+    keys: list[str]
+    tokenizing: Tokenizing
+    dealt_in: PartFolder
+    dealt: list[Finished]
+    mine: range
+    _content: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._content = described([part.fingerprint for part in self.dealt])
+
+    def __call__(self, bucket: int) -> Finished:
+        """The finished part, made now or before."""
+        fingerprint = self.fingerprint(bucket)
+        if (done := self.folder.finished(bucket, fingerprint)) is not None:
+            return done
+        with PartWriter(self.folder, bucket) as writer:
+            texts = grouping.documents(self.dealt_in, self.dealt, bucket - self.mine.start, len(self.mine))
+            total = self.tokenizing.write(texts, len(self.keys), writer)
+            return writer.finish(fingerprint, {"documents": total, "bad": 0, "contaminated": 0})
+
+    def fingerprint(self, bucket: int) -> str:
+        """Identity of the work."""
+        return _fingerprint(bucket, self._content, self.tokenizing.settings())
+
+
+def _fingerprint(*what: object) -> str:
+    return sha256(described(what).encode()).hexdigest()
+
+
+def _batches(documents: Iterable[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
+    batch: list[Sequence[str]] = []
+    size = 0
+    for texts in documents:
+        batch.append(texts)
+        size += sum(map(len, texts))
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tell(writer: PartWriter, piece: Piece, line: int, why: str, data: str) -> None:
+    """Note a record; where its piece starts is told too where lines are counted from there."""
+    start = piece.start if piece.source.kind == LINES else 0
+    writer.write("rejected", orjson.dumps([piece.source.path, start, line, why, data]) + b"\n")

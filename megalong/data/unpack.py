@@ -1,0 +1,82 @@
+"""The bytes of a corpus file as they were before it was packed: plain, gzip or Zstandard, one stream to read.
+
+A packed stream that ends too early or was altered is an error, never a short file: gzip's own reader sees to that;
+Zstandard's Python reader ends in silence where a file was cut, so frames are followed here one by one.
+"""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, cast
+
+from megalong.errors import UserError
+
+BUFFER = 1 << 20
+LARGEST_WINDOW = 1 << 31  # what `zstd --long=31` needs; the default refuses everything above 128 MB
+
+
+@contextmanager
+def unpacked(path: str, packing: str) -> Iterator[IO[bytes]]:
+    """The content of a file as a stream.
+
+    Raises:
+        UserError: the file cannot be opened, or its packing is broken where it is being read.
+    """
+    try:
+        with open(path, "rb") as raw:
+            yield _stream(raw, packing)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: broken {packing[1:]} stream ({error}); fetch the file again") from None
+    except OSError as error:
+        raise UserError(f"--input: {path} cannot be read ({error.strerror or error}); check the disk") from None
+
+
+def _stream(raw: IO[bytes], packing: str) -> IO[bytes]:
+    if packing == ".gz":
+        return cast(IO[bytes], io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=raw)), BUFFER))
+    if packing == ".zst":
+        return cast(IO[bytes], io.BufferedReader(_Zstandard(raw), BUFFER))
+    return raw
+
+
+class _Zstandard(io.RawIOBase):
+    """Frame after frame, as many as the file holds."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        import zstandard
+
+        self._raw, self._broken = raw, zstandard.ZstdError
+        self._unpacker = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
+        self._frame: Any = None
+        self._packed = self._ready = b""
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` as far as what is at hand allows; 0 at the end."""
+        while not self._ready and self._more():
+            pass
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def _more(self) -> bool:
+        """Unpack a little more; False at the end of the file."""
+        self._packed = self._packed or self._raw.read(BUFFER // 64)
+        if not self._packed:
+            if self._frame is not None:
+                raise EOFError("the file ended inside a frame")
+            return False
+        if self._frame is None:
+            self._frame = self._unpacker.decompressobj()
+        try:
+            self._ready, self._packed = self._frame.decompress(self._packed), b""
+        except self._broken as error:
+            raise EOFError(str(error)) from None
+        if self._frame.eof:
+            self._packed, self._frame = self._frame.unused_data, None
+        return True
