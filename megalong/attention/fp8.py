@@ -62,7 +62,8 @@ def largest_magnitude(*tensors: torch.Tensor, group: dist.ProcessGroup | None = 
 
 def scale_for(amax: torch.Tensor, dtype: torch.dtype, before: torch.Tensor | float = 1.0) -> torch.Tensor:
     """The factor that brings `amax` to the largest number of `dtype`; `before` where amax is 0 or not finite."""
-    scale = (torch.finfo(dtype).max / amax).clamp(max=torch.finfo(torch.float32).max)
+    # Not `max / amax`, which torch computes as a reciprocal times a number, rounding twice.
+    scale = (torch.full_like(amax, torch.finfo(dtype).max) / amax).clamp_(max=torch.finfo(torch.float32).max)
     usable = (amax > 0) & amax.isfinite()
     return torch.where(usable, scale, torch.as_tensor(before, dtype=scale.dtype, device=scale.device))
 

@@ -126,9 +126,31 @@ class Attention(Section):
 
 
 class Precision(Section):
-    """Type of the weights and activations; gradients and the optimizer are fp32 in both cases."""
+    """Type of the weights and activations, and which matrix products round their operands to FP8.
+
+    Gradients and the optimizer are fp32 in all cases. `fp8`: null, `hybrid` (e4m3 forward, e5m2 for gradients) or
+    `e4m3` for both, in the linear layers of every transformer layer; with `fp8_dot_product_attention` in attention too.
+    Without a GPU it is emulated, and slower than bf16.
+    """
 
     params_dtype: Literal["bf16", "fp32"] = "bf16"
+    fp8: Literal["hybrid", "e4m3"] | None = None
+    fp8_recipe: Literal["delayed", "tensorwise"] = "delayed"
+    fp8_dot_product_attention: bool = False
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.fp8_dot_product_attention and self.fp8 is None:
+            raise ValueError(
+                "fp8_dot_product_attention true without fp8, which names the 8-bit types: write fp8: hybrid, or "
+                "fp8_dot_product_attention: false"
+            )
+        if self.fp8 is not None and self.params_dtype != "bf16":
+            raise ValueError(
+                f"fp8 {self.fp8} with params_dtype {self.params_dtype}: what 8-bit products are added up to is bf16; "
+                "write params_dtype: bf16, or fp8: null"
+            )
+        return self
 
 
 class Memory(Section):

@@ -6,7 +6,9 @@ stay off because they need apex or a GPU.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +18,30 @@ from megalong.config.architecture import Architecture
 from megalong.config.rope import RopeSettings
 from megalong.runtime.distributed import Layout
 
+log = logging.getLogger("megalong")
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
 class LlamaConfig(TransformerConfig):
-    """`TransformerConfig` and what our core attention needs besides."""
+    """`TransformerConfig` and what our own modules need besides.
+
+    `emulated_fp8` stands in for `fp8` where there is no GPU: with the latter set, Megatron-Core asks for Transformer
+    Engine. `fp8_recipe` and `fp8_dot_product_attention` mean the same in both cases.
+    """
 
     rope: RopeSettings = field(default_factory=RopeSettings)
     kernel: str = "auto"
+    emulated_fp8: str | None = None
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     """How one model is laid out and computed: everything that is not its architecture.
 
-    `recompute` is `memory.recompute`, `kernel` is `attention.backend` of the configuration.
+    `recompute` is `memory.recompute`, `kernel` is `attention.backend` of the configuration. `fp8` and what begins with
+    it are `precision`'s.
     """
 
     layout: Layout = field(default_factory=Layout)
@@ -39,6 +49,9 @@ class ModelSettings:
     params_dtype: torch.dtype = torch.float32
     recompute: str = "none"
     kernel: str = "auto"
+    fp8: str | None = None
+    fp8_recipe: str = "delayed"
+    fp8_dot_product_attention: bool = False
 
 
 def transformer_config(architecture: Architecture, settings: ModelSettings) -> LlamaConfig:
@@ -84,13 +97,38 @@ def transformer_config(architecture: Architecture, settings: ModelSettings) -> L
         bias_dropout_fusion=False,
         persist_layer_norm=False,
         **_recompute(settings.recompute),
+        **_fp8(settings),
     )
 
 
-def _recompute(mode: str) -> dict[str, object]:
+def _recompute(mode: str) -> dict[str, Any]:
     """`full` keeps each layer's input only, `selective` all but the attention kernel's inputs and outputs."""
     if mode == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if mode == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return {}
+
+
+def _fp8(settings: ModelSettings) -> dict[str, Any]:
+    if settings.fp8 is None:
+        return {}
+    on_cpu = torch.device(torch.cuda.current_device()).type == "cpu"
+    if on_cpu:
+        log.info("no GPU in use: FP8 is emulated and slower than bf16: %s", _what_is_rounded(settings))
+    return {
+        "emulated_fp8" if on_cpu else "fp8": settings.fp8,
+        "fp8_recipe": settings.fp8_recipe,
+        "fp8_dot_product_attention": settings.fp8_dot_product_attention,
+    }
+
+
+def _what_is_rounded(settings: ModelSettings) -> str:
+    forward, backward = ("e4m3", "e5m2") if settings.fp8 == "hybrid" else ("e4m3", "e4m3")
+    rounded, kept = f"inputs and weights of qkv, proj, fc1 and fc2 to {forward}", "attention, norms, embedding, head"
+    gradients = f"the gradients that reach them to {backward}"
+    if settings.fp8_dot_product_attention:
+        rounded += f", Q, K, V and P to {forward}"
+        gradients += f", dO and dS to {backward}"
+        kept = "norms, embedding, head"
+    return f"rounded are {rounded}, {gradients}, by {settings.fp8_recipe} scaling; not {kept} and no sum"

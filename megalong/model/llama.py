@@ -36,7 +36,7 @@ class LlamaModel(GPTModel):
         where = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
         super().__init__(
             config=config,
-            transformer_layer_spec=llama_block(config.num_layers // parts),
+            transformer_layer_spec=llama_block(config.num_layers // parts, config),
             vocab_size=architecture.padded_vocab_size,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(**where),

@@ -11,23 +11,24 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megalong.model.config import LlamaConfig
 from megalong.model.core_attention import CoreAttention
+from megalong.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear, engine_linears
 from megalong.model.norm import RMSNorm
 from megalong.model.swiglu import SwiGLU
 
 
-def llama_layer() -> ModuleSpec:
+def llama_layer(config: LlamaConfig) -> ModuleSpec:
     """One pre-norm layer: attention and SwiGLU, each with a residual around it."""
+    column, row = _linears(config)
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
-        ),
+        submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=CoreAttention, linear_proj=row),
     )
     mlp = ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU),
+        submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=SwiGLU),
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -42,6 +43,15 @@ def llama_layer() -> ModuleSpec:
     )
 
 
-def llama_block(layers: int) -> TransformerBlockSubmodules:
+def _linears(config: LlamaConfig) -> tuple[type, type]:
+    """Column- and row-parallel linear layers: Megatron-Core's own, or ones with FP8 operands."""
+    if config.emulated_fp8 is not None:
+        return Fp8ColumnParallelLinear, Fp8RowParallelLinear
+    if config.fp8 is not None:
+        return engine_linears()
+    return ColumnParallelLinear, RowParallelLinear
+
+
+def llama_block(layers: int, config: LlamaConfig) -> TransformerBlockSubmodules:
     """`layers` equal layers and the final norm: what one pipeline stage is told to build."""
-    return TransformerBlockSubmodules(layer_specs=[llama_layer()] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[llama_layer(config)] * layers, layer_norm=RMSNorm)

@@ -68,6 +68,9 @@ def model_settings(config: Config) -> ModelSettings:
         params_dtype=DTYPES[config.precision.params_dtype],
         recompute=config.memory.recompute,
         kernel=config.attention.backend,
+        fp8=config.precision.fp8,
+        fp8_recipe=config.precision.fp8_recipe,
+        fp8_dot_product_attention=config.precision.fp8_dot_product_attention,
     )
 
 

@@ -54,3 +54,52 @@ def logits(
         return whole[..., : architecture.vocab_size].double().numpy()
     finally:
         distributed.clear_layout()
+
+
+def fp8_linears(tensor_parallel: int, sequence_parallel: bool) -> dict[str, Any]:
+    """Two steps of a column- and a row-parallel FP8 layer, one feeding the other: outputs [s, b, k] and scales."""
+    distributed.start(torch.device("cpu"))
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+    from megalong.config.architecture import Architecture
+    from megalong.model.config import ModelSettings, transformer_config
+    from megalong.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+
+    layout = distributed.Layout(tensor=tensor_parallel)
+    distributed.set_layout(layout)
+    try:
+        shape: dict[str, Any] = {"hidden_size": 16, "ffn_hidden_size": 32, "num_layers": 1, "num_attention_heads": 2}
+        architecture = Architecture(
+            **shape, num_query_groups=2, vocab_size=8, max_position_embeddings=8, rope=RopeSettings(rope_theta=1e4)
+        )
+        settings = ModelSettings(layout, sequence_parallel, torch.bfloat16, fp8="hybrid")
+        config = transformer_config(architecture, settings)
+        options: dict[str, Any] = {"config": config, "init_method": None, "bias": False, "skip_bias_add": True}
+        up: Any = Fp8ColumnParallelLinear(16, 32, gather_output=False, **options)
+        down: Any = Fp8RowParallelLinear(32, 16, input_is_parallel=True, **options)
+        generator = torch.Generator().manual_seed(7)
+        rank = parallel_state.get_tensor_model_parallel_rank()
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).bfloat16()
+
+        with torch.no_grad():
+            up.weight.copy_(normal(32, 16).chunk(tensor_parallel)[rank])
+            down.weight.copy_(normal(16, 32).chunk(tensor_parallel, 1)[rank])
+        outputs = []
+        for _ in range(2):
+            up.train()
+            down.train()
+            whole, grad = normal(6, 2, 16), normal(6, 2, 16)
+            local = whole.chunk(tensor_parallel)[rank] if sequence_parallel else whole
+            out = down(up(local.requires_grad_())[0])[0]
+            if sequence_parallel:
+                out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
+            out.backward(grad)
+            outputs.append(out.detach())
+        for layer in (up, down):
+            layer.eval()
+        return {"outputs": outputs, "scales": [layer.scaling.scales.tolist() for layer in (up, down)]}
+    finally:
+        distributed.clear_layout()

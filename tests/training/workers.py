@@ -53,6 +53,18 @@ def train_run(settings: dict[str, Any], stop_after: int | None = None) -> dict[s
         return {"started": started, "records": records.kept}
 
 
+def start_run(settings: dict[str, Any]) -> None:
+    """Set a run up with its log in the run's folder, and leave it."""
+    from megalong.runtime.logs import close_logging, setup_logging
+
+    setup_logging(0, Path(settings["run"]["dir"]))
+    try:
+        with _session(settings):
+            pass
+    finally:
+        close_logging()
+
+
 class _Records:
     """Stands in for Metrics: keeps what it is told."""
 

@@ -1,0 +1,204 @@
+"""Linear layers whose operands are rounded to FP8, emulated: what TE's layers do on a GPU, for where there is none.
+
+A linear layer is three matrix products. All their operands are rounded (attention/fp8.py), as Transformer Engine (TE)
+rounds them; what comes out and what is summed is not:
+
+    forward    Y = X W^T      X, W in e4m3
+    backward   dX = dY W      dY in e5m2 under `hybrid`, X and W as forward rounded them
+               dW = dY^T X
+
+These are the products of linear_qkv, linear_proj, linear_fc1 and linear_fc2; embedding, norms and head stay as they
+are. The recipe says where a tensor's scale comes from:
+
+    tensorwise   from the tensor itself, on each rank
+    delayed      from its largest magnitude in the step before, on any tensor, context or data parallel rank
+
+Delayed scales start at 1. They change between steps only, so that the cut of a batch into micro-batches does not
+matter and recomputation rounds as the first pass did; TE changes them after each micro-batch. A checkpoint holds them
+where Megatron-Core keeps TE's (`_extra_state`).
+
+Everything is computed in float32, slower than bf16 on the same CPU: this shows what FP8 does to a loss, not to time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch.autograd.function import once_differentiable
+
+from megalong.attention.fp8 import FORMATS, Formats, largest_magnitude, scale_for, to_fp8
+from megalong.model.config import LlamaConfig
+from megalong.runtime.megatron import mark_as_slice
+
+INPUT, WEIGHT, GRADIENT = range(3)
+
+
+class TensorwiseScaling:
+    """A scale from the very tensor that is rounded; nothing to remember."""
+
+    def __init__(self, formats: Formats) -> None:
+        self.formats = formats
+
+    def scale(self, operand: int, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The factor for `tensor`, float32 scalar."""
+        return scale_for(largest_magnitude(tensor), dtype)
+
+
+class DelayedScaling:
+    """Scales of a layer's input, weight and gradient, each from its largest magnitude in the step before.
+
+    `group`: ranks that share the scales. Between steps all of them must call `refresh`.
+    """
+
+    def __init__(self, formats: Formats, group: dist.ProcessGroup | None) -> None:
+        self.formats, self._group = formats, group
+        self.scales = torch.ones(3)
+        self.observed = True
+        self._amax = torch.zeros(3)
+        self._pending = False
+
+    def scale(self, operand: int, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """This step's factor for `operand`, float32 scalar; while `observed`, `tensor` counts for the next step's.
+
+        What recomputation sees a second time changes nothing, because only the largest magnitude counts.
+        """
+        if self.observed:
+            self._amax[operand] = torch.maximum(self._amax[operand], largest_magnitude(tensor))
+            self._pending = True
+        return self.scales[operand]
+
+    def refresh(self) -> None:
+        """Make next step's scales of what this step has seen; does nothing if that was nothing."""
+        if not self._pending:
+            return
+        if self._group is not None:
+            dist.all_reduce(self._amax, dist.ReduceOp.MAX, self._group)
+        # Never in place: backward of what was computed with the old scales may still need them.
+        types = (self.formats.forward, self.formats.forward, self.formats.backward)
+        self.scales = torch.stack([scale_for(a, t, s) for a, t, s in zip(self._amax, types, self.scales, strict=True)])
+        self._amax = torch.zeros(3)
+        self._pending = False
+
+
+Scaling = TensorwiseScaling | DelayedScaling
+
+
+class _Rounded(torch.nn.Module):
+    """What both parallel linear layers share; mixed in before Megatron-Core's."""
+
+    cut: int  # the dimension of the weight that lies on tensor-parallel ranks
+
+    def __init__(self, *arguments: Any, config: LlamaConfig, **options: Any) -> None:
+        super().__init__(*arguments, config=config, **options)
+        assert config.emulated_fp8 is not None
+        formats = FORMATS[config.emulated_fp8]
+        self.scaling: Scaling = TensorwiseScaling(formats)
+        if config.fp8_recipe == "delayed":
+            self.scaling = DelayedScaling(formats, parallel_state.get_amax_reduction_group(with_context_parallel=True))
+        assert isinstance(self.weight, torch.Tensor)
+        mark_as_slice(self.weight, self.cut)
+
+    def _forward_impl(
+        self, input: torch.Tensor, weight: torch.Tensor, *, tp_group: dist.ProcessGroup | None, **options: Any
+    ) -> torch.Tensor:
+        if options["sequence_parallel"]:
+            input = gather_from_sequence_parallel_region(input, group=tp_group)
+        elif options["allreduce_dgrad"]:
+            input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+        return fp8_linear(input, weight, self.scaling)
+
+    def train(self, mode: bool = True) -> _Rounded:
+        """Learn or evaluate from here on: a step, or a batch of held-out data, begins. On all ranks alike."""
+        if isinstance(self.scaling, DelayedScaling):
+            self.scaling.refresh()
+            self.scaling.observed = mode
+        super().train(mode)
+        return self
+
+    def sharded_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """On all ranks alike."""
+        if isinstance(self.scaling, DelayedScaling):
+            self.scaling.refresh()  # what ranks have seen on their own is not saved
+        return super().sharded_state_dict(*arguments, **options)  # type: ignore[misc]
+
+    def get_extra_state(self) -> dict[str, torch.Tensor] | None:
+        """The scales, if there is anything to remember."""
+        return {"scales": self.scaling.scales} if isinstance(self.scaling, DelayedScaling) else None
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take scales over; a checkpoint that was not written under emulated delayed scaling holds none of ours."""
+        if isinstance(self.scaling, DelayedScaling) and isinstance(state, dict):
+            self.scaling.scales = state["scales"].clone()
+
+
+class Fp8ColumnParallelLinear(_Rounded, ColumnParallelLinear):
+    """Outputs cut over tensor-parallel ranks; the input is gathered first under sequence parallelism."""
+
+    cut = 0
+
+
+class Fp8RowParallelLinear(_Rounded, RowParallelLinear):
+    """Inputs cut over tensor-parallel ranks, which add their results up unrounded."""
+
+    cut = 1
+
+
+def fp8_linear(input: torch.Tensor, weight: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+    """`input @ weight.T` with all operands rounded, forward and backward: `[..., k]`, `[n, k]` to `[..., n]`.
+
+    The result and the gradients are those of the rounded operands, as if rounding had a derivative of 1.
+    """
+    result: torch.Tensor = _Product.apply(input, weight, scaling)
+    return result
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+        dtype = scaling.formats.forward
+        input_scale, weight_scale = scaling.scale(INPUT, input, dtype), scaling.scale(WEIGHT, weight, dtype)
+        input8, weight8 = to_fp8(input, input_scale, dtype), to_fp8(weight, weight_scale, dtype)
+        ctx.save_for_backward(input8, weight8, input_scale, weight_scale)
+        ctx.scaling, ctx.input_type, ctx.weight_type = scaling, input.dtype, weight.dtype
+        return (input8.float() @ weight8.float().t()).div_(input_scale * weight_scale).to(input.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        input8, weight8, input_scale, weight_scale = ctx.saved_tensors
+        dtype = ctx.scaling.formats.backward
+        scale = ctx.scaling.scale(GRADIENT, grad, dtype)
+        rounded = to_fp8(grad, scale, dtype).float()
+        grad_input = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_input = (rounded @ weight8.float()).div_(scale * weight_scale).to(ctx.input_type)
+        if ctx.needs_input_grad[1]:
+            flat, inputs = rounded.flatten(0, -2), input8.float().flatten(0, -2)
+            grad_weight = (flat.t() @ inputs).div_(scale * input_scale).to(ctx.weight_type)
+        return grad_input, grad_weight, None
+
+
+def engine_linears() -> tuple[type, type]:
+    """Transformer Engine's column- and row-parallel layers, which round on the GPU; no scales of the emulation."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    class EngineColumnParallelLinear(TEColumnParallelLinear):
+        def set_extra_state(self, state: Any) -> None:
+            if not isinstance(state, dict):
+                super().set_extra_state(state)
+
+    class EngineRowParallelLinear(TERowParallelLinear):
+        def set_extra_state(self, state: Any) -> None:
+            if not isinstance(state, dict):
+                super().set_extra_state(state)
+
+    return EngineColumnParallelLinear, EngineRowParallelLinear
