@@ -35,7 +35,7 @@ class Run:
         self._dealt_in: PartFolder | None = None
         self._assembly: Assembly | None = None
         self._cleared = False
-        self.counts: dict[str, int] = {}
+        self.counts = {"documents": 0, "bad": 0, "contaminated": 0}
         self.seconds = 0.0
 
     @property
@@ -154,7 +154,7 @@ class Run:
             results.close()
             progress.finish()
         for name, count in self._assembly.counts.items():
-            self.counts[name] = self.counts.get(name, 0) + count
+            self.counts[name] += count
         self.seconds = progress.seconds
 
     def _all(self, task: DealPart, parts: Sequence[Part], meanwhile: Check) -> list[Finished]:
@@ -168,7 +168,7 @@ class Run:
 
     def _count(self, part: Finished) -> None:
         for name in ("bad", "contaminated"):
-            self.counts[name] = self.counts.get(name, 0) + part.counts[name]
+            self.counts[name] += part.counts[name]
 
     def _clear(self) -> None:
         if self._assembly is not None:

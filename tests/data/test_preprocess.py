@@ -161,10 +161,10 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(
 ) -> None:
     corpus = tmp_path / "big.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE) * 60)
-    output = tmp_path / "out"
     for wait in (0.0, 0.1, 0.3):
+        output = tmp_path / f"out{wait}"
         process = subprocess.Popen(command(corpus, output, tokenizer_folder), stderr=subprocess.DEVNULL)
-        while not list(tmp_path.glob("out.parts/*.bin")):
+        while not list(tmp_path.glob(f"{output.name}.parts/*.bin")):
             time.sleep(0.005)
         time.sleep(wait)
         workers = children(process.pid)
@@ -176,7 +176,8 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(
         with pytest.raises(UserError, match="does not exist"):
             IndexedDataset(f"{output}_text_document")
         wait_until_gone(workers)
-        assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] in ([], ["out.parts"])
+        left = [path.name for path in tmp_path.iterdir() if path.name.startswith(output.name)]
+        assert left in ([], [f"{output.name}.parts"])
 
 
 def children(pid: int) -> list[int]:
