@@ -21,6 +21,7 @@ import torch
 
 from megalong.attention import cpu_kernel, tiled
 from megalong.attention.mask import BlockMask
+from megalong.attention.varlen import FLASH_VARLEN, VarlenKernel, no_random_state, to_corner, window_arguments
 from megalong.errors import UserError
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -39,6 +40,7 @@ class BlockKernel:
     name: str
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     backward: Callable[..., Gradients]
+    varlen: VarlenKernel | None = None  # for many blocks at once, where there is such a kernel
 
 
 def choose_kernel(q: torch.Tensor, backend: str = "auto") -> BlockKernel:
@@ -76,7 +78,7 @@ def _flash_forward(
         False,
         False,
         scale=scale,
-        **_window(q, k, mask),
+        **window_arguments(to_corner(mask, q.shape[0], k.shape[0])),
     )
     return out.transpose(0, 1), lse
 
@@ -103,7 +105,7 @@ def _flash_backward(
         False,
         *no_random_state(q.device),
         scale=scale,
-        **_window(q, k, mask),
+        **window_arguments(to_corner(mask, q.shape[0], k.shape[0])),
     )
     dq, dk, dv = (grad.transpose(0, 1) for grad in grads)
     return dq, dk, dv
@@ -114,24 +116,6 @@ def _batch_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple((t if t.stride(-1) == 1 else t.contiguous()).transpose(0, 1) for t in tensors)
 
 
-def _window(q: torch.Tensor, k: torch.Tensor, mask: BlockMask) -> dict[str, int]:
-    """`mask` in flash's words. Every query must see a key: flash has no word for one that sees none."""
-    corner = k.shape[0] - q.shape[0]
-    left = -1 if mask.lower is None else corner - mask.lower
-    right = -1 if mask.upper is None else mask.upper - corner
-    assert mask.lower is None or left >= 0
-    assert mask.upper is None or right >= 0
-    return {"window_size_left": left, "window_size_right": right}
-
-
-def no_random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What flash's backward wants to know of dropout, which there is none of."""
-    return (
-        torch.zeros(2, dtype=torch.uint64, device=device),
-        torch.zeros((), dtype=torch.uint64, device=device),
-    )
-
-
 CPU = BlockKernel("cpu", cpu_kernel.forward, cpu_kernel.backward)
-FLASH = BlockKernel("flash", _flash_forward, _flash_backward)
+FLASH = BlockKernel("flash", _flash_forward, _flash_backward, FLASH_VARLEN)
 TILED = BlockKernel("tiled", tiled.forward, tiled.backward)

@@ -1,74 +1,144 @@
-"""How the tokens of a sequence lie on context-parallel ranks, and which of them see which.
+"""How the tokens of a sequence lie on context-parallel ranks: one answer for loader, positions and attention.
 
 Under a causal mask late tokens attend to more keys than early ones, so contiguous shards would leave the first ranks
-idle. Zigzag cuts the sequence into 2n chunks and gives rank r one early and one late chunk, r and 2n-1-r:
+idle. Every layout gives each of n ranks the same number of tokens and about the same number of attended pairs. A
+rank's tokens are runs of consecutive ones, in order:
 
-    n = 2, 16 tokens     rank 0: 0 1 2 3  12 13 14 15      rank 1: 4 5 6 7  8 9 10 11
+    zigzag               2n equal chunks, rank r holds chunks r and 2n-1-r:
+                         n = 2, 16 tokens     rank 0: 0 1 2 3  12 13 14 15      rank 1: 4 5 6 7  8 9 10 11
+    per_document_zigzag  every document is cut so. Exact whatever the documents; every document lies on all ranks.
+    balanced             equal tiles, dealt out by the pairs their tokens attend to: near exact for documents, and a
+                         rank's runs are long, which makes few and large blocks
 
-On each rank positions grow, so a rank's attention to its own keys is plain causal. Between two ranks nothing needs a
-mask, and every block is half of what it would be unmasked, so that all ranks have equal work in every step:
-
-    keys of an earlier rank   all queries        x first half of the keys
-    keys of a later rank      second half        x all keys
+A document's length need not divide: what is left over is dealt round the ranks, one token each.
+Sources: zigzag as in public ring attention implementations; the other two follow from counting pairs.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
+import numpy as np
 
-from megalong.errors import UserError
-
-
-@dataclass(frozen=True)
-class Block:
-    """The part of attention between one rank's queries and another's keys that the causal mask leaves."""
-
-    queries: slice
-    keys: slice
-    causal: bool  # of equal numbers of queries and keys; without it every query sees every key
+Kind = Literal["zigzag", "per_document_zigzag", "balanced"]
+Runs = np.ndarray  # int64 [r, 2]: first token and the one behind the last, ascending
+TILES = (32, 16, 8, 4, 2)  # tiles a rank gets of a balanced sequence: the most that divide it
 
 
 @dataclass(frozen=True)
-class ZigzagLayout:
-    """Chunks r and 2n-1-r of every sequence lie on rank r of n = `context_parallel_size`."""
+class TokenLayout:
+    """A way of laying sequences on n = `context_parallel_size` ranks.
 
-    context_parallel_size: int
+    `window` is the sliding window that attended pairs are counted with, None for the whole document.
+    """
 
-    def check(self, seq_length: int) -> None:
-        """Raise `UserError` unless sequences of `seq_length` tokens can be cut into 2n equal chunks."""
-        chunks = self._chunks
-        if seq_length < 1 or seq_length % chunks:
-            nearest = max(1, round(seq_length / chunks)) * chunks
-            raise UserError(
-                f"data.seq_length: {seq_length} cannot be cut into {chunks} equal chunks, two for each of "
-                f"{self.context_parallel_size} context-parallel ranks; write {nearest}"
-            )
-
-    def indices(self, seq_length: int, rank: int) -> torch.Tensor:
-        """Positions in the sequence of rank `rank`'s tokens, in their order there: int64 `[seq_length / n]`."""
-        self.check(seq_length)
-        if self.context_parallel_size == 1:
-            return torch.arange(seq_length)
-        length = seq_length // self._chunks
-        early, late = rank * length, (self._chunks - 1 - rank) * length
-        return torch.cat((torch.arange(early, early + length), torch.arange(late, late + length)))
-
-    def gather(self, pieces: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-        """The whole sequence along `dim` from every rank's piece of it, rank 0's first."""
-        total = sum(piece.shape[dim] for piece in pieces)
-        order = torch.cat([self.indices(total, rank) for rank in range(self.context_parallel_size)])
-        return torch.cat(tuple(pieces), dim).index_select(dim, order.argsort().to(pieces[0].device))
-
-    def visible(self, length: int, rank: int, source: int) -> Block:
-        """What `rank`'s queries see of `source`'s keys, as slices of the `length` tokens each of them holds."""
-        whole, half = slice(None), length // 2
-        if source == rank:
-            return Block(whole, whole, causal=True)
-        if source < rank:
-            return Block(whole, slice(half), causal=False)
-        return Block(slice(half, None), whole, causal=False)
+    context_parallel_size: int = 1
+    kind: Kind = "zigzag"
+    window: int | None = None
 
     @property
-    def _chunks(self) -> int:
+    def multiple(self) -> int:
+        """Sequences must be a multiple of this many tokens; shorter ones are padded (`model.batch`)."""
         return 1 if self.context_parallel_size == 1 else 2 * self.context_parallel_size
+
+    @property
+    def follows_documents(self) -> bool:
+        """Whether sequences with other documents lie differently."""
+        return self.kind != "zigzag" and self.context_parallel_size > 1
+
+    def runs(self, seq_length: int, starts: np.ndarray) -> list[Runs]:
+        """Every rank's runs of one sequence.
+
+        Args:
+            seq_length: tokens of the whole sequence, a multiple of `multiple`.
+            starts: int64, first tokens of its documents, ascending from 0.
+        """
+        assert seq_length % self.multiple == 0
+        if self.context_parallel_size == 1:
+            return [np.array([[0, seq_length]], np.int64)]
+        if self.kind == "zigzag":
+            return _zigzag(np.array([0]), seq_length, self.context_parallel_size)
+        if self.kind == "per_document_zigzag":
+            return _zigzag(starts, seq_length, self.context_parallel_size)
+        return _balanced(starts, seq_length, self.context_parallel_size, self.window)
+
+
+def tokens_of(runs: Runs) -> np.ndarray:
+    """Positions in the sequence of the tokens of `runs`, in their order: int64."""
+    lengths = runs[:, 1] - runs[:, 0]
+    offsets = np.cumsum(lengths) - lengths
+    return np.repeat(runs[:, 0] - offsets, lengths) + np.arange(lengths.sum())
+
+
+def union(runs: list[Runs]) -> Runs:
+    """All tokens of several ranks as runs."""
+    together = np.concatenate(runs)
+    return _joined(together[np.argsort(together[:, 0])])
+
+
+def attended_pairs(runs: Runs, starts: np.ndarray, window: int | None = None) -> int:
+    """Pairs of a query among `runs` and a key it sees: causal, inside its document, at most `window` keys."""
+    tokens = tokens_of(runs)
+    return int(_keys_seen(tokens, starts, window).sum())
+
+
+def _keys_seen(tokens: np.ndarray, starts: np.ndarray, window: int | None) -> np.ndarray:
+    seen = tokens - starts[np.searchsorted(starts, tokens, side="right") - 1] + 1
+    return seen if window is None else np.minimum(seen, window)
+
+
+def _zigzag(starts: np.ndarray, seq_length: int, n: int) -> list[Runs]:
+    """Chunks r and 2n-1-r of every document to rank r; remainders go round, so that ranks stay within one token."""
+    lengths = np.diff(starts, append=seq_length)
+    base, rest = np.divmod(lengths, 2 * n)
+    turn = (np.cumsum(rest) - rest) % n  # the rank whose turn it is when a document's remainder is dealt
+    place = (np.arange(n) - turn[:, None]) % n  # how many ranks come before rank r
+    early = base[:, None] + (place < rest[:, None])
+    late = base[:, None] + (place + n < rest[:, None])
+    sizes = np.concatenate((early, late[:, ::-1]), axis=1)
+    ends = starts[:, None] + np.cumsum(sizes, axis=1)
+    chunks = np.stack((ends - sizes, ends), axis=-1)
+    return [_joined(chunks[:, [r, 2 * n - 1 - r]].reshape(-1, 2)) for r in range(n)]
+
+
+def _balanced(starts: np.ndarray, seq_length: int, n: int, window: int | None) -> list[Runs]:
+    """The heaviest tiles first, each to the rank with the fewest pairs so far among those that have room."""
+    per_rank = next(count for count in TILES if seq_length % (n * count) == 0)
+    size = seq_length // (n * per_rank)
+    pairs = _keys_seen(np.arange(seq_length), starts, window).reshape(-1, size).sum(1)
+    owner = np.empty(n * per_rank, np.int64)
+    load, room = np.zeros(n), np.full(n, per_rank)
+    for tile in np.argsort(-pairs, kind="stable"):
+        rank = int(np.argmin(np.where(room > 0, load, np.inf)))
+        owner[tile] = rank
+        load[rank] += pairs[tile]
+        room[rank] -= 1
+    _even_out(owner, pairs, load)
+    tiles = np.arange(n * per_rank)[:, None] * size + np.array([0, size])
+    return [_joined(tiles[owner == rank]) for rank in range(n)]
+
+
+def _even_out(owner: np.ndarray, pairs: np.ndarray, load: np.ndarray) -> None:
+    """Swap tiles between the fullest and the emptiest rank as long as that brings them closer."""
+    for _ in range(4 * len(owner)):
+        most, least = int(np.argmax(load)), int(np.argmin(load))
+        gap = load[most] - load[least]
+        gives, takes = np.flatnonzero(owner == most), np.flatnonzero(owner == least)
+        moved = pairs[gives][:, None] - pairs[takes]
+        after = np.abs(gap - 2 * moved)
+        best = np.unravel_index(int(np.argmin(after)), after.shape)
+        if after[best] >= gap:
+            return
+        give, take = gives[best[0]], takes[best[1]]
+        owner[give], owner[take] = least, most
+        load[most] -= moved[best]
+        load[least] += moved[best]
+
+
+def _joined(runs: Runs) -> Runs:
+    """Without empty runs, and neighbours as one."""
+    runs = runs[runs[:, 1] > runs[:, 0]]
+    first = np.append(True, runs[1:, 0] != runs[:-1, 1]) if len(runs) else np.zeros(0, bool)
+    last = np.append(first[1:], True) if len(runs) else first
+    return np.stack((runs[first, 0], runs[last, 1]), axis=1)

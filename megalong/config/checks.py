@@ -39,21 +39,12 @@ def check_config(config: "Config") -> None:
 
 
 def _check_sequence(config: "Config") -> None:
-    length, parallel = config.data.seq_length, config.parallel
-    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    if parallel.sequence_parallel and tensor == 1:
+    parallel = config.parallel
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise UserError(
             "parallel.sequence_parallel needs parallel.tensor_model_parallel_size above 1 (it splits activations over "
             "the tensor-parallel ranks): write sequence_parallel: false, or a larger tensor_model_parallel_size"
         )
-    if context > 1:
-        name = "2 * parallel.context_parallel_size"
-        why = "every context-parallel rank holds a chunk of the first half and one of the second"
-        _check_length(length, 2 * context, name, why)
-    if parallel.sequence_parallel:
-        name = "parallel.tensor_model_parallel_size * parallel.context_parallel_size"
-        why = "sequence parallelism splits a context-parallel shard over the tensor-parallel ranks"
-        _check_length(length, tensor * context, name, why)
 
 
 def _check_pipeline(config: "Config") -> None:
@@ -80,13 +71,6 @@ def _check_pipeline(config: "Config") -> None:
             "parallel.overlap_param_gather true needs use_distributed_optimizer: true and overlap_grad_reduce: true: "
             "it gathers what that optimizer has sharded, in the same buckets"
         )
-
-
-def _check_length(length: int, divisor: int, name: str, why: str) -> None:
-    if length % divisor:
-        below, above = length // divisor * divisor, (length // divisor + 1) * divisor
-        mend = f"{below} or {above}" if below else str(above)
-        raise UserError(f"data.seq_length {length} is not a multiple of {name} = {divisor} ({why}): write {mend}")
 
 
 def check_replicas(config: "Config", world_size: int) -> None:

@@ -22,6 +22,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 Text = Annotated[str, StringConstraints(min_length=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+LayerPattern = Annotated[tuple[Literal[0, 1], ...], Field(strict=False, min_length=1)]
 
 
 class Run(Section):
@@ -77,7 +78,7 @@ class Data(Section):
     """What is read: sequence length in tokens, how documents are packed, from which datasets."""
 
     seq_length: Positive
-    packing: Literal["naive"] = "naive"
+    packing: Literal["naive", "masked"] = "naive"
     separator: Text | None = None
     mixture: tuple[Domain, ...] = Field(min_length=1, strict=False)
     split: Text = "99,1"
@@ -119,10 +120,35 @@ class Parallel(Section):
 
 
 class Attention(Section):
-    """Which kernel computes a block, and how keys and values reach the other context-parallel ranks."""
+    """Which kernel computes a block, how context-parallel ranks share attention, and what a token sees.
 
-    backend: Literal["auto", "torch"] = "auto"
-    exchange: Literal["ring"] = "ring"
+    `exchange`: keys travel (`ring`), are gathered (`all_gather`), tokens are swapped for heads (`ulysses`), or heads
+    within groups of `ulysses_size` neighbouring ranks and keys between them (`ring_ulysses`); `auto` decides by heads,
+    lengths and sizes, and says why. `layout`: how tokens lie on the ranks; `auto` is `zigzag` for naive and `balanced`
+    for masked packing. `window_size`: a token sees that many, itself included; `window_attn_skip_freq` N leaves
+    every N-th layer full, a list says 1 (window) or 0 (full) for each layer.
+    """
+
+    backend: Literal["auto", "torch", "transformer_engine"] = "auto"
+    exchange: Literal["auto", "ring", "all_gather", "ulysses", "ring_ulysses"] = "auto"
+    ulysses_size: Positive | None = None
+    layout: Literal["auto", "zigzag", "per_document_zigzag", "balanced"] = "auto"
+    window_size: Positive | None = None
+    window_attn_skip_freq: Positive | LayerPattern | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.window_attn_skip_freq is not None and self.window_size is None:
+            raise ValueError(
+                "window_attn_skip_freq without window_size: there is no window that a layer could do without; "
+                "write window_size, or leave both out"
+            )
+        if self.ulysses_size is not None and self.exchange != "ring_ulysses":
+            raise ValueError(
+                f"ulysses_size {self.ulysses_size} with exchange {self.exchange}: only ring_ulysses has groups of that "
+                "size; write exchange: ring_ulysses, or leave ulysses_size out"
+            )
+        return self
 
 
 class Precision(Section):

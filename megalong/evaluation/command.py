@@ -41,7 +41,7 @@ def perplexity(
     Args:
         checkpoint: a run's folder (its newest step) or one step's; or else `hf`, a Hugging Face folder.
         data: prefix of an indexed dataset, tokenized with the model's tokenizer.
-        seq_length: tokens per sample; a multiple of twice the number of processes where there is more than one.
+        seq_length: tokens per sample.
         samples: sequences to average over.
         nproc: context-parallel processes to start here; None joins torchrun's, or runs in this one.
 
@@ -51,7 +51,6 @@ def perplexity(
     launched = "RANK" in os.environ
     if nproc is not None and launched:
         raise UserError("--nproc: these processes were started by torchrun already; drop --nproc")
-    _check_length(seq_length, int(os.environ["WORLD_SIZE"]) if launched else nproc or 1)
     source = find_model(checkpoint, hf)
     packed = open_held_out(data, seq_length, samples, source)
     if output is not None:
@@ -65,15 +64,6 @@ def perplexity(
     result = _measure(source, data, packed, samples)
     if int(os.environ.get("RANK", 0)) == 0:
         _publish(result, output)
-
-
-def _check_length(seq_length: int, world: int) -> None:
-    pieces = 2 * world
-    if world > 1 and seq_length % pieces:
-        raise UserError(
-            f"--seq-length {seq_length}: {world} processes share it in {pieces} equal pieces; write "
-            f"{max(1, seq_length // pieces) * pieces}, or another --nproc"
-        )
 
 
 def _spawn(command: list[str], nproc: int) -> None:

@@ -24,7 +24,7 @@ def adding_to(positions: PositionLoss) -> LossObserver:
 
 
 def forward_losses(
-    chunks: list[torch.nn.Module], micro_batches: Sequence[MicroBatch], seq_length: int, positions: PositionLoss
+    chunks: list[torch.nn.Module], micro_batches: Sequence[MicroBatch], positions: PositionLoss
 ) -> torch.Tensor:
     """Add the losses of one global batch to `positions`; every rank of the world calls it.
 
@@ -39,12 +39,5 @@ def forward_losses(
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
-        local = run_microbatches(
-            chunks,
-            micro_batches,
-            seq_length,
-            micro_batches[0].tokens.shape[0],
-            forward_only=True,
-            observe=adding_to(positions),
-        )
+        local = run_microbatches(chunks, micro_batches, forward_only=True, observe=adding_to(positions))
     return reduce_losses(local)

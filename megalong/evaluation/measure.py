@@ -11,7 +11,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from megalong.attention.layout import ZigzagLayout
+from megalong.attention.layout import TokenLayout
 from megalong.checkpoint.store import load_weights
 from megalong.data.sampler import PackedSamples
 from megalong.evaluation.buckets import PositionLoss
@@ -47,11 +47,11 @@ def measure_losses(source: ModelSource, packed: PackedSamples, samples: int, dev
     world, rank = dist.get_world_size(), dist.get_rank()
     chunks = load_model(source, world)
     log.info("measuring %s: rope %s, %d tokens a sample", source, source.architecture.rope.type, packed.seq_length)
-    positions, layout = PositionLoss(packed.seq_length), ZigzagLayout(world)
+    positions, layout = PositionLoss(packed.seq_length), TokenLayout(world)
     started = time.monotonic()
     for k in range(samples):
         whole = torch.from_numpy(packed.sample(k))[None]
-        forward_losses(chunks, [shard_samples(whole, layout, rank, device)], packed.seq_length, positions)
+        forward_losses(chunks, [shard_samples(whole, layout, rank, device)], positions)
         if (k + 1) * REPORTS // samples > k * REPORTS // samples:
             pace = (k + 1) * packed.seq_length / (time.monotonic() - started)
             log.info("sample %d/%d | %.0f tok/s", k + 1, samples, pace)

@@ -1,40 +1,52 @@
 """A micro-batch as one rank sees it, and what of it travels to the attention layers.
 
-A packed sample holds S+1 tokens: the first S are read, the last S are to be predicted. Context parallelism gives each
-rank S/CP of them, in the order its `ZigzagLayout` says; the positions say which ones they are. Everything downstream
-(rotary angles, loss by position, and the ring) relies on these explicit positions and never on the index in the shard.
+A packed sample holds S+1 tokens: the first S are read, the last S are to be predicted. Where context parallelism needs
+another length they are padded behind, as a document of their own whose losses do not count; nobody sees it happen.
+Each rank gets S/CP tokens, those that its `TokenLayout` says; their positions say which ones they are. Everything
+downstream (rotary angles, loss by position, attention) relies on these explicit positions and on the plan, never on
+the index in the shard.
+
+Where documents are masked from each other, the token that ends one does not predict the one that begins the next, and
+positions start again with every document.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megalong.attention.layout import ZigzagLayout
+from megalong.attention.layout import TokenLayout, tokens_of
+from megalong.attention.plan import AttentionPlan, make_plan
 from megalong.rope import cos_sin
 
 
 @dataclass
 class AttentionInputs(PackedSeqParams):
-    """Positions of this rank's tokens, on the way to core attention.
+    """Positions of this rank's tokens and the plan of their attention, on the way to core attention.
 
     Megatron-Core hands `packed_seq_params` through recomputation and to the layers of every pipeline stage, which it
     does not do for `position_ids`; module state would not do, because several micro-batches are in flight at once.
     `qkv_format="sbhd"` tells it that nothing is packed as far as its own code is concerned.
+
+    `positions` int64 [1 or b, s], one row where all rows are alike.
     """
 
     qkv_format: str = "sbhd"
     positions: torch.Tensor | None = None
+    plan: AttentionPlan | None = None
     _rotary: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     def rotary(self, inverse_frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each [local sequence, head_dim / 2] float32: made by the first layer, shared by the others."""
+        """(cos, sin), each [s, 1 or b, head_dim / 2] float32: made by the first layer, shared by the others."""
         key = id(inverse_frequencies)
         if key not in self._rotary:
             assert self.positions is not None
-            self._rotary[key] = cos_sin(inverse_frequencies, self.positions)
+            self._rotary[key] = cos_sin(inverse_frequencies, self.positions.t())
         return self._rotary[key]
 
 
@@ -42,33 +54,80 @@ class AttentionInputs(PackedSeqParams):
 class MicroBatch:
     """One rank's share of a micro-batch.
 
-    Shapes: tokens, labels int64 [batch, S/CP]; loss_mask float32 [batch, S/CP] (1 where the label counts);
-    positions int64 [S/CP].
+    Shapes: tokens, labels int64 [b, S/CP]; loss_mask float32 [b, S/CP] (1 where the label counts); positions int64
+    [1 or b, S/CP]. S is the padded length.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
     positions: torch.Tensor
+    plan: AttentionPlan
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a whole padded sample."""
+        return self.plan.sequences[0].seq_length
 
     def attention_inputs(self) -> AttentionInputs:
         """What core attention needs to know of this micro-batch."""
-        return AttentionInputs(positions=self.positions)
+        return AttentionInputs(positions=self.positions, plan=self.plan)
 
 
 def shard_samples(
-    samples: torch.Tensor, layout: ZigzagLayout, context_rank: int, device: torch.device | None = None
+    samples: torch.Tensor,
+    layout: TokenLayout,
+    context_rank: int,
+    device: torch.device | None = None,
+    documents: Sequence[np.ndarray] | None = None,
+    multiple: int = 1,
 ) -> MicroBatch:
     """Cut a rank's share out of whole samples.
 
     Args:
-        samples: int64 [batch, S+1] token ids, the same on every rank of the context-parallel group.
+        samples: int64 [b, S+1] token ids, the same on every rank of the context-parallel group.
         layout: how tokens lie on context-parallel ranks.
         context_rank: this rank's index in the context-parallel group.
+        documents: for each row the tokens of the sample at which a document begins, int64 ascending from 0; None:
+            every token sees all before it.
+        multiple: what the padded length must be a multiple of besides `layout.multiple`.
     """
-    sequence = samples.shape[1] - 1
-    indices = layout.indices(sequence, context_rank)
-    tokens = samples[:, indices].to(device)
-    labels = samples[:, indices + 1].to(device)
-    mask = torch.ones(labels.shape, dtype=torch.float32, device=labels.device)
-    return MicroBatch(tokens, labels, mask, indices.to(device))
+    length = samples.shape[1] - 1
+    padded = -(-length // math.lcm(layout.multiple, multiple)) * math.lcm(layout.multiple, multiple)
+    plan = make_plan(layout, padded, _starts(documents, length, padded, len(samples)))
+    shares = [
+        (rows, torch.from_numpy(tokens_of(sequence.shards[context_rank].runs)), sequence.starts)
+        for rows, sequence in plan.rows()
+    ]
+    inputs = torch.nn.functional.pad(samples[:, :-1], (0, padded - length))
+    targets = torch.nn.functional.pad(samples[:, 1:], (0, padded - length))
+    counted = _counted(documents, length, padded, len(samples))
+    tokens, labels, mask = (
+        torch.cat([whole[rows][:, indices] for rows, indices, _ in shares]).to(device)
+        for whole in (inputs, targets, counted)
+    )
+    positions = torch.stack([_positions(indices, starts) for _, indices, starts in shares]).to(device)
+    return MicroBatch(tokens, labels, mask, positions, plan)
+
+
+def _starts(documents: Sequence[np.ndarray] | None, length: int, padded: int, rows: int) -> Sequence[np.ndarray] | None:
+    """First tokens of the documents of every row, padding being the last of them."""
+    padding = np.array([length] if padded > length else [], np.int64)
+    if documents is None:
+        return [np.append(np.zeros(1, np.int64), padding)] * rows if len(padding) else None
+    return [np.append(starts[starts < length], padding) for starts in documents]
+
+
+def _counted(documents: Sequence[np.ndarray] | None, length: int, padded: int, rows: int) -> torch.Tensor:
+    """float32 [b, padded]: 1 where the next token belongs to the same document."""
+    counted = torch.zeros(rows, padded)
+    counted[:, :length] = 1
+    for row, starts in enumerate(documents or ()):
+        counted[row, torch.from_numpy(starts[starts > 0] - 1)] = 0
+    return counted
+
+
+def _positions(indices: torch.Tensor, starts: np.ndarray) -> torch.Tensor:
+    """Places in the document."""
+    begin = torch.from_numpy(starts)
+    return indices - begin[torch.searchsorted(begin, indices, right=True) - 1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,9 @@ class LlamaConfig(TransformerConfig):
 
     rope: RopeSettings = field(default_factory=RopeSettings)
     kernel: str = "auto"
+    exchange: Literal["ring", "all_gather"] = "ring"
+    attention_window: int | None = None
+    full_attention_layers: int | tuple[int, ...] | None = None
     emulated_fp8: str | None = None
 
 
@@ -40,8 +43,9 @@ class LlamaConfig(TransformerConfig):
 class ModelSettings:
     """How one model is laid out and computed: everything that is not its architecture.
 
-    `recompute` is `memory.recompute`, `kernel` is `attention.backend` of the configuration. `fp8` and what begins with
-    it are `precision`'s.
+    `recompute` is `memory.recompute`, `kernel` is `attention.backend`, `window_size` and `window_attn_skip_freq` are
+    `attention`'s, `exchange` is how keys reach the ranks that `layout.heads` has left (`attention.choice`). `fp8` and
+    what begins with it are `precision`'s.
     """
 
     layout: Layout = field(default_factory=Layout)
@@ -49,6 +53,9 @@ class ModelSettings:
     params_dtype: torch.dtype = torch.float32
     recompute: str = "none"
     kernel: str = "auto"
+    exchange: Literal["ring", "all_gather"] = "ring"
+    window_size: int | None = None
+    window_attn_skip_freq: int | tuple[int, ...] | None = None
     fp8: str | None = None
     fp8_recipe: str = "delayed"
     fp8_dot_product_attention: bool = False
@@ -69,6 +76,9 @@ def transformer_config(architecture: Architecture, settings: ModelSettings) -> L
         kv_channels=architecture.kv_channels,
         rope=architecture.rope,
         kernel=settings.kernel,
+        exchange=settings.exchange,
+        attention_window=settings.window_size,
+        full_attention_layers=settings.window_attn_skip_freq,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_epsilon,
         gated_linear_unit=True,

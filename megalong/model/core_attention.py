@@ -1,4 +1,4 @@
-"""Core attention: rotary positions, then causal attention over the context-parallel ring.
+"""Core attention: rotary positions, then causal attention over the context-parallel ranks.
 
 Positions are applied here rather than by GPTModel, from the explicit positions that travel with the micro-batch, so
 that extended, per-document and skipped positions are the same code on any layout. YaRN's temperature multiplies both
@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
-from megalong.attention.ring import ring_attention
+from megalong.attention.exchange import ContextGroups, context_attention
+from megalong.attention.kernels import choose_kernel
 from megalong.model.batch import AttentionInputs
 from megalong.model.config import LlamaConfig
 from megalong.rope import apply_rotary, inverse_frequencies, temperature
+from megalong.runtime.distributed import context_levels
 
 
 class CoreAttention(torch.nn.Module):
@@ -43,7 +45,8 @@ class CoreAttention(torch.nn.Module):
         self.softmax_scale = (softmax_scale or 1 / math.sqrt(head_dim)) * temperature(config.rope) ** 2
         self.inverse_frequencies = inverse_frequencies(config.rope, head_dim).to(torch.cuda.current_device())
         self.kernel = config.kernel
-        self.group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.groups = ContextGroups(*context_levels(), transport=config.exchange)
+        self.window = window_of_layer(config, layer_number)
 
     def forward(
         self,
@@ -63,5 +66,25 @@ class CoreAttention(torch.nn.Module):
         assert isinstance(packed_seq_params, AttentionInputs)
         cos, sin = packed_seq_params.rotary(self.inverse_frequencies)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        out = ring_attention(query, key, value, softmax_scale=self.softmax_scale, group=self.group, backend=self.kernel)
+        assert packed_seq_params.plan is not None
+        kernel = choose_kernel(query, self.kernel)
+        out = context_attention(
+            query, key, value, packed_seq_params.plan, self.groups, kernel, self.softmax_scale, self.window
+        )
         return out.reshape(*out.shape[:2], -1)
+
+
+def window_of_layer(config: LlamaConfig, layer_number: int) -> int | None:
+    """The sliding window of layer `layer_number` (from 1), None where it sees everything.
+
+    `window_attn_skip_freq` N leaves every N-th layer full; a list says 1 (window) or 0 (full) layer by layer. Both as
+    in Megatron-Core.
+    """
+    pattern = config.full_attention_layers
+    if config.attention_window is None:
+        return None
+    if isinstance(pattern, int):
+        full = layer_number % pattern == 0
+    else:
+        full = pattern is not None and not pattern[layer_number - 1]
+    return None if full else config.attention_window

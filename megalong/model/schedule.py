@@ -24,8 +24,6 @@ LossParts = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 def run_microbatches(
     chunks: list[torch.nn.Module],
     batches: Sequence[MicroBatch],
-    seq_length: int,
-    micro_batch_size: int,
     *,
     forward_only: bool = False,
     observe: LossObserver | None = None,
@@ -33,8 +31,8 @@ def run_microbatches(
     """Forward (and backward) of `batches`.
 
     Args:
-        batches: this rank's micro-batches; every rank of a model replica iterates over its share of the same ones.
-        seq_length: S, tokens of a whole sample.
+        batches: this rank's micro-batches, at least one and all of one shape; every rank of a model replica iterates
+            over its share of the same ones.
         observe: called on the last stage with each micro-batch's losses [b, S/CP] float32.
 
     Returns:
@@ -47,8 +45,8 @@ def run_microbatches(
         data_iterator=iter(batches) if len(chunks) == 1 else [iter(batches) for _ in chunks],
         model=chunks,
         num_microbatches=len(batches),
-        seq_length=seq_length,
-        micro_batch_size=micro_batch_size,
+        seq_length=batches[0].seq_length,
+        micro_batch_size=batches[0].tokens.shape[0],
         forward_only=forward_only,
     )
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())

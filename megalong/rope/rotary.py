@@ -24,17 +24,18 @@ TILE_ELEMENTS = 1 << 24
 
 
 def cos_sin(inv_freq: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine, float32 `[s, d/2]`, of `inv_freq` (float32 `[d/2]`) times `positions` (int64 `[s]`).
+    """Cosine and sine, float32 `[..., d/2]`, of `inv_freq` (float32 `[d/2]`) times `positions` (int64 `[...]`).
 
     Within 1e-7 of the float64 truth for positions up to 2^31. The result lies on the device of `positions`.
     """
-    angles = torch.outer(positions.double(), inv_freq.to(positions.device).double())
+    angles = positions.double().unsqueeze(-1) * inv_freq.to(positions.device).double()
     return angles.cos().float(), angles.sin().float()
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn `x` `[s, b, h, d]` (fp32, bf16 or fp16) by the angles of `cos`, `sin` (float32 `[s, d/2]`).
+    """Turn `x` `[s, b, h, d]` (fp32, bf16 or fp16) by the angles of `cos`, `sin` (float32).
 
+    They are `[s, d/2]` or `[s, 1, d/2]` where all rows have the same positions, else `[s, b, d/2]`.
     Computed in float32 and rounded once to `x`'s type. Differentiable in `x`, not in the angles.
     """
     rotated: torch.Tensor = _Rotation.apply(x, cos, sin)
@@ -59,7 +60,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     result = torch.empty_like(x, memory_format=torch.contiguous_format)
     elements = CPU_TILE_ELEMENTS if x.device.type == "cpu" else TILE_ELEMENTS
     tokens = max(1, elements // max(1, x[:1].numel()))
-    cos, sin = cos[:, None, None, :], sin[:, None, None, :]
+    cos, sin = (t.unsqueeze(1).unsqueeze(2) if t.dim() == 2 else t.unsqueeze(2) for t in (cos, sin))
     for tile in zip(*(t.split(tokens) for t in (x, result, cos, sin)), strict=True):
         _rotate_tile(*tile)
     return result

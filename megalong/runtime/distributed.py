@@ -26,6 +26,7 @@ from megalong.errors import UserError
 from megalong.runtime import cpu, megatron
 
 GRID_ORDER = "tp-cp-ep-dp-pp"
+_context_levels: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Layout:
     """How many ranks share each dimension of parallelism.
 
     `virtual` is the number of parts of the model each pipeline rank holds; above 1 the pipeline is interleaved.
+    `heads` of the `context` ranks, neighbours, share attention by heads instead of by keys; 1 for none.
     """
 
     tensor: int = 1
     context: int = 1
     pipeline: int = 1
     virtual: int = 1
+    heads: int = 1
 
     @property
     def model_parallel_size(self) -> int:
@@ -112,10 +115,41 @@ def set_layout(layout: Layout, seed: int = 1234, timeout_minutes: float = 60) ->
         # Only the NCCL world needs a second, CPU-side set of groups for checkpointing.
         create_gloo_process_groups=dist.get_backend() == "nccl",
     )
+    _make_context_levels(layout, datetime.timedelta(minutes=timeout_minutes))
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def context_levels() -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """The two levels of this rank's context-parallel group, None for one of a single rank.
+
+    Ranks that share heads (neighbours), and ranks that share keys (the same place in every neighbourhood).
+    """
+    return _context_levels
+
+
+def _make_context_levels(layout: Layout, timeout: datetime.timedelta) -> None:
+    """Cut every context-parallel group in two levels; all ranks of the world take part in making each group."""
+    global _context_levels
+    from megatron.core import parallel_state
+
+    whole = parallel_state.get_context_parallel_group() if layout.context > 1 else None
+    if layout.heads in (1, layout.context):
+        _context_levels = (None, whole) if layout.heads == 1 else (whole, None)
+        return
+    span, rank = layout.tensor * layout.context, dist.get_rank()
+    mine: dict[str, dist.ProcessGroup] = {}
+    for first in (base + tensor for base in range(0, dist.get_world_size(), span) for tensor in range(layout.tensor)):
+        ranks = [first + layout.tensor * place for place in range(layout.context)]
+        near = [ranks[i : i + layout.heads] for i in range(0, layout.context, layout.heads)]
+        far = [ranks[i :: layout.heads] for i in range(layout.heads)]
+        for level, members in [*(("near", one) for one in near), *(("far", one) for one in far)]:
+            group = dist.new_group(members, timeout=timeout)
+            if rank in members:
+                mine[level] = group
+    _context_levels = mine["near"], mine["far"]
 
 
 def clear_layout() -> None:
@@ -127,7 +161,9 @@ def clear_layout() -> None:
 
     if not parallel_state.model_parallel_is_initialized():
         return
-    groups = set(parallel_state._global_process_group_list or [])
+    global _context_levels
+    groups = set(parallel_state._global_process_group_list or []) | set(_context_levels)
+    _context_levels = (None, None)
     parallel_state.destroy_model_parallel()
     cpu.forget_groups()
     # A model holds its groups, and lies in reference cycles: without a collection they would outlive it.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from megalong.attention.layout import ZigzagLayout
+from megalong.attention.layout import TokenLayout
 from megalong.config.schema import Config
 from megalong.data.sampler import PackedSamples
 from megalong.model.batch import MicroBatch, shard_samples
@@ -27,7 +27,13 @@ class Batches:
         self.global_batch_size = config.training.global_batch_size
         self.micro_batch_size = config.training.micro_batch_size
         self.device = device
-        self._layout = ZigzagLayout(config.parallel.context_parallel_size)
+        self._layout = token_layout(config)
+        self._masked = config.data.packing == "masked"
+        # Sequence parallelism cuts a context-parallel shard over the tensor-parallel ranks.
+        parallel = config.parallel
+        self._multiple = (
+            parallel.tensor_model_parallel_size * parallel.context_parallel_size if parallel.sequence_parallel else 1
+        )
         self._context_rank = parallel_state.get_context_parallel_rank()
         self._replica = parallel_state.get_data_parallel_rank()
         self._replicas = parallel_state.get_data_parallel_world_size()
@@ -41,6 +47,18 @@ class Batches:
         """The micro-batches of the global batch that starts at sample `consumed_samples`."""
         for index in range(self.count):
             first = consumed_samples + (index * self._replicas + self._replica) * self.micro_batch_size
-            rows = [self.samples.sample(first + row) for row in range(self.micro_batch_size)]
-            whole = torch.from_numpy(np.stack(rows))
-            yield shard_samples(whole, self._layout, self._context_rank, self.device)
+            numbers = range(first, first + self.micro_batch_size)
+            whole = torch.from_numpy(np.stack([self.samples.sample(k) for k in numbers]))
+            documents = [self.samples.documents(k) for k in numbers] if self._masked else None
+            yield shard_samples(whole, self._layout, self._context_rank, self.device, documents, self._multiple)
+
+
+def token_layout(config: Config) -> TokenLayout:
+    """How the run's tokens lie on context-parallel ranks.
+
+    `attention.layout: auto` is zigzag where a sample is one causal sequence, and balanced where documents are masked.
+    """
+    kind = config.attention.layout
+    if kind == "auto":
+        kind = "balanced" if config.data.packing == "masked" else "zigzag"
+    return TokenLayout(config.parallel.context_parallel_size, kind, config.attention.window_size)

@@ -32,7 +32,7 @@ class Trainer:
     def __init__(self, session: Session, metrics: Metrics) -> None:
         config = session.config
         self.session, self.config, self.metrics = session, config, metrics
-        self.step = TrainStep(session.chunks, session.optimizer, session.scheduler, config.data.seq_length)
+        self.step = TrainStep(session.chunks, session.optimizer, session.scheduler)
         self.train = Batches(config, self._samples("train"), session.device)
         self.validation = (
             Batches(config, self._samples("validation"), session.device) if config.evaluation.interval else None
@@ -73,7 +73,7 @@ class Trainer:
         positions = PositionLoss(self.config.data.seq_length)
         for index in range(settings.iters):
             batch = list(self.validation.at(index * self.config.training.global_batch_size))
-            forward_losses(self.session.chunks, batch, self.config.data.seq_length, positions)
+            forward_losses(self.session.chunks, batch, positions)
         positions.reduce(None, self.session.device)
         self._window.seconds["evaluation"] = time.perf_counter() - started
         return positions

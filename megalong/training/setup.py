@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megalong.attention.choice import Exchange, choose_exchange
 from megalong.checkpoint import folder, store
 from megalong.config.architecture import Architecture
 from megalong.config.checks import check_model, check_world
@@ -49,10 +50,28 @@ class Session:
     assets: Path | None
 
 
-def layout_of(config: Config) -> distributed.Layout:
+def exchange_of(config: Config, architecture: Architecture) -> Exchange:
+    """How context-parallel ranks share attention.
+
+    Raises:
+        UserError: the model's heads cannot be shared as the configuration asks.
+    """
+    attention, parallel = config.attention, config.parallel
+    return choose_exchange(
+        attention.exchange,
+        attention.ulysses_size,
+        parallel.context_parallel_size,
+        config.data.seq_length // parallel.context_parallel_size,
+        architecture.num_attention_heads // parallel.tensor_model_parallel_size,
+        architecture.num_query_groups // parallel.tensor_model_parallel_size,
+    )
+
+
+def layout_of(config: Config, exchange: Exchange) -> distributed.Layout:
     """The configuration's layout of ranks."""
     parallel = config.parallel
     return distributed.Layout(
+        heads=exchange.heads_size,
         tensor=parallel.tensor_model_parallel_size,
         context=parallel.context_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
@@ -60,14 +79,17 @@ def layout_of(config: Config) -> distributed.Layout:
     )
 
 
-def model_settings(config: Config) -> ModelSettings:
+def model_settings(config: Config, exchange: Exchange) -> ModelSettings:
     """The configuration's way of laying out and computing a model."""
     return ModelSettings(
-        layout=layout_of(config),
+        layout=layout_of(config, exchange),
         sequence_parallel=config.parallel.sequence_parallel,
         params_dtype=DTYPES[config.precision.params_dtype],
         recompute=config.memory.recompute,
         kernel=config.attention.backend,
+        exchange=exchange.transport,
+        window_size=config.attention.window_size,
+        window_attn_skip_freq=config.attention.window_attn_skip_freq,
         fp8=config.precision.fp8,
         fp8_recipe=config.precision.fp8_recipe,
         fp8_dot_product_attention=config.precision.fp8_dot_product_attention,
@@ -81,10 +103,13 @@ def set_up(config: Config, device: torch.device) -> Session:
         UserError: the world, the model or the checkpoint does not fit the configuration.
     """
     check_world(config, dist.get_world_size())
-    distributed.set_layout(layout_of(config), config.run.seed, config.runtime.timeout_minutes)
     start = find_start(config)
     check_model(config, start.architecture)
-    bare = build_model(start.architecture, model_settings(config))
+    exchange = exchange_of(config, start.architecture)
+    if config.parallel.context_parallel_size > 1:
+        log.info("attention over context-parallel ranks: %s (%s)", exchange.name, exchange.reason)
+    distributed.set_layout(layout_of(config, exchange), config.run.seed, config.runtime.timeout_minutes)
+    bare = build_model(start.architecture, model_settings(config, exchange))
     if start.resume is None:
         _first_weights(start, config, bare)
     chunks = wrap_for_training(bare, config.parallel)

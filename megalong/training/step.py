@@ -41,8 +41,8 @@ class StepResult:
 class TrainStep:
     """Runs steps on one model, optimizer and schedule."""
 
-    def __init__(self, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any, seq_length: int) -> None:
-        self.chunks, self.optimizer, self.scheduler, self.seq_length = chunks, optimizer, scheduler, seq_length
+    def __init__(self, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> None:
+        self.chunks, self.optimizer, self.scheduler = chunks, optimizer, scheduler
         # Megatron-Core's schedule calls these at the places where gradients are complete.
         config: Any = chunks[0].config
         config.finalize_model_grads_func = finalize_model_grads
@@ -62,7 +62,7 @@ class TrainStep:
         started = time.perf_counter()
         micro_batches = list(batches.at(consumed_samples))
         loaded = time.perf_counter()
-        total = self._gradients(micro_batches, batches.micro_batch_size, positions)
+        total = self._gradients(micro_batches, positions)
         loss_sum, tokens = reduce_losses(total).tolist()
         computed = time.perf_counter()
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -81,8 +81,6 @@ class TrainStep:
             },
         )
 
-    def _gradients(
-        self, micro_batches: list[MicroBatch], micro_batch_size: int, positions: PositionLoss | None
-    ) -> torch.Tensor:
+    def _gradients(self, micro_batches: list[MicroBatch], positions: PositionLoss | None) -> torch.Tensor:
         observe = adding_to(positions) if positions is not None else None
-        return run_microbatches(self.chunks, micro_batches, self.seq_length, micro_batch_size, observe=observe)
+        return run_microbatches(self.chunks, micro_batches, observe=observe)

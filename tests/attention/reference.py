@@ -1,9 +1,14 @@
 """Dense causal attention in float64, and the random tensors that attention is compared on."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from megalong.attention.layout import tokens_of
+from megalong.attention.plan import AttentionPlan
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -18,9 +23,25 @@ class Case:
     grad: torch.Tensor
     scale: float
 
-    def on(self, indices: torch.Tensor) -> "Case":
+    def on(self, plan: AttentionPlan, rank: int) -> "Case":
         """The tokens of one rank."""
-        return Case(self.q[indices], self.k[indices], self.v[indices], self.grad[indices], self.scale)
+        parts = [tokens_of_rank(t, plan, rank) for t in (self.q, self.k, self.v, self.grad)]
+        return Case(*parts, self.scale)
+
+
+def tokens_of_rank(tensor: torch.Tensor, plan: AttentionPlan, rank: int) -> torch.Tensor:
+    """A rank's tokens of `[S, b, ...]`, which may be others in every row."""
+    pieces = [tensor[torch.from_numpy(tokens_of(sequence.shards[rank].runs)), rows] for rows, sequence in plan.rows()]
+    return torch.cat(pieces, 1)
+
+
+def whole(pieces: Sequence[torch.Tensor], plan: AttentionPlan) -> torch.Tensor:
+    """`[S, b, ...]` from every rank's tokens."""
+    out = torch.zeros(sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:], dtype=pieces[0].dtype)
+    for rows, sequence in plan.rows():
+        for piece, shard in zip(pieces, sequence.shards, strict=True):
+            out[torch.from_numpy(tokens_of(shard.runs)), rows] = piece[:, rows]
+    return out
 
 
 def random_case(
@@ -36,14 +57,26 @@ def random_case(
     return Case(normal(heads), normal(groups), normal(groups), normal(heads), 2 / math.sqrt(head_dim))
 
 
-def dense(case: Case) -> list[torch.Tensor]:
-    """[out, grad_q, grad_k, grad_v] in float64, by all scores at once and torch's own derivative."""
+def visible(length: int, starts: np.ndarray, window: int | None) -> torch.Tensor:
+    """Bool `[S, S]`: query i sees key j: before it, in its document, in its window."""
+    place = torch.arange(length)
+    document = torch.from_numpy(np.searchsorted(starts, place.numpy(), side="right"))
+    seen = (place[:, None] >= place) & (document[:, None] == document)
+    return seen if window is None else seen & (place[:, None] - place < window)
+
+
+def dense(case: Case, starts: Sequence[np.ndarray] | None = None, window: int | None = None) -> list[torch.Tensor]:
+    """[out, grad_q, grad_k, grad_v] in float64, by all scores at once and torch's own derivative.
+
+    `starts`: first tokens of every row's documents; None: one document.
+    """
     q, k, v = (t.double().requires_grad_() for t in (case.q, case.k, case.v))
     group_size = q.shape[2] // k.shape[2]
     keys, values = (t.repeat_interleave(group_size, dim=2) for t in (k, v))
     scores = torch.einsum("ibhd,jbhd->bhij", q, keys) * case.scale
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    out = torch.einsum("bhij,jbhd->ibhd", scores.masked_fill(later, -math.inf).softmax(-1), values)
+    rows = starts if starts is not None else [np.zeros(1, np.int64)] * q.shape[1]
+    seen = torch.stack([visible(q.shape[0], row, window) for row in rows])[:, None]
+    out = torch.einsum("bhij,jbhd->ibhd", scores.masked_fill(~seen, -math.inf).softmax(-1), values)
     gradients = torch.autograd.grad(out, (q, k, v), case.grad.double())
     return [out.detach(), *gradients]
 

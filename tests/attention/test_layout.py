@@ -1,53 +1,113 @@
-"""Every token lies on one rank, every visible pair of tokens in one block."""
+"""Every token lies on one rank, every visible pair of tokens in one block, and ranks have equal work."""
 
+import numpy as np
 import pytest
-import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalong.attention.layout import ZigzagLayout
-from megalong.errors import UserError
+from megalong.attention.layout import Kind, TokenLayout, attended_pairs, tokens_of
+from megalong.attention.plan import Block, make_plan
 
-SIZES = st.integers(1, 8)
+KINDS = pytest.mark.parametrize("kind", ["zigzag", "per_document_zigzag", "balanced"])
+
+
+@st.composite
+def packs(draw: st.DrawFn) -> tuple[int, int, np.ndarray]:
+    """(ranks, tokens, starts of documents)."""
+    ranks = draw(st.integers(1, 5))
+    length = 2 * ranks * draw(st.integers(1, 12))
+    starts = draw(st.sets(st.integers(1, length - 1), max_size=12)) if length > 1 else set()
+    return ranks, length, np.array([0, *sorted(starts)], np.int64)
+
+
+def visible(length: int, starts: np.ndarray, window: int | None) -> np.ndarray:
+    """The mask itself, S x S: what all blocks together must be."""
+    place = np.arange(length)
+    document = np.searchsorted(starts, place, side="right")
+    seen = (place[:, None] >= place) & (document[:, None] == document)
+    return seen if window is None else seen & (place[:, None] - place < window)
+
+
+def mark(table: np.ndarray, block: Block, queries: np.ndarray, keys: np.ndarray) -> None:
+    """Count the pairs of a block in an S x S table, and see that it is trimmed."""
+    rows, columns = queries[block.queries], keys[block.keys]
+    i, j = np.arange(len(rows))[:, None], np.arange(len(columns))
+    pairs = np.ones((len(rows), len(columns)), bool)
+    if block.mask.upper is not None:
+        pairs &= j <= i + block.mask.upper
+    if block.mask.lower is not None:
+        pairs &= j >= i + block.mask.lower
+    assert pairs.any(0).all()
+    assert pairs.any(1).all()
+    table[rows[:, None], columns] += pairs
 
 
 def test_the_example_of_the_module() -> None:
-    layout = ZigzagLayout(2)
-    assert layout.indices(16, 0).tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
-    assert layout.indices(16, 1).tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
-    assert ZigzagLayout(1).indices(5, 0).tolist() == [0, 1, 2, 3, 4]
+    early, late = (tokens_of(runs).tolist() for runs in TokenLayout(2).runs(16, np.array([0])))
+    assert early == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert late == [4, 5, 6, 7, 8, 9, 10, 11]
 
 
-@given(size=SIZES, chunk=st.integers(1, 5))
-def test_blocks_cover_the_causal_mask_exactly_and_equally(size: int, chunk: int) -> None:
-    """Mark what each block computes in an S x S table: it must be the lower triangle, each pair once."""
-    layout, length = ZigzagLayout(size), 2 * chunk
-    total = length * size
-    seen = torch.zeros(total, total, dtype=torch.int64)
-    for rank in range(size):
-        for source in range(size):
-            block = layout.visible(length, rank, source)
-            rows = layout.indices(total, rank)[block.queries]
-            columns = layout.indices(total, source)[block.keys]
-            pairs = torch.ones(len(rows), len(columns), dtype=torch.int64)
-            seen[rows[:, None], columns] += pairs.tril() if block.causal else pairs
-            assert source == rank or pairs.numel() == length * length // 2
-    assert torch.equal(seen, torch.ones(total, total, dtype=torch.int64).tril())
-
-
-@given(size=SIZES, chunk=st.integers(1, 5), dim=st.integers(0, 1))
-def test_gather_is_the_inverse_of_sharding(size: int, chunk: int, dim: int) -> None:
-    layout, total = ZigzagLayout(size), 2 * size * chunk
-    whole = torch.randn(total, total)
-    pieces = [whole.index_select(dim, layout.indices(total, rank)) for rank in range(size)]
-    assert torch.equal(layout.gather(pieces, dim), whole)
-
-
-@pytest.mark.parametrize(("size", "length", "advice"), [(2, 10, 8), (4, 15, 16), (4, 1, 8), (8, 1000, 992)])
-def test_a_length_that_does_not_divide_is_refused_with_the_nearest_that_does(
-    size: int, length: int, advice: int
+@KINDS
+@settings(max_examples=60, deadline=None)
+@given(pack=packs(), window=st.none() | st.integers(1, 30))
+def test_every_token_on_one_rank_and_every_pair_in_one_block(
+    kind: Kind, pack: tuple[int, int, np.ndarray], window: int | None
 ) -> None:
-    with pytest.raises(UserError, match=f"data.seq_length: {length} .* write {advice}"):
-        ZigzagLayout(size).check(length)
-    ZigzagLayout(size).check(advice)
-    ZigzagLayout(1).check(length)
+    ranks, length, starts = pack
+    (sequence,) = make_plan(TokenLayout(ranks, kind), length, [starts]).sequences
+    tokens = [tokens_of(shard.runs) for shard in sequence.shards]
+    assert sorted(np.concatenate(tokens)) == list(range(length))
+    assert {len(held) for held in tokens} == {length // ranks}
+    from_each, from_all = np.zeros((2, length, length), np.int64)
+    for rank in range(ranks):
+        for source in range(ranks):
+            for block in sequence.between(rank, source, window):
+                mark(from_each, block, tokens[rank], tokens[source])
+        for block in sequence.to_all(rank, window):
+            mark(from_all, block, tokens[rank], np.arange(length))
+    expected = visible(length, starts, window)
+    np.testing.assert_array_equal(from_each, expected)
+    np.testing.assert_array_equal(from_all, expected)
+
+
+@KINDS
+@settings(max_examples=30, deadline=None)
+@given(pack=packs(), joined=st.sampled_from([1, 2, 3]))
+def test_joined_ranks_see_the_same(kind: Kind, pack: tuple[int, int, np.ndarray], joined: int) -> None:
+    _, _, starts = pack
+    ranks = 2 * joined
+    length = 2 * ranks * (int(starts[-1]) // (2 * ranks) + 1)
+    sequence = make_plan(TokenLayout(ranks, kind), length, [starts]).sequences[0]
+    together = sequence.joined(joined)
+    tokens = [tokens_of(shard.runs) for shard in together.shards]
+    for number, held in enumerate(tokens):
+        members = slice(number * joined, (number + 1) * joined)
+        laid = np.concatenate([tokens_of(shard.runs) for shard in sequence.shards[members]])
+        np.testing.assert_array_equal(laid[sequence.order(members)], held)
+    table = np.zeros((length, length), np.int64)
+    for rank in range(2):
+        for source in range(2):
+            for block in together.between(rank, source, None):
+                mark(table, block, tokens[rank], tokens[source])
+    np.testing.assert_array_equal(table, visible(length, starts, None))
+
+
+def test_causal_work_is_equal_within_one_percent() -> None:
+    for ranks in (2, 8):
+        whole = np.array([0])
+        pairs = [attended_pairs(runs, whole) for runs in TokenLayout(ranks).runs(1 << 16, whole)]
+        assert max(pairs) / min(pairs) < 1.01
+
+
+@pytest.mark.parametrize("kind", ["per_document_zigzag", "balanced"])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), mean=st.sampled_from([300, 3000, 30000]))
+def test_work_on_random_documents_is_equal_within_ten_percent(kind: Kind, seed: int, mean: int) -> None:
+    """Lengths as they are in corpora (log-normal), 128K tokens on 8 ranks."""
+    length, ranks = 1 << 17, 8
+    lengths = np.random.default_rng(seed).lognormal(np.log(mean), 1.2, size=10_000).astype(np.int64) + 1
+    starts = np.cumsum(lengths) - lengths
+    starts = starts[starts < length]
+    pairs = [attended_pairs(runs, starts) for runs in TokenLayout(ranks, kind).runs(length, starts)]
+    assert max(pairs) / np.mean(pairs) < 1.10

@@ -74,7 +74,6 @@ def test_the_command_writes_numbers_table_and_picture(sources, expected, tmp_pat
         ({"data": "nowhere"}, "nowhere"),
         ({"samples": 1000}, r"--samples 1000: .* holds only \d+ samples of 256 tokens; write --samples \d+"),
         ({"seq_length": 10**6, "samples": 1}, "holds only 0 samples of 1000000 tokens; write a shorter --seq-length"),
-        ({"seq_length": 255, "nproc": 2}, "--seq-length 255: 2 processes share it in 4 equal pieces; write 252"),
     ],
 )
 def test_mistakes_are_told_in_one_line(sources, changed, message):

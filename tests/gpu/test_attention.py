@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from megalong.attention.kernels import FLASH, TILED, BlockKernel
-from megalong.attention.ring import ring_attention
+from megalong.attention.mask import CAUSAL
 from tests.attention.reference import Case, assert_near, dense, random_case
+from tests.attention.workers import Setting, attend
 
 SHAPES = [
     {"length": 64, "batch": 2, "groups": 2, "group_size": 4, "head_dim": 64},
@@ -27,16 +28,17 @@ def on_gpu(case: Case) -> Case:
 def test_block_kernels(kernel: BlockKernel, dtype: torch.dtype, shape: dict[str, int]) -> None:
     case = random_case(0, dtype=dtype, **shape)
     gpu = on_gpu(case)
-    out, lse = kernel.forward(gpu.q, gpu.k, gpu.v, True, gpu.scale)
-    gradients = kernel.backward(gpu.grad, gpu.q, gpu.k, gpu.v, out, lse, True, gpu.scale)
+    out, lse = kernel.forward(gpu.q, gpu.k, gpu.v, CAUSAL, gpu.scale)
+    gradients = kernel.backward(gpu.grad, gpu.q, gpu.k, gpu.v, out, lse, CAUSAL, gpu.scale)
     assert_near([t.cpu() for t in (out, *gradients)], dense(case), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_attention_and_its_gradients(dtype: torch.dtype) -> None:
-    case = random_case(1, 384, 2, 2, 4, 128, dtype)
-    gpu = on_gpu(case)
-    leaves = [t.requires_grad_() for t in (gpu.q, gpu.k, gpu.v)]
-    out = ring_attention(*leaves, softmax_scale=gpu.scale, group=None)
-    gradients = torch.autograd.grad(out, leaves, gpu.grad)
-    assert_near([t.detach().cpu() for t in (out, *gradients)], dense(case), dtype)
+    """Short documents go through the variable-length kernel, a window through the banded one."""
+    kernel = FLASH if dtype == torch.bfloat16 else TILED
+    starts = ((0, 1, 2, 50, 51, 200, 383), (0, 100))
+    for window in (None, 1, 70):
+        setting = Setting(1, 384, 2, 4, 128, starts, dtype, window)
+        ours = attend(on_gpu(setting.case()), setting.plan(1), window=window, kernel=kernel)
+        assert_near([t.cpu() for t in ours], dense(setting.case(), setting.rows, window), dtype)

@@ -29,7 +29,8 @@ def logits(
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from megalong.attention.layout import ZigzagLayout
+    from megalong.attention.layout import TokenLayout, tokens_of
+    from megalong.attention.plan import make_plan
     from megalong.hf.config import read_architecture
     from megalong.hf.load import load_into
     from megalong.hf.reader import HFReader
@@ -46,8 +47,9 @@ def logits(
         load_into(
             model, HFReader(Path(hf)), architecture, parallel_state.get_tensor_model_parallel_rank(), layout.tensor
         )
-        rows = ZigzagLayout(layout.context).indices(len(positions), parallel_state.get_context_parallel_rank())
-        inputs = AttentionInputs(positions=torch.tensor(positions)[rows])
+        plan = make_plan(TokenLayout(layout.context), len(positions))
+        rows = tokens_of(plan.sequences[0].shards[parallel_state.get_context_parallel_rank()].runs)
+        inputs = AttentionInputs(positions=torch.tensor(positions)[None, rows], plan=plan)
         with torch.no_grad():
             out: Any = model(torch.tensor(tokens)[:, rows], None, None, packed_seq_params=inputs)
             whole = gather_from_tensor_model_parallel_region(out)

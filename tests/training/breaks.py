@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
 from megalong.runtime import distributed
@@ -54,25 +55,30 @@ def dropped_embedding_reduce() -> Iterator[None]:
 @contextmanager
 def swapped_zigzag_chunks() -> Iterator[None]:
     """One context-parallel rank reads its late chunk first; tokens, labels and positions still agree."""
-    from megalong.attention.layout import ZigzagLayout
+    from megalong.attention.layout import TokenLayout, tokens_of
+    from megalong.model import batch
 
-    right = ZigzagLayout.indices
+    late_first = TokenLayout(2).runs(64, np.zeros(1, np.int64))[0]
 
-    def wrong(self: ZigzagLayout, seq_length: int, rank: int) -> torch.Tensor:
-        indices = right(self, seq_length, rank)
-        return indices.roll(len(indices) // 2) if rank == 1 else indices
+    def wrong(runs: np.ndarray) -> np.ndarray:
+        tokens = tokens_of(runs)
+        return np.roll(tokens, len(tokens) // 2) if np.array_equal(runs, late_first) else tokens
 
-    with patch.object(ZigzagLayout, "indices", wrong):
+    with patch.object(batch, "tokens_of", wrong):
         yield
 
 
 @contextmanager
 def zigzag_of_another_rank() -> Iterator[None]:
     """Every context-parallel rank reads rank 0's chunks."""
-    from megalong.attention.layout import ZigzagLayout
+    from megalong.model import batch
 
-    right = ZigzagLayout.indices
-    with patch.object(ZigzagLayout, "indices", lambda self, seq_length, rank: right(self, seq_length, 0)):
+    right = batch.shard_samples
+
+    def wrong(samples: Any, layout: Any, context_rank: int, *others: Any) -> Any:
+        return right(samples, layout, 0, *others)
+
+    with patch("megalong.training.batches.shard_samples", wrong):
         yield
 
 
@@ -165,7 +171,7 @@ def positions_of_the_shard() -> Iterator[None]:
     from megalong.model.batch import AttentionInputs, MicroBatch
 
     def wrong(self: MicroBatch) -> AttentionInputs:
-        return AttentionInputs(positions=torch.arange(len(self.positions)))
+        return AttentionInputs(positions=torch.arange(self.positions.shape[1])[None], plan=self.plan)
 
     with patch.object(MicroBatch, "attention_inputs", wrong):
         yield

@@ -39,13 +39,13 @@ def rank_gradients(settings: dict[str, Any]) -> tuple[list[Slice], float]:
         from megalong.training.batches import Batches
         from megalong.training.step import TrainStep
 
-        data, tensor_rank = session.config.data, parallel_state.get_tensor_model_parallel_rank()
+        tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         tensor_size = parallel_state.get_tensor_model_parallel_world_size()
-        step = TrainStep(session.chunks, session.optimizer, session.scheduler, data.seq_length)
+        step = TrainStep(session.chunks, session.optimizer, session.scheduler)
         for chunk in session.chunks:
             chunk.zero_grad_buffer()
         batches = Batches(session.config, samples_of(session.config), session.device)
-        step._gradients(list(batches.at(0)), batches.micro_batch_size, None)
+        step._gradients(list(batches.at(0)), None)
         slices, padding = [], 0.0
         for chunk in map(unwrap, session.chunks):
             for name, parameter in chunk.named_parameters():

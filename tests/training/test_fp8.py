@@ -26,7 +26,7 @@ def losses(result: dict[str, Any]) -> dict[int, tuple[float, float]]:
     return {record["step"]: (record["loss"], record["gradient_norm"]) for record in result["records"]}
 
 
-@pytest.mark.parametrize("precision", [HYBRID], ids=["linears"])
+@pytest.mark.parametrize("precision", [HYBRID, ATTENTION], ids=["linears", "attention"])
 def test_resume_is_bit_for_bit(
     precision: dict[str, Any], sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
@@ -49,7 +49,7 @@ def test_resume_is_bit_for_bit(
     assert losses(resumed) == {step: unbroken[step] for step in range(6, 11)}
 
 
-@pytest.mark.parametrize("precision", [HYBRID, TENSORWISE], ids=["delayed", "tensorwise"])
+@pytest.mark.parametrize("precision", [HYBRID, TENSORWISE, ATTENTION], ids=["delayed", "tensorwise", "attention"])
 def test_recomputation_micro_batches_and_stages_change_nothing(
     precision: dict[str, Any], sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
@@ -67,7 +67,7 @@ def test_recomputation_micro_batches_and_stages_change_nothing(
     assert steps(2)["loss"] == pytest.approx(one["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("precision", [HYBRID, TENSORWISE], ids=["delayed", "tensorwise"])
+@pytest.mark.parametrize("precision", [HYBRID, TENSORWISE, ATTENTION], ids=["delayed", "tensorwise", "attention"])
 @pytest.mark.parametrize(
     "parallel",
     [{"context_parallel_size": 2}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}],
@@ -116,7 +116,7 @@ def test_the_log_says_what_is_emulated(
 def test_it_is_not_bf16(sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path) -> None:
     """Every setting is heard: each of them gives other losses than all the others, and all of them nearly the same."""
     bf16, e4m3 = {"params_dtype": "bf16"}, {**HYBRID, "fp8": "e4m3"}
-    variants: list[dict[str, Any]] = [bf16, HYBRID, e4m3, TENSORWISE]
+    variants: list[dict[str, Any]] = [bf16, HYBRID, e4m3, TENSORWISE, ATTENTION]
     runs = [pool.run(1, STEPS, run_settings(tmp_path / "run", *sources, precision=p), 3)[0]["loss"] for p in variants]
     assert len({tuple(run) for run in runs}) == len(variants)
     for run in runs[1:]:

@@ -30,16 +30,27 @@ def learning_rate(iteration: int, optimizer: dict[str, Any]) -> float:
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def plain_steps(llama: Path, settings: dict[str, Any], attention: str) -> dict[str, list[float]]:
-    """Loss and gradient norm before clipping of ten steps of transformers and torch."""
-    model, options = plain_llama(llama, attention), settings["optimizer"]
+def plain_adamw(model: Any, options: dict[str, Any]) -> torch.optim.AdamW:
+    """AdamW as the run's settings describe it."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     norms = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    adamw = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
         betas=(0.9, 0.95),
         eps=options["adam_eps"],
     )
+
+
+def set_learning_rate(adamw: torch.optim.AdamW, iteration: int, options: dict[str, Any]) -> None:
+    """Of iteration 1, 2, ... 10."""
+    for group in adamw.param_groups:
+        group["lr"] = learning_rate(iteration, options)
+
+
+def plain_steps(llama: Path, settings: dict[str, Any], attention: str) -> dict[str, list[float]]:
+    """Loss and gradient norm before clipping of ten steps of transformers and torch."""
+    model, options = plain_llama(llama, attention), settings["optimizer"]
+    adamw = plain_adamw(model, options)
     results: dict[str, list[float]] = {"loss": [], "norm": []}
     for iteration, batch in enumerate(global_batches(settings), 1):
         adamw.zero_grad()
@@ -47,8 +58,7 @@ def plain_steps(llama: Path, settings: dict[str, Any], attention: str) -> dict[s
         loss.backward()
         results["loss"].append(loss.item())
         results["norm"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-        for group in adamw.param_groups:
-            group["lr"] = learning_rate(iteration, options)
+        set_learning_rate(adamw, iteration, options)
         adamw.step()
     return results
 

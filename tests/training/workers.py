@@ -22,7 +22,7 @@ def train_steps(settings: dict[str, Any], steps: int, device: str = "cpu") -> di
         data = config.data
         samples = PackedSamples(data.mixture, data.seq_length, config.run.seed, data.split, "train")
         batches = Batches(config, samples, session.device)
-        step = TrainStep(session.chunks, session.optimizer, session.scheduler, data.seq_length)
+        step = TrainStep(session.chunks, session.optimizer, session.scheduler)
         size = config.training.global_batch_size
         results = [step.run(batches, index * size) for index in range(steps)]
         return {"loss": [r.loss for r in results], "norm": [r.gradient_norm for r in results]}

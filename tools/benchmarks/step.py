@@ -117,7 +117,7 @@ def _megalong_step(folder: str) -> Step:
             return rows[k % BATCH]
 
     batches = Batches(config, Fixed(), device)  # type: ignore[arg-type]
-    train = TrainStep(session.chunks, session.optimizer, session.scheduler, SEQUENCE)
+    train = TrainStep(session.chunks, session.optimizer, session.scheduler)
     return lambda: train.run(batches, 0).loss
 
 

@@ -1,0 +1,87 @@
+"""Which exchange a layout gets: what was asked for, checked, or the best one with its reason.
+
+Bytes and FLOPs of one ring step decide. A rank with s tokens, h query and g key heads of d channels computes
+2 s² h d FLOPs a step (half of s x s, two products) and sends 4 s g d bytes in bf16, which is s h / (2 g) FLOPs for
+each byte. An H100 that reaches 600 TFLOP/s beside a network of 50 GB/s needs 12,000 of them: above, messages hide
+behind compute and the ring costs nothing. Below, ulysses sends (2 h + 2 g) s d once instead of 2 g s d at every
+step; where heads do not divide, all keys are gathered, which such short sequences can afford.
+
+UltraLong at 1M: TP 8, CP 4, so s = 262144, h = 4, g = 1: 524,288 FLOPs a byte, ring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megalong.errors import UserError
+
+RING_FLOPS_PER_BYTE = 12_000
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """`heads_size` neighbouring ranks swap tokens for heads, and keys travel among the rest by `transport`."""
+
+    name: str
+    heads_size: int
+    transport: Literal["ring", "all_gather"]
+    reason: str
+
+
+def choose_exchange(
+    wanted: str, ulysses_size: int | None, ranks: int, tokens: int, heads: int, groups: int
+) -> Exchange:
+    """Resolve `attention.exchange`.
+
+    Args:
+        wanted: auto, ring, all_gather, ulysses or ring_ulysses.
+        ulysses_size: ranks that share heads under ring_ulysses; None: as many as the heads allow, not all.
+        ranks: context-parallel size.
+        tokens: of a sequence on one rank.
+        heads, groups: query and key heads on one tensor-parallel rank.
+
+    Raises:
+        UserError: the heads cannot be shared as asked.
+    """
+    if ranks == 1:
+        return Exchange("none", 1, "ring", "one context-parallel rank has the whole sequence")
+    shares = [size for size in range(2, ranks + 1) if ranks % size == 0 and heads_can_be_shared(heads, groups, size)]
+    if wanted == "auto":
+        return _best(ranks, tokens, heads, groups, shares)
+    if wanted in ("ring", "all_gather"):
+        return Exchange(wanted, 1, "ring" if wanted == "ring" else "all_gather", "as configured")
+    size = ranks if wanted == "ulysses" else ulysses_size or max((n for n in shares if n < ranks), default=0)
+    if size not in shares:
+        _refuse(wanted, size, ranks, heads, groups, shares)
+    return Exchange(wanted, size, "ring", "as configured")
+
+
+def heads_can_be_shared(heads: int, groups: int, ranks: int) -> bool:
+    """Whether `ranks` ranks can each take as many query heads, with whole groups or parts of one group."""
+    return heads % ranks == 0 and (groups % ranks == 0 or ranks % groups == 0)
+
+
+def _best(ranks: int, tokens: int, heads: int, groups: int, shares: list[int]) -> Exchange:
+    intensity = tokens * heads / (2 * groups)
+    if intensity >= RING_FLOPS_PER_BYTE:
+        return Exchange(
+            "ring", 1, "ring", f"{intensity:,.0f} FLOPs a byte sent: the ring's messages hide behind compute"
+        )
+    short = f"{intensity:,.0f} FLOPs a byte sent are too few for a ring to hide its messages"
+    if ranks in shares:
+        return Exchange("ulysses", ranks, "ring", f"{short}, and {ranks} ranks can share {heads} heads")
+    if shares:
+        size = max(shares)
+        return Exchange("ring_ulysses", size, "ring", f"{short}, and {size} of {ranks} ranks can share {heads} heads")
+    return Exchange("all_gather", 1, "all_gather", f"{short}, and {heads} heads do not divide by {ranks} ranks")
+
+
+def _refuse(wanted: str, size: int, ranks: int, heads: int, groups: int, shares: list[int]) -> None:
+    possible = [n for n in shares if n < ranks] if wanted == "ring_ulysses" else []
+    mend = f"attention.ulysses_size {' or '.join(map(str, possible))}" if possible else "attention.exchange: ring"
+    what = f"groups of {size}" if size else "groups of ranks"
+    raise UserError(
+        f"attention.exchange {wanted}: {what} within {ranks} context-parallel ranks cannot share {heads} query and "
+        f"{groups} key heads a tensor-parallel rank (they must divide evenly); write {mend}"
+    )

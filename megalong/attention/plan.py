@@ -1,0 +1,206 @@
+"""Which blocks of queries and keys a rank computes: causal, inside documents, inside the window.
+
+Tokens of a rank are runs of consecutive ones (layout.py). Cut at the starts of documents they become pieces. Between a
+piece of queries and the keys of another rank there is one answer for a whole piece, found by a binary search:
+
+    queries [a, b) of a document that starts at d       own keys          causal
+                                                        another rank's    those in [d, a), all of them or none
+                                                        all keys at once  [d, b), cut by the diagonal
+
+With a sliding window a block is cut by a second diagonal. Nothing here is as large as the sequence, let alone S x S:
+a plan has about as many blocks as there are documents times ranks.
+
+Every block is trimmed so that each of its queries sees a key and each of its keys is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from megalong.attention.layout import Runs, TokenLayout, tokens_of, union
+from megalong.attention.mask import CAUSAL, FULL, BlockMask
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of a rank's queries and a run of a rank's keys, counted from the first token that lies there."""
+
+    queries: slice
+    keys: slice
+    mask: BlockMask
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The tokens of one rank, or of several that have joined theirs."""
+
+    runs: Runs
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """Tokens before each run."""
+        lengths = self.runs[:, 1] - self.runs[:, 0]
+        return np.asarray(np.cumsum(lengths) - lengths)
+
+    def first_at(self, positions: np.ndarray) -> np.ndarray:
+        """How many of its tokens lie before each of `positions`."""
+        run = np.searchsorted(self.runs[:, 1], positions, side="right")
+        inside = run < len(self.runs)
+        run = np.minimum(run, len(self.runs) - 1)
+        starts, stops = self.runs[run, 0], self.runs[run, 1]
+        return np.asarray(self.offsets[run] + np.where(inside, np.maximum(0, positions - starts), stops - starts))
+
+    def pieces(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Runs cut at the starts of documents: (begin, end, tokens before it here, start of its document)."""
+        run = np.searchsorted(self.runs[:, 0], starts, side="right") - 1
+        inside = (run >= 0) & (starts < self.runs[run, 1])
+        begin = np.union1d(self.runs[:, 0], starts[inside])
+        run = np.searchsorted(self.runs[:, 0], begin, side="right") - 1
+        end = np.minimum(np.append(begin[1:], self.runs[-1, 1]), self.runs[run, 1])
+        document = starts[np.searchsorted(starts, begin, side="right") - 1]
+        return begin, end, self.offsets[run] + begin - self.runs[run, 0], document
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """One sequence: its length, the first tokens of its documents (int64, from 0), and where its tokens lie."""
+
+    seq_length: int
+    starts: np.ndarray
+    shards: tuple[Shard, ...]
+
+    def joined(self, size: int) -> SequencePlan:
+        """The same with every `size` neighbouring ranks taken as one."""
+        if size == 1:
+            return self
+        groups = (self.shards[i : i + size] for i in range(0, len(self.shards), size))
+        return SequencePlan(
+            self.seq_length, self.starts, tuple(Shard(union([shard.runs for shard in group])) for group in groups)
+        )
+
+    def order(self, ranks: slice) -> np.ndarray:
+        """For the tokens of `ranks` laid end to end, rank after rank: which of them comes first, second, …"""
+        return np.argsort(np.concatenate([tokens_of(shard.runs) for shard in self.shards[ranks]]), kind="stable")
+
+    def between(self, rank: int, source: int, window: int | None) -> list[Block]:
+        """What `rank`'s queries see of `source`'s keys."""
+        queries, keys = self.shards[rank], self.shards[source]
+        if window is not None:
+            return _windowed(queries, keys, self.starts, window)
+        return _causal(queries, self.starts) if source == rank else _earlier(queries, keys, self.starts)
+
+    def to_all(self, rank: int, window: int | None) -> list[Block]:
+        """What `rank`'s queries see of the keys of the whole sequence in order."""
+        if window is not None:
+            return _windowed(self.shards[rank], Shard(np.array([[0, self.seq_length]])), self.starts, window)
+        begin, end, local, document = self.shards[rank].pieces(self.starts)
+        return [
+            Block(slice(first, first + b - a), slice(d, b), BlockMask(upper=a - d))
+            for a, b, first, d in _rows(begin, end, local, document)
+        ]
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The sequences of a micro-batch: one plan for all of its rows where they are alike, else one for each."""
+
+    sequences: tuple[SequencePlan, ...]
+    _kept: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def rows(self) -> list[tuple[slice, SequencePlan]]:
+        """(rows of the batch, their plan)."""
+        if len(self.sequences) == 1:
+            return [(slice(None), self.sequences[0])]
+        return [(slice(row, row + 1), sequence) for row, sequence in enumerate(self.sequences)]
+
+    def orders(self, ranks: slice, joined: int) -> list[np.ndarray]:
+        """`SequencePlan.order` of every plan there is."""
+        key = ("order", ranks.start, ranks.stop, joined)
+        if key not in self._kept:
+            self._kept[key] = [sequence.joined(joined).order(ranks) for sequence in self.sequences]
+        return self._kept[key]
+
+    def blocks(
+        self, rank: int, source: int | None, window: int | None, joined: int = 1
+    ) -> list[tuple[slice, list[Block]]]:
+        """(rows of the batch, blocks) of `rank`'s queries against `source`'s keys, None for all keys in order.
+
+        Ranks are counted in groups of `joined`. Layers that ask the same again get the same list.
+        """
+        key = (rank, source, window, joined)
+        if key not in self._kept:
+            plans = [(rows, sequence.joined(joined)) for rows, sequence in self.rows()]
+            self._kept[key] = [
+                (rows, plan.to_all(rank, window) if source is None else plan.between(rank, source, window))
+                for rows, plan in plans
+            ]
+        return self._kept[key]
+
+
+def make_plan(layout: TokenLayout, seq_length: int, starts: Sequence[np.ndarray] | None = None) -> AttentionPlan:
+    """The plan of a micro-batch.
+
+    Args:
+        starts: for each row the first tokens of its documents, from 0; None: every row is one document.
+    """
+    whole = [np.zeros(1, np.int64)] if starts is None else list(starts)
+    if len(whole) > 1 and all(np.array_equal(row, whole[0]) for row in whole[1:]):
+        whole = whole[:1]
+    return AttentionPlan(
+        tuple(
+            SequencePlan(seq_length, row, tuple(Shard(runs) for runs in layout.runs(seq_length, row))) for row in whole
+        )
+    )
+
+
+def _rows(*columns: np.ndarray) -> zip[tuple[int, ...]]:
+    return zip(*(column.tolist() for column in columns), strict=True)
+
+
+def _causal(shard: Shard, starts: np.ndarray) -> list[Block]:
+    """A rank's tokens lie in order, so among those of one document causal is causal, whatever lies between them."""
+    begin, end, local, document = shard.pieces(starts)
+    first = np.flatnonzero(np.append(True, document[1:] != document[:-1]))
+    lows, highs = local[first], np.append(local[first[1:]], local[-1] + end[-1] - begin[-1])
+    return [Block(slice(low, high), slice(low, high), CAUSAL) for low, high in _rows(lows, highs)]
+
+
+def _earlier(queries: Shard, keys: Shard, starts: np.ndarray) -> list[Block]:
+    begin, end, local, document = queries.pieces(starts)
+    low, high = keys.first_at(document), keys.first_at(begin)
+    blocks: list[Block] = []
+    for first, length, lo, hi in _rows(local, end - begin, low, high):
+        if lo == hi:
+            continue
+        if blocks and blocks[-1].queries.stop == first and blocks[-1].keys == slice(lo, hi):
+            first, length = blocks[-1].queries.start, first + length - blocks.pop().queries.start
+        blocks.append(Block(slice(first, first + length), slice(lo, hi), FULL))
+    return blocks
+
+
+def _windowed(queries: Shard, keys: Shard, starts: np.ndarray, window: int) -> list[Block]:
+    blocks = []
+    for a, b, local, document in _rows(*queries.pieces(starts)):
+        oldest = max(document, a - window + 1)
+        run = int(np.searchsorted(keys.runs[:, 1], oldest, side="right"))
+        while run < len(keys.runs) and keys.runs[run, 0] < b:
+            start, stop = keys.runs[run].tolist()
+            blocks.append(
+                _banded(a, b, local, max(start, oldest), min(stop, b), int(keys.offsets[run]) - start, window)
+            )
+            run += 1
+    return blocks
+
+
+def _banded(a: int, b: int, local: int, c: int, e: int, to_local: int, window: int) -> Block:
+    """Queries [a, b) against keys [c, e) of the same document, without the queries that see none of them."""
+    first, last = max(a, c), min(b, e + window - 1)
+    upper = first - c if e - 1 > first else None
+    lower = first - c - window + 1 if c < last - window else None
+    rows = slice(local + first - a, local + last - a)
+    return Block(rows, slice(c + to_local, e + to_local), BlockMask(upper, lower))

@@ -1,0 +1,186 @@
+"""How keys and values reach the queries of other context-parallel ranks, and their gradients come back.
+
+    Alone       they are here already
+    Ring        they travel round the ranks; what a rank holds at a time is two pieces, whatever the group's size
+    AllGather   everybody gets them all, in the order of the sequence: one message, n pieces in memory
+
+Ring, n = 4, rank 2:     step 0: own keys    1: rank 1's    2: rank 0's    3: rank 3's
+
+While a piece is used the next one is on its way. Backward goes round again; the gradients of keys and values travel
+one step behind them, each rank adding its share in float32, and after the last step one more hop brings them home.
+They are added in the order of the ring, so the same run gives the same bits.
+
+The trade-off: the ring hides n-1 messages behind compute and needs n times less memory; gathering wins where pieces
+are so short that a message takes longer than the compute it hides behind.
+Source: ring attention arXiv 2310.01889; gathering as in Llama 3's training, arXiv 2407.21783, section 3.3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megalong.attention.order import from_sequence_order, to_sequence_order
+from megalong.attention.plan import AttentionPlan
+
+# torch 2.13 renamed them and warns of the old names on every call.
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_scatter_sum = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+KEYS_TAG, GRADIENTS_TAG = 0, 1  # two streams between the same pair of ranks, which gloo tells apart by tag
+
+
+class Transport(Protocol):
+    """Used for one forward or one backward at a time. A pair is keys and values, `[2, m, b, g, d]`."""
+
+    rank: int
+    size: int
+
+    def sources(
+        self, pair: torch.Tensor, plan: AttentionPlan, backward: bool = False
+    ) -> Iterator[tuple[int | None, torch.Tensor]]:
+        """(source, its pair) until all have been, one that holds this rank's own keys first.
+
+        Source None: the keys of the whole sequence in order. In `backward`, `gradient` and `done` are called once for
+        each source before the next is asked for.
+        """
+
+    def gradient(self) -> torch.Tensor:
+        """Where this rank adds its share of the gradient of the pair in hand: float32, of its shape."""
+
+    def done(self) -> None:
+        """The share has been added."""
+
+    def collect(self) -> torch.Tensor:
+        """The gradient of this rank's own pair, float32, when all sources are done."""
+
+
+class Alone:
+    """A group of one."""
+
+    rank, size = 0, 1
+
+    def sources(
+        self, pair: torch.Tensor, plan: AttentionPlan, backward: bool = False
+    ) -> Iterator[tuple[int | None, torch.Tensor]]:
+        """This rank's own pair."""
+        self._gradient = torch.zeros_like(pair, dtype=torch.float32) if backward else None
+        yield 0, pair
+
+    def gradient(self) -> torch.Tensor:
+        """See `Transport`."""
+        assert self._gradient is not None
+        return self._gradient
+
+    def done(self) -> None:
+        """See `Transport`."""
+
+    def collect(self) -> torch.Tensor:
+        """See `Transport`."""
+        gradient, self._gradient = self.gradient(), None
+        return gradient
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """A tensor on its way to us, and the one on its way from us, which must outlive the sending."""
+
+    requests: list[Any]
+    incoming: torch.Tensor
+    outgoing: torch.Tensor
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Arrival:
+        """One that is here already."""
+        return cls([], tensor, tensor)
+
+    def wait(self) -> torch.Tensor:
+        for request in self.requests:
+            request.wait()
+        return self.incoming
+
+
+class Ring:
+    """Passes pairs to the next rank of `group`; all ranks of it must attend in the same order."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def sources(
+        self, pair: torch.Tensor, plan: AttentionPlan, backward: bool = False
+    ) -> Iterator[tuple[int | None, torch.Tensor]]:
+        """Every rank's pair in turn; while one is used, the next is on its way."""
+        if backward:
+            self._homeward = _Arrival.of(torch.zeros_like(pair, dtype=torch.float32))
+        for step in range(self.size):
+            arrival = self._pass_on(pair, KEYS_TAG) if step + 1 < self.size else _Arrival.of(pair)
+            yield (self.rank - step) % self.size, pair
+            pair = arrival.wait()
+
+    def gradient(self) -> torch.Tensor:
+        """What the ranks before us have added up for the pair in hand."""
+        self._in_hand = self._homeward.wait()
+        return self._in_hand
+
+    def done(self) -> None:
+        """See `Transport`."""
+        self._homeward = self._pass_on(self._in_hand, GRADIENTS_TAG)
+
+    def collect(self) -> torch.Tensor:
+        """See `Transport`."""
+        gradient = self._homeward.wait()
+        del self._homeward, self._in_hand
+        return gradient
+
+    def _pass_on(self, tensor: torch.Tensor, tag: int) -> _Arrival:
+        """Start sending `tensor` to the next rank and receiving its like from the one before."""
+        incoming = torch.empty_like(tensor)
+        following, preceding = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        send = dist.P2POp(dist.isend, tensor, group=self.group, tag=tag, group_peer=following)
+        receive = dist.P2POp(dist.irecv, incoming, group=self.group, tag=tag, group_peer=preceding)
+        return _Arrival(dist.batch_isend_irecv([send, receive]), incoming, tensor)
+
+
+class AllGather:
+    """Gives every rank of `group` all keys, again in backward, and sums their gradients where they belong.
+
+    `joined`: how many context-parallel ranks' tokens lie on each rank of the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, joined: int = 1) -> None:
+        self.group, self.joined = group, joined
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def sources(
+        self, pair: torch.Tensor, plan: AttentionPlan, backward: bool = False
+    ) -> Iterator[tuple[int | None, torch.Tensor]]:
+        """One pair: all keys."""
+        self._plan = plan
+        gathered = pair.new_empty((self.size * 2, *pair.shape[1:]))
+        _gather(gathered, pair.contiguous(), group=self.group)
+        by_rank = gathered.unflatten(0, (self.size, 2)).transpose(0, 1).flatten(1, 2)
+        whole = to_sequence_order(by_rank, plan, slice(None), self.joined, dim=1)
+        self._whole = torch.zeros_like(whole, dtype=torch.float32) if backward else None
+        yield None, whole
+
+    def gradient(self) -> torch.Tensor:
+        """See `Transport`."""
+        assert self._whole is not None
+        return self._whole
+
+    def done(self) -> None:
+        """See `Transport`."""
+
+    def collect(self) -> torch.Tensor:
+        """See `Transport`."""
+        by_rank = from_sequence_order(self.gradient(), self._plan, slice(None), self.joined, dim=1)
+        by_rank = by_rank.unflatten(1, (self.size, -1)).transpose(0, 1).flatten(0, 1)
+        own = torch.empty_like(by_rank[:2])
+        _scatter_sum(own, by_rank, group=self.group)
+        self._whole = None
+        return own
