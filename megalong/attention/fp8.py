@@ -31,11 +31,15 @@ Source: FP8 formats for deep learning, arXiv 2209.05433; Transformer Engine's re
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
+
+from megalong.attention import tiled
+from megalong.attention.kernels import BlockKernel
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,19 @@ def rounded_in_any_tile(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return to_fp8(tensor, power, dtype).to(tensor.dtype).div_(power)
 
 
+def fp8_kernel(formats: Formats) -> BlockKernel:
+    """A block kernel that rounds P and dS; its callers round the rest (`AttentionRounding`)."""
+    return BlockKernel(
+        "fp8",
+        partial(tiled.forward, round_weights=partial(rounded_rows, dtype=formats.forward)),
+        partial(
+            tiled.backward,
+            round_weights=partial(rounded_probabilities, dtype=formats.forward),
+            round_scores=partial(rounded_in_any_tile, dtype=formats.backward),
+        ),
+    )
+
+
 @dataclass(frozen=True)
 class AttentionRounding:
     """What is rounded around a blockwise attention, on whole tensors.
@@ -115,7 +132,7 @@ class AttentionRounding:
     ) -> torch.Tensor:
         """`attend(q, k, v)` of rounded q, k, v `[s, b, heads, d]`; backward, of a rounded gradient.
 
-        `attend` must compute with a kernel of these formats (kernels.py). All ranks of the group must call this, and
+        `attend` must compute with `fp8_kernel`. All ranks of the group must call this, and
         its backward, in the same order.
         """
         q, k, v = _Operands.apply(self, *operands)

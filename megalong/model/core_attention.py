@@ -15,6 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megalong.attention.exchange import ContextGroups, context_attention
 from megalong.attention.kernels import choose_kernel
+from megalong.attention.plan import AttentionPlan
 from megalong.model.batch import AttentionInputs
 from megalong.model.config import LlamaConfig
 from megalong.rope import apply_rotary, inverse_frequencies, temperature
@@ -67,11 +68,13 @@ class CoreAttention(torch.nn.Module):
         cos, sin = packed_seq_params.rotary(self.inverse_frequencies)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         assert packed_seq_params.plan is not None
-        kernel = choose_kernel(query, self.kernel)
-        out = context_attention(
-            query, key, value, packed_seq_params.plan, self.groups, kernel, self.softmax_scale, self.window
-        )
+        out = self.attend(query, key, value, packed_seq_params.plan)
         return out.reshape(*out.shape[:2], -1)
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        """Attention of rotated queries to rotated keys: `[s, b, heads/TP, d]`."""
+        kernel = choose_kernel(query, self.kernel)
+        return context_attention(query, key, value, plan, self.groups, kernel, self.softmax_scale, self.window)
 
 
 def window_of_layer(config: LlamaConfig, layer_number: int) -> int | None:

@@ -11,6 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megalong.model.attention_backends import EmulatedFp8Attention
 from megalong.model.config import LlamaConfig
 from megalong.model.core_attention import CoreAttention
 from megalong.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear, engine_linears
@@ -24,7 +25,7 @@ def llama_layer(config: LlamaConfig) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=CoreAttention, linear_proj=row),
+        submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=_attention(config), linear_proj=row),
     )
     mlp = ModuleSpec(
         module=MLP,
@@ -50,6 +51,12 @@ def _linears(config: LlamaConfig) -> tuple[type, type]:
     if config.fp8 is not None:
         return engine_linears()
     return ColumnParallelLinear, RowParallelLinear
+
+
+def _attention(config: LlamaConfig) -> type[CoreAttention]:
+    if config.emulated_fp8 is not None and config.fp8_dot_product_attention:
+        return EmulatedFp8Attention
+    return CoreAttention
 
 
 def llama_block(layers: int, config: LlamaConfig) -> TransformerBlockSubmodules:
