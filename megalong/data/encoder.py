@@ -23,12 +23,14 @@ from typing import Any
 
 import numpy as np
 
+from megalong.data.memory import give_back_freed
 from megalong.data.tokenizer import TextTokenizer, added_tokens_span
 from megalong.errors import UserError
 
 ENCODERS = ("gigatoken", "tokenizers")
 SHORT = 1024  # characters; below, texts go over to gigatoken in one call, which costs an import
 BLOCK_BITS = 8  # the table of unassigned characters is made 256 code points at a time, when the first of them is met
+REMEMBERED_CHARACTERS = 512 << 20  # of one process, about 200 MB of words; reached inside huge packed files only
 SAMPLE_CHARACTERS = 4096  # compared of each sampled document
 
 # What a tokenizer is most likely to treat in its own way: white space, digits, contractions, scripts, marks, emoji.
@@ -68,6 +70,7 @@ class BatchEncoder:
     def __init__(self, tokenizer: TextTokenizer, encoder: str = "gigatoken") -> None:
         self._tokenizer = tokenizer
         self._fast: Any = None
+        self._met = 0
         self.fallback: str | None = "asked for"
         if encoder == "gigatoken":
             self._fast, self.fallback = _loaded(tokenizer)
@@ -75,14 +78,14 @@ class BatchEncoder:
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all texts end to end: uint32, number of ids of each text: int64 [texts])."""
         exact = self._exact(texts)
+        self._forget(sum(map(len, texts)))
         if not exact and sum(map(len, texts)) < SHORT * len(texts):
             rows = self._fast.encode_batch([text.encode() for text in texts], parallel=False).layout
             offsets = np.asarray(rows.offsets.data, np.int64)
             return np.asarray(rows.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
-        slow = iter(self._tokenizer.encode_batch([text for text, told in zip(texts, exact, strict=True) if told])
-                    if exact else ())  # fmt: skip
+        slow = iter(self._encode_exactly([text for text, told in zip(texts, exact, strict=False) if told]))
         ids = [
-            np.array(next(slow), np.uint32) if exact and exact[place] else self._fast.encode(text.encode())
+            next(slow) if exact and exact[place] else self._fast.encode(text.encode())
             for place, text in enumerate(texts)
         ]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
@@ -114,6 +117,20 @@ class BatchEncoder:
                 f"--tokenizer {self._tokenizer.path}: gigatoken and `tokenizers` disagree on {differing[0]}; "
                 "use --encoder tokenizers, which is right and slow"
             )
+
+    def _encode_exactly(self, texts: list[str]) -> list[np.ndarray]:
+        if not texts:
+            return []
+        ids = [np.array(ids, np.uint32) for ids in self._tokenizer.encode_batch(texts)]
+        give_back_freed()
+        return ids
+
+    def _forget(self, characters: int) -> None:
+        """Load gigatoken anew where it has met so much text: it remembers every word, without a limit."""
+        self._met += characters
+        if self._fast is not None and self._met > REMEMBERED_CHARACTERS:
+            self._met, self._fast = characters, None
+            self._fast = _loaded(self._tokenizer)[0]
 
     def _exact(self, texts: list[str]) -> list[bool]:
         """Which texts `tokenizers` must take; nothing where it takes none."""
@@ -151,7 +168,9 @@ def _loaded(tokenizer: TextTokenizer) -> tuple[Any, str | None]:
     try:
         import gigatoken
 
-        return gigatoken.Tokenizer.from_json(_without_added_tokens(tokenizer.file.read_bytes())).backend, None
+        loaded = gigatoken.Tokenizer.from_json(_without_added_tokens(tokenizer.file.read_bytes())).backend
+        give_back_freed()
+        return loaded, None
     except ImportError as error:
         return None, f"gigatoken is not installed ({error})"
     except (KeyboardInterrupt, SystemExit):

@@ -1,6 +1,6 @@
 """`megalong data preprocess`: a corpus of text becomes indexed datasets of tokens, one for each JSON key.
 
-    files → parts of 8 to 256 MB → workers: read, tokenize, leave a finished part on disk → in order → the dataset
+    files → parts of 8 to 64 MB → workers: read, tokenize, leave a finished part on disk → in order → the dataset
 
 No token passes between processes, memory does not grow with the corpus, and a run that is killed and started again
 keeps its finished parts (they lie in `P.parts` until the end). What one dataset is made of does not depend on the
@@ -12,7 +12,7 @@ shards, in order, is what one run would have written, to the byte.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 
 from megalong.data.decontaminate import ACTIONS, NGRAM, Benchmarks
@@ -29,6 +29,7 @@ from megalong.data.tokenizer import TextTokenizer
 from megalong.data.workers import available_cores, in_background
 from megalong.errors import UserError
 
+WORKER_BYTES = 64 << 20  # of the corpus, before a worker is replaced
 SAMPLES = 8  # documents on which both encoders are compared before the work
 ON_ERROR = ("fail", "skip")
 
@@ -79,13 +80,14 @@ def preprocess(
     text_tokenizer = TextTokenizer(tokenizer)
     ending = find_separator(text_tokenizer, append_eod, separator, separator_position)
     benchmarks = Benchmarks(decontaminate, decontaminate_ngram) if decontaminate else None
-    parts = cut_into_parts(files, part_bytes(files))
+    size = part_bytes(files)
+    parts, turns = cut_into_parts(files, size), max(WORKER_BYTES // size, 1)
     group = (group_by, group_path) if group_by else None
     reading = Reading(list(json_keys), on_error == "skip", benchmarks, decontaminate_action == "drop", group)
     prefix = output_prefix if shard is None else f"{output_prefix}_shard_{place + 1:05d}_of_{shards:05d}"
     with _encoder(text_tokenizer, encoder, parts, json_keys) as (batch_encoder, check):
         dtype = token_type(batch_encoder.vocabulary_size)
-        run = Run(prefix, reading, Tokenizing(batch_encoder, ending, dtype, text_tokenizer.sha256), workers)
+        run = Run(prefix, reading, Tokenizing(batch_encoder, ending, dtype, text_tokenizer.sha256), workers, turns)
         about = {
             "grouped_by": group_by,
             "tokenizer": {"name": text_tokenizer.name, "path": text_tokenizer.path, "sha256": text_tokenizer.sha256},
@@ -133,7 +135,8 @@ def _encoder(
     if asked != ENCODERS[0]:
         yield BatchEncoder(tokenizer, asked), lambda: None
         return
-    with in_background(lambda _: reference(tokenizer, _sample(parts, keys)), 0) as answer:
+    with ExitStack() as stack:
+        answer = stack.enter_context(in_background(lambda _: reference(tokenizer, _sample(parts, keys)), 0))
         batch_encoder = BatchEncoder(tokenizer, asked)
         if batch_encoder.fallback:
             print(
@@ -141,7 +144,13 @@ def _encoder(
                 "tokenizing with `tokenizers`, some fifty times slower",
                 file=sys.stderr,
             )
-        yield batch_encoder, lambda: None if batch_encoder.fallback else batch_encoder.compare(answer())
+
+        def check() -> None:
+            if batch_encoder.fallback is None:
+                batch_encoder.compare(answer())
+            stack.close()
+
+        yield batch_encoder, check
 
 
 def _sample(parts: Sequence[Part], keys: Sequence[str]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from megalong.data.sources import LINES, TABLE, Part, Piece
 from megalong.data.unpack import unpacked
 from megalong.errors import UserError
 
-BLOCK = 4 << 20  # bytes of a file looked at once
+BLOCK = 1 << 20  # bytes of a file looked at once
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 

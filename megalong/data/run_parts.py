@@ -26,11 +26,15 @@ Check = Callable[[], None]
 
 
 class Run:
-    """One run over the parts of one shard, from an empty (or half-full) folder of finished parts to the datasets."""
+    """One run over the parts of one shard, from an empty (or half-full) folder of finished parts to the datasets.
 
-    def __init__(self, prefix: str, reading: Reading, tokenizing: Tokenizing, workers: int) -> None:
+    Args:
+        turns: parts after which a worker is replaced: gigatoken remembers every word it has met, without a limit.
+    """
+
+    def __init__(self, prefix: str, reading: Reading, tokenizing: Tokenizing, workers: int, turns: int) -> None:
         self._reading, self._tokenizing, self._workers = reading, tokenizing, workers
-        self._prefix = prefix
+        self._prefix, self._turns = prefix, turns
         self._folder = PartFolder(Path(f"{prefix}.parts"))
         self._dealt_in: PartFolder | None = None
         self._assembly: Assembly | None = None
@@ -143,9 +147,8 @@ class Run:
         read = [0, *accumulate(sizes)]
         progress = Progress(read[-1])
         done = self._assembly.done
-        results = map_in_order(
-            task, items[done:], min(self._workers, max(len(items) - done, 1)), PARTS_AHEAD, meanwhile
-        )
+        workers = min(self._workers, max(len(items) - done, 1))
+        results = map_in_order(task, items[done:], workers, PARTS_AHEAD, meanwhile, self._turns)
         try:
             for _, part in results:
                 self._assembly.add(part)
@@ -160,7 +163,7 @@ class Run:
     def _all(self, task: DealPart, parts: Sequence[Part], meanwhile: Check) -> list[Finished]:
         assert self._dealt_in is not None
         self._dealt_in.forget_all_but(range(len(parts)))
-        results = map_in_order(task, parts, min(self._workers, len(parts)), PARTS_AHEAD, meanwhile)
+        results = map_in_order(task, parts, min(self._workers, len(parts)), PARTS_AHEAD, meanwhile, self._turns)
         try:
             return [part for _, part in results]
         finally:

@@ -32,7 +32,7 @@ IN_FOLDERS = (
     + TABLE
 )
 
-SMALLEST_PART, LARGEST_PART = 8 << 20, 256 << 20
+SMALLEST_PART, LARGEST_PART = 8 << 20, 64 << 20
 PARTS_WANTED = 256  # enough to share out evenly and to lose little in a kill; more would only be more files
 
 

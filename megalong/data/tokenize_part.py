@@ -25,7 +25,7 @@ from megalong.data.sources import LINES, Part, Piece
 
 FORMAT = 1  # of finished parts; another one makes those of an earlier version of this program be made again
 SHOWN = 1000  # characters of a contaminated document in the report
-BATCH_CHARACTERS = 1 << 20  # tokenized at once: bounds a worker's memory, unless one document is longer
+BATCH_CHARACTERS = 1 << 18  # tokenized at once: bounds a worker's memory, unless one document is longer
 
 
 @dataclass

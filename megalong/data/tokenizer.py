@@ -18,6 +18,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from megalong.data.memory import give_back_freed
 from megalong.errors import UserError
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
@@ -161,6 +162,7 @@ def _loaded(file: Path, content: bytes) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
+    give_back_freed()
     return tokenizer
 
 

@@ -48,19 +48,21 @@ def map_in_order(
     workers: int,
     ahead: int = CHUNKS_UNDER_WAY,
     meanwhile: Callable[[], None] | None = None,
+    turns: int | None = None,
 ) -> Generator[tuple[Item, Result], None, None]:
     """(item, task(item)) for every item, in order, computed by `workers` processes.
 
     Args:
         ahead: items of a worker that may be under way or done and waiting for an earlier one.
         meanwhile: called once, when all workers have something to do; what it raises is raised here.
+        turns: items after which a worker gives way to a new one, as forgetful as the first; None keeps them.
 
     The first exception in the order of the items, be it of `task` or of `items` itself, is raised here.
 
     Raises:
         UserError: a worker was killed.
     """
-    with _serial_tokenizers(), _Pool(task, workers, workers * ahead) as pool:
+    with _serial_tokenizers(), _Pool(task, workers, workers * ahead, turns) as pool:
         yield from pool.run(items, meanwhile)
 
 
@@ -79,9 +81,10 @@ def in_background(task: Callable[[Item], Result], item: Item) -> Iterator[Callab
 class _Pool:
     """Workers, the items they were given, and results that came before their turn."""
 
-    def __init__(self, task: Callable[[Any], Any], workers: int, window: int) -> None:
-        self._task, self._workers, self._window = task, workers, window
-        self._processes: list[BaseProcess] = []
+    def __init__(self, task: Callable[[Any], Any], workers: int, window: int, turns: int | None = None) -> None:
+        self._task, self._workers, self._window, self._turns = task, workers, window, turns
+        self._processes: dict[Connection, BaseProcess] = {}
+        self._done: dict[Connection, int] = {}
         self._idle: list[Connection] = []
         self._busy: dict[Connection, int] = {}
         self._items: dict[int, Any] = {}
@@ -89,19 +92,14 @@ class _Pool:
         self._given = 0
 
     def __enter__(self) -> Self:
-        # Workers inherit the mask: Ctrl-C reaches the parent alone. And it must not hit in the middle of a fork.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            for _ in range(self._workers):
-                self._start_one()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for _ in range(self._workers):
+            self._start_one()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
+        for process in self._processes.values():
             process.kill()
-        for process in self._processes:
+        for process in self._processes.values():
             process.join()
 
     def run(self, items: Iterable[Any], meanwhile: Callable[[], None] | None = None) -> Iterator[tuple[Any, Any]]:
@@ -125,13 +123,26 @@ class _Pool:
     def _start_one(self) -> None:
         ours, theirs = multiprocessing.Pipe()
         # A copy of our end in a worker would keep its pipe open after our death, and the worker alive.
-        inherited = [*self._idle, ours]
+        inherited = [*self._processes, ours]
         context = multiprocessing.get_context("fork")
-        process = context.Process(target=_work, args=(self._task, theirs, inherited, os.getpid()), daemon=True)
-        process.start()
+        arguments = (self._task, theirs, inherited, os.getpid())
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        # Workers inherit the mask: Ctrl-C reaches the parent alone. And it must not hit in the middle of a fork.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+            self._processes[ours], self._done[ours] = process, 0
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
-        self._processes.append(process)
         self._idle.append(ours)
+
+    def _replace(self, connection: Connection) -> None:
+        """End an idle worker and start another."""
+        connection.close()  # it ends at the next word it would read
+        self._processes.pop(connection).join()
+        del self._done[connection]
+        self._start_one()
 
     def give(self, pending: Iterator[Any]) -> None:
         """Give items to idle workers, as far as the window allows."""
@@ -160,7 +171,11 @@ class _Pool:
                     f"--workers {self._workers}: a worker was killed, most often for lack of memory; use fewer workers"
                 ) from None
             self._results[self._busy.pop(connection)] = result
-            self._idle.append(connection)
+            self._done[connection] += 1
+            if self._done[connection] == self._turns:
+                self._replace(connection)
+            else:
+                self._idle.append(connection)
 
 
 def _guarded(items: Iterable[Any]) -> Iterator[Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megalong.data.workers import CHUNKS_UNDER_WAY, map_in_order
+from megalong.data.workers import CHUNKS_UNDER_WAY, in_background, map_in_order
 from megalong.errors import UserError
 
 
@@ -68,3 +68,33 @@ def test_a_bug_keeps_its_traceback() -> None:
 def test_a_killed_worker_is_told() -> None:
     with pytest.raises(UserError, match="--workers 2: a worker was killed"):
         list(map_in_order(lambda number: os.kill(os.getpid(), 9), range(9), 2))
+
+
+def process_of(number: int) -> int:
+    return os.getpid()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_give_way_after_their_turns(workers: int) -> None:
+    pids = [pid for _, pid in map_in_order(process_of, range(20), workers, turns=2)]
+    assert all(pids.count(pid) <= 2 for pid in pids)
+    assert len(set(pids)) >= 10
+    assert [result for _, result in map_in_order(uneven, range(20), workers, turns=1)] == [n * n for n in range(20)]
+
+
+def test_something_can_be_done_meanwhile() -> None:
+    done: list[str] = []
+    results = map_in_order(uneven, range(5), 2, meanwhile=lambda: done.append("once"))
+    assert len(list(results)) == 5
+    assert done == ["once"]
+
+
+def test_the_background_answers_or_raises() -> None:
+    with in_background(uneven, 7) as answer:
+        assert answer() == 49
+
+    def wrong(number: int) -> int:
+        raise UserError("a mistake")
+
+    with in_background(wrong, 0) as answer, pytest.raises(UserError, match="a mistake"):
+        answer()
