@@ -62,7 +62,7 @@ def map_in_order(
     Raises:
         UserError: a worker was killed.
     """
-    with _serial_tokenizers(), _Pool(task, workers, workers * ahead, turns) as pool:
+    with _Pool(task, workers, workers * ahead, turns) as pool:
         yield from pool.run(items, meanwhile)
 
 
@@ -73,7 +73,7 @@ def in_background(task: Callable[[Item], Result], item: Item) -> Iterator[Callab
     Raises:
         UserError: the process was killed.
     """
-    with _serial_tokenizers(), _Pool(task, 1, 1) as pool:
+    with _Pool(task, 1, 1) as pool:
         pool.give(iter([item]))
         yield lambda: next(pool.run([]))[1]
 
@@ -189,6 +189,7 @@ def _guarded(items: Iterable[Any]) -> Iterator[Any]:
 def _work(task: Callable[[Any], Any], connection: Connection, inherited: list[Connection], parent: int) -> None:
     for other in inherited:
         other.close()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads' locks may be held by nobody after a fork
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with suppress(EOFError, ConnectionError):
         while True:
@@ -209,18 +210,3 @@ def _outcome(task: Callable[[Any], Any], item: Any) -> Any:
         return error
     except Exception:  # a bug: its traceback must survive the pipe, whatever its type
         return RuntimeError(f"in a worker:\n{traceback.format_exc()}")
-
-
-@contextmanager
-def _serial_tokenizers() -> Iterator[None]:
-    """`tokenizers` must not use its own threads in forked processes, where its locks may be held by nobody."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
