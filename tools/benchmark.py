@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 BENCHMARKS = {
+    "attention": "context-parallel attention against one process with as many threads; document masks; rotary",
     "preprocess": "tokenizing 125 MB and 2 GB of JSON lines against one `tokenizers` process a worker",
     "step": "one training step against transformers (SDPA) on the same small Llama, one CPU process each",
 }

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megalong.config.rope import RopeSettings
 from megalong.runtime import distributed
@@ -105,3 +108,63 @@ def fp8_linears(tensor_parallel: int, sequence_parallel: bool) -> dict[str, Any]
         return {"outputs": outputs, "scales": [layer.scaling.scales.tolist() for layer in (up, down)]}
     finally:
         distributed.clear_layout()
+
+
+def fake_step(tokens: int, vocabulary: int) -> dict[str, Any]:
+    """Forward and backward of one Llama 8B layer over `tokens` fake tokens: what shapes and types there were."""
+    distributed.start(torch.device("cpu"))
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from megalong.attention.layout import TokenLayout
+    from megalong.config.architecture import Architecture
+    from megalong.model import swiglu
+    from megalong.model.batch import shard_samples
+    from megalong.model.config import ModelSettings, transformer_config
+    from megalong.model.llama import LlamaModel
+    from megalong.rope import rotary
+
+    architecture = Architecture(
+        num_layers=1, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
+        kv_channels=128, vocab_size=vocabulary, max_position_embeddings=tokens, norm_epsilon=1e-5,
+        tie_word_embeddings=False, rope=RopeSettings(rope_theta=500000.0),
+    )  # fmt: skip
+    distributed.set_layout(distributed.Layout())
+    # Tiles keep real temporaries in the cache; here they would only be thousands of calls.
+    whole = patch.multiple(rotary, CPU_TILE_ELEMENTS=1 << 62), patch.multiple(swiglu, TILE_ELEMENTS=1 << 62)
+    try:
+        with whole[0], whole[1], FakeTensorMode(allow_non_fake_inputs=True), _Watch() as watch:
+            model = LlamaModel(
+                transformer_config(architecture, ModelSettings(params_dtype=torch.bfloat16)), architecture
+            )
+            batch = shard_samples(torch.zeros(1, tokens + 1, dtype=torch.int64), TokenLayout(), 0)
+            losses: Any = model(
+                batch.tokens, None, None, labels=batch.labels, packed_seq_params=batch.attention_inputs()
+            )
+            (losses * batch.loss_mask).sum().backward()
+        missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        return {
+            "largest": watch.largest,
+            "losses": tuple(losses.shape),
+            "without gradient": missing,
+            "narrow integers": watch.narrow,
+        }
+    finally:
+        distributed.clear_layout()
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operation: the most elements a tensor has, and which operations make integers below int64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.narrow: dict[str, str] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+                if tensor.dtype in (torch.int8, torch.int16, torch.int32):
+                    self.narrow[str(func)] = str(tensor.dtype)
+        return out

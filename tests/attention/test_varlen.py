@@ -1,0 +1,103 @@
+"""Many blocks in one launch, on a CPU: the packing around FlashAttention's kernel, with the kernel written out plainly.
+
+`plain_varlen` is what flash documents: sequences end to end by cumulative lengths, and a window counted from the
+bottom right corner of each. No GPU is needed to see that blocks are cut, packed, masked and put back right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from megalong.attention.kernels import FLASH, TILED
+from megalong.attention.layout import TokenLayout
+from megalong.attention.mask import BlockMask
+from megalong.attention.plan import make_plan
+from megalong.attention.varlen import FLASH_VARLEN, Launch, VarlenKernel, launches
+from tests.attention import workers
+from tests.attention.reference import assert_near, dense
+from tests.attention.test_exchange import drawn_settings
+from tests.attention.workers import Setting
+
+
+def each(launch: Launch) -> list[tuple[slice, slice, BlockMask]]:
+    """(queries, keys, mask) of every sequence in a launch, from what flash is told."""
+    q_ends, k_ends, _, _ = launch.bounds(torch.device("cpu"))
+    found = []
+    for index in range(len(q_ends) - 1):
+        q, k = (slice(int(ends[index]), int(ends[index + 1])) for ends in (q_ends, k_ends))
+        corner, (left, right) = (k.stop - k.start) - (q.stop - q.start), launch.window
+        found.append((q, k, BlockMask(None if right < 0 else corner + right, None if left < 0 else corner - left)))
+    return found
+
+
+def plain_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, launch: Launch, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = [TILED.forward(q[i, None], k[j, None], v[j, None], mask, scale) for i, j, mask in each(launch)]
+    return torch.cat([out[:, 0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], -1)
+
+
+def plain_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    launch: Launch,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    parts = [
+        TILED.backward(
+            grad_out[i, None], q[i, None], k[j, None], v[j, None], out[i, None], lse[None, :, i], mask, scale
+        )
+        for i, j, mask in each(launch)
+    ]
+    return tuple(torch.cat([part[place][:, 0] for part in parts]) for place in range(3))
+
+
+PLAIN = dataclasses.replace(TILED, varlen=VarlenKernel(plain_forward, plain_backward))  # type: ignore[arg-type]
+
+
+@settings(max_examples=40, deadline=None)
+@given(setting=drawn_settings(1))
+def test_packed_blocks_are_attention(setting: Setting) -> None:
+    ours = workers.attend(setting.case(), setting.plan(1), window=setting.window, kernel=PLAIN)
+    assert_near(ours, dense(setting.case(), setting.rows, setting.window), setting.dtype)
+
+
+def test_a_hundred_documents_take_one_launch() -> None:
+    starts = np.arange(0, 1000, 10)
+    (_, blocks), = make_plan(TokenLayout(), 1000, [starts]).blocks(0, 0, None)  # fmt: skip
+    assert len(blocks) == 100
+    assert len(launches(blocks)) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_block_is_launched_once(rank: int) -> None:
+    starts = np.array([0, 3, 4, 40])
+    (_, blocks), = make_plan(TokenLayout(2), 64, [starts]).blocks(rank, None, 9)  # fmt: skip
+    launched = [block for launch in launches(blocks) for block in launch.blocks]
+    assert sorted(map(repr, launched)) == sorted(map(repr, blocks))
+    for launch in launches(blocks):
+        queries = launch.queries(torch.device("cpu"))
+        assert len(queries.unique()) == len(queries)
+
+
+def test_flash_is_called_as_torch_declares_it() -> None:
+    """On meta tensors torch checks names, types and number of arguments, and tells the shapes."""
+    assert FLASH.varlen is FLASH_VARLEN
+    q = torch.empty(64, 8, 32, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(48, 2, 32, dtype=torch.bfloat16, device="meta")
+    (_, blocks), = make_plan(TokenLayout(), 48, [np.array([0, 16])]).blocks(0, 0, None)  # fmt: skip
+    (launch,) = launches(blocks)
+    out, lse = FLASH_VARLEN.forward(q, k, k, launch, 0.1)
+    assert out.shape == q.shape
+    assert lse.shape == (8, 64)
+    gradients = FLASH_VARLEN.backward(out, q, k, k, out, lse, launch, 0.1)
+    assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
