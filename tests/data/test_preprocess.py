@@ -150,8 +150,9 @@ def test_append_eod_needs_an_end_token(tmp_path: Path, tokenizer_folder: Path, c
         preprocess([str(corpus)], str(tmp_path / "out"), str(tmp_path), append_eod=True)
 
 
-def command(corpus: Path, output: Path, tokenizer: Path) -> list[str]:
-    call = f"preprocess([{str(corpus)!r}], {str(output)!r}, {str(tokenizer)!r}, workers=2, separator='<s>')"
+def command(corpus: Path, output: Path, tokenizer: Path, encoder: str = "gigatoken") -> list[str]:
+    words = f"[{str(corpus)!r}], {str(output)!r}, {str(tokenizer)!r}, workers=2, separator='<s>', encoder={encoder!r}"
+    call = f"preprocess({words})"
     return [sys.executable, "-c", f"from megalong.data.preprocess import preprocess; {call}"]
 
 
@@ -163,7 +164,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE) * 60)
     for wait in (0.0, 0.1, 0.3):
         output = tmp_path / f"out{wait}"
-        process = subprocess.Popen(command(corpus, output, tokenizer_folder), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command(corpus, output, tokenizer_folder, "tokenizers"), stderr=subprocess.DEVNULL)
         while not list(tmp_path.glob(f"{output.name}.parts/*.bin")):
             time.sleep(0.005)
         time.sleep(wait)
