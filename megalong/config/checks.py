@@ -6,6 +6,7 @@ is known, `check_model` when the architecture is known. All three need no torch 
 
 from typing import TYPE_CHECKING
 
+from megalong.config.attention_checks import check_attention
 from megalong.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def check_config(config: "Config") -> None:
     """
     _check_sequence(config)
     _check_pipeline(config)
+    check_attention(config)
     optimizer, training = config.optimizer, config.training
     if optimizer.warmup_iters >= training.train_iters:
         raise UserError(

@@ -1,6 +1,6 @@
-"""Core attention computed otherwise than by our own exact kernels: with FP8 operands, emulated.
+"""Core attention by other means than our exact kernels: with emulated FP8 operands, or by Transformer Engine.
 
-What differs is the call after rotation; positions, plans and exchanges are those of `core_attention`.
+What differs is the call after rotation; positions and plans are those of `core_attention`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megalong.attention.exchange import context_attention
 from megalong.attention.fp8 import FORMATS, AttentionRounding, fp8_kernel
 from megalong.attention.plan import AttentionPlan
+from megalong.attention.transformer_engine import EngineAttention
 from megalong.model.config import LlamaConfig
 from megalong.model.core_attention import CoreAttention
 
@@ -35,3 +36,32 @@ class EmulatedFp8Attention(CoreAttention):
             return context_attention(q, k, v, plan, self.groups, self.fp8_kernel, self.softmax_scale, self.window)
 
         return self.rounding.around(attend, query, key, value)
+
+
+class EngineCoreAttention(CoreAttention):
+    """`attention.backend: transformer_engine`."""
+
+    def __init__(self, config: LlamaConfig, layer_number: int, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, layer_number, *arguments, **options)
+        assert config.num_query_groups is not None
+        assert config.kv_channels is not None
+        tensor = config.tensor_model_parallel_size
+        self.engine = EngineAttention(
+            config.num_attention_heads // tensor,
+            config.num_query_groups // tensor,
+            config.kv_channels,
+            self.softmax_scale,
+            self.window,
+            layer_number,
+            self.groups,
+            parallel_state.get_context_parallel_group() if config.context_parallel_size > 1 else None,
+        )
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        """Attention by Transformer Engine, which exchanges for itself."""
+        result: torch.Tensor = self.engine(query, key, value, plan)
+        return result
+
+    def sharded_state_dict(self, *unused: Any, **also_unused: Any) -> dict[str, Any]:
+        """Nothing: its FP8 scales begin anew at a resume, as in Megatron-Core, and no other backend has them."""
+        return {}

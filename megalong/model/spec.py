@@ -11,7 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megalong.model.attention_backends import EmulatedFp8Attention
+from megalong.model.attention_backends import EmulatedFp8Attention, EngineCoreAttention
 from megalong.model.config import LlamaConfig
 from megalong.model.core_attention import CoreAttention
 from megalong.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear, engine_linears
@@ -56,7 +56,7 @@ def _linears(config: LlamaConfig) -> tuple[type, type]:
 def _attention(config: LlamaConfig) -> type[CoreAttention]:
     if config.emulated_fp8 is not None and config.fp8_dot_product_attention:
         return EmulatedFp8Attention
-    return CoreAttention
+    return EngineCoreAttention if config.kernel == "transformer_engine" else CoreAttention
 
 
 def llama_block(layers: int, config: LlamaConfig) -> TransformerBlockSubmodules:

@@ -19,8 +19,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megalong.attention.choice import Exchange, choose_exchange
+from megalong.attention.transformer_engine import machine_of
 from megalong.checkpoint import folder, store
 from megalong.config.architecture import Architecture
+from megalong.config.attention_checks import Machine, backend_of, check_machine
 from megalong.config.checks import check_model, check_world
 from megalong.config.schema import Config
 from megalong.hf.load import WeightSource, load_into
@@ -79,14 +81,14 @@ def layout_of(config: Config, exchange: Exchange) -> distributed.Layout:
     )
 
 
-def model_settings(config: Config, exchange: Exchange) -> ModelSettings:
+def model_settings(config: Config, exchange: Exchange, machine: Machine) -> ModelSettings:
     """The configuration's way of laying out and computing a model."""
     return ModelSettings(
         layout=layout_of(config, exchange),
         sequence_parallel=config.parallel.sequence_parallel,
         params_dtype=DTYPES[config.precision.params_dtype],
         recompute=config.memory.recompute,
-        kernel=config.attention.backend,
+        kernel=backend_of(config, machine),
         exchange=exchange.transport,
         window_size=config.attention.window_size,
         window_attn_skip_freq=config.attention.window_attn_skip_freq,
@@ -100,8 +102,10 @@ def set_up(config: Config, device: torch.device) -> Session:
     """Build model, optimizer and schedule in a world that `runtime.distributed.start` has joined.
 
     Raises:
-        UserError: the world, the model or the checkpoint does not fit the configuration.
+        UserError: the world, the machine, the model or the checkpoint does not fit the configuration.
     """
+    machine = machine_of(device)
+    check_machine(config, machine)
     check_world(config, dist.get_world_size())
     start = find_start(config)
     check_model(config, start.architecture)
@@ -109,7 +113,7 @@ def set_up(config: Config, device: torch.device) -> Session:
     if config.parallel.context_parallel_size > 1:
         log.info("attention over context-parallel ranks: %s (%s)", exchange.name, exchange.reason)
     distributed.set_layout(layout_of(config, exchange), config.run.seed, config.runtime.timeout_minutes)
-    bare = build_model(start.architecture, model_settings(config, exchange))
+    bare = build_model(start.architecture, model_settings(config, exchange, machine))
     if start.resume is None:
         _first_weights(start, config, bare)
     chunks = wrap_for_training(bare, config.parallel)

@@ -1,0 +1,140 @@
+"""What an attention backend and a precision cannot do, on this machine or at all, and the nearest setting that works.
+
+`check_attention` knows the configuration only and runs when the file is read; `check_machine` runs when a process
+knows its device. Neither needs torch. Transformer Engine's limits are those of version 2.20, read in its sources: what
+it cannot do it would refuse itself, in the middle of the first step.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    from megalong.config.schema import Config
+
+ENGINE = "transformer_engine"
+FP8_CAPABILITY, FP8_CURRENT_ATTENTION_CAPABILITY = (8, 9), (10, 0)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a process finds: its GPU's compute capability (None: it has none), and Transformer Engine.
+
+    `engine_recipe` is the environment's NVTE_DPA_FP8_RECIPE, which overrides the recipe for attention.
+    """
+
+    capability: tuple[int, int] | None = None
+    has_engine: bool = False
+    engine_recipe: str = ""
+
+
+def check_attention(config: "Config") -> None:
+    """Refuse what no machine can do."""
+    if config.precision.fp8_dot_product_attention and config.attention.window_size is not None:
+        raise UserError(
+            f"precision.fp8_dot_product_attention true with attention.window_size {config.attention.window_size}: FP8 "
+            "kernels know no sliding window; write fp8_dot_product_attention: false, or leave window_size out"
+        )
+    if config.attention.backend == ENGINE:
+        if config.runtime.device == "cpu":
+            raise _engine_needs("a GPU, and runtime.device is cpu")
+        _check_engine(config)
+
+
+def check_machine(config: "Config", machine: Machine) -> None:
+    """Refuse what this machine cannot do.
+
+    Raises:
+        UserError: naming the key, what is missing and what to write.
+    """
+    attention, precision = config.attention, config.precision
+    if attention.backend == ENGINE and machine.capability is None:
+        raise _engine_needs("a GPU, and there is none here")
+    if attention.backend == ENGINE and not machine.has_engine:
+        raise _engine_needs("the package transformer-engine, which cannot be imported here (megalong doctor)")
+    if precision.fp8 is None or machine.capability is None:
+        return
+    _check_fp8_on_gpu(config, machine, machine.capability)
+    if backend_of(config, machine) == ENGINE:
+        _check_engine(config)
+
+
+def backend_of(config: "Config", machine: Machine) -> str:
+    """`attention.backend` with `auto` decided: Transformer Engine for what only it can do, which is FP8 on a GPU."""
+    if config.attention.backend != "auto":
+        return config.attention.backend
+    return ENGINE if config.precision.fp8_dot_product_attention and machine.capability is not None else "torch"
+
+
+def _engine_needs(what: str) -> UserError:
+    return UserError(f"attention.backend: transformer_engine needs {what}; write backend: auto, or torch")
+
+
+def _check_fp8_on_gpu(config: "Config", machine: Machine, capability: tuple[int, int]) -> None:
+    precision, name = config.precision, ".".join(map(str, capability))
+    if not machine.has_engine:
+        raise UserError(
+            f"precision.fp8: {precision.fp8} on a GPU needs the package transformer-engine, which cannot be imported "
+            "here (megalong doctor); install it, or write fp8: null"
+        )
+    if capability < FP8_CAPABILITY:
+        raise UserError(
+            f"precision.fp8: {precision.fp8}, but this GPU (compute capability {name}) has no FP8, which begins with "
+            "8.9; write fp8: null"
+        )
+    if not precision.fp8_dot_product_attention:
+        return
+    if config.attention.backend == "torch":
+        raise UserError(
+            "attention.backend: torch has no FP8 kernel on a GPU, and precision.fp8_dot_product_attention is true; "
+            "write backend: transformer_engine, or fp8_dot_product_attention: false"
+        )
+    delayed = precision.fp8_recipe == "delayed" or machine.engine_recipe == "DelayedScaling"
+    if capability < FP8_CURRENT_ATTENTION_CAPABILITY and not delayed:
+        raise UserError(
+            f"precision.fp8_recipe: {precision.fp8_recipe} with fp8_dot_product_attention: FP8 attention on this GPU "
+            f"(compute capability {name}) knows delayed scaling only; write fp8_recipe: delayed, or start with "
+            "NVTE_DPA_FP8_RECIPE=DelayedScaling in the environment, which leaves the linear layers tensorwise"
+        )
+
+
+def _check_engine(config: "Config") -> None:
+    """What Transformer Engine's attention cannot do, alone and over context-parallel ranks."""
+    attention, ranks = config.attention, config.parallel.context_parallel_size
+    who = "attention.backend: transformer_engine"
+    if config.precision.params_dtype != "bf16":
+        raise UserError(
+            f"{who} computes in bf16, and precision.params_dtype is {config.precision.params_dtype}; write bf16, or "
+            "backend: torch"
+        )
+    if ranks == 1:
+        return
+    documents = config.data.packing == "masked"
+    layout = "per_document_zigzag" if documents else "zigzag"
+    fits = ("per_document_zigzag",) if documents else ("auto", "zigzag", "per_document_zigzag")
+    if attention.layout not in fits:
+        raise UserError(
+            f"attention.layout: {attention.layout} with {who}: with data.packing {config.data.packing} it takes tokens "
+            f"that lie in {layout}; write layout: {layout}, or backend: torch"
+        )
+    _check_engine_length(config, who)
+    if attention.window_size is not None and attention.exchange not in ("all_gather", "ulysses"):
+        raise UserError(
+            f"attention.exchange: {attention.exchange} with window_size {attention.window_size} and {who}: it has "
+            "sliding windows where keys are gathered or heads are shared; write exchange: all_gather, or ulysses"
+        )
+
+
+def _check_engine_length(config: "Config", who: str) -> None:
+    parallel, length = config.parallel, config.data.seq_length
+    divisor = 2 * parallel.context_parallel_size
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size % 2 == 0:
+        divisor = parallel.context_parallel_size * parallel.tensor_model_parallel_size
+    elif parallel.sequence_parallel:
+        divisor *= parallel.tensor_model_parallel_size
+    if length % divisor:
+        raise UserError(
+            f"data.seq_length {length} is not a multiple of {divisor}, as {who} over {parallel.context_parallel_size} "
+            f"context-parallel ranks needs it; write {-(-length // divisor) * divisor}, or backend: torch"
+        )

@@ -1,0 +1,86 @@
+"""What a backend and a precision cannot do is refused with the reason and what to write, which then passes."""
+
+import re
+
+import pytest
+from pydantic import ValidationError
+
+from megalong.config.attention_checks import Machine, backend_of, check_machine
+from megalong.errors import UserError
+
+CPU, HOPPER, BLACKWELL = Machine(), Machine((9, 0), True), Machine((10, 0), True)
+BARE_HOPPER, AMPERE = Machine((9, 0), False), Machine((8, 0), True)
+
+ENGINE = "attention.backend=transformer_engine"
+TORCH = "attention.backend=torch"
+CP2 = "parallel.context_parallel_size=2"
+MASKED = "data.packing=masked"
+HYBRID = "precision.fp8=hybrid"
+FP8_ATTENTION = "precision.fp8_dot_product_attention=true"
+TENSORWISE = "precision.fp8_recipe=tensorwise"
+WINDOW = "attention.window_size=64"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "mend"),
+    [
+        ([FP8_ATTENTION], "write fp8: hybrid", [HYBRID]),
+        ([HYBRID, "precision.params_dtype=fp32"], "write params_dtype: bf16", ["precision.params_dtype=bf16"]),
+        ([HYBRID, FP8_ATTENTION, WINDOW], "leave window_size out", ["attention.window_size=null"]),
+        ([ENGINE, "runtime.device=cpu"], "needs a GPU, and runtime.device is cpu", [TORCH]),
+        ([ENGINE, "precision.params_dtype=fp32"], "computes in bf16", ["precision.params_dtype=bf16"]),
+        ([ENGINE, CP2, MASKED], "write layout: per_document_zigzag", ["attention.layout=per_document_zigzag"]),
+        ([ENGINE, CP2, "attention.layout=balanced"], "write layout: zigzag", ["attention.layout=zigzag"]),
+        ([ENGINE, CP2, "data.seq_length=4098"], "not a multiple of 4", ["data.seq_length=4100"]),
+        (
+            [ENGINE, CP2, "parallel.tensor_model_parallel_size=3", "parallel.sequence_parallel=true"],
+            "data.seq_length 4096 is not a multiple of 12",
+            ["data.seq_length=4104"],
+        ),
+        ([ENGINE, CP2, WINDOW], "exchange: auto with window_size 64", ["attention.exchange=all_gather"]),
+        (
+            [ENGINE, CP2, WINDOW, "attention.exchange=ring"],
+            "write exchange: all_gather",
+            ["attention.exchange=ulysses"],
+        ),
+    ],
+)
+def test_what_no_machine_can_do(load, overrides, message, mend):
+    with pytest.raises((UserError, ValidationError), match=re.escape(message)):
+        load(*overrides)
+    load(*overrides, *mend)
+
+
+@pytest.mark.parametrize(
+    ("machine", "overrides", "message", "mend"),
+    [
+        (CPU, [ENGINE], "needs a GPU, and there is none here", ["attention.backend=auto"]),
+        (BARE_HOPPER, [ENGINE], "needs the package transformer-engine", [TORCH]),
+        (BARE_HOPPER, [HYBRID], "install it, or write fp8: null", ["precision.fp8=null"]),
+        (AMPERE, [HYBRID], "compute capability 8.0) has no FP8", ["precision.fp8=null"]),
+        (HOPPER, [HYBRID, FP8_ATTENTION, TORCH], "write backend: transformer_engine", [ENGINE]),
+        (HOPPER, [HYBRID, FP8_ATTENTION, TENSORWISE], "delayed scaling only", ["precision.fp8_recipe=delayed"]),
+        (HOPPER, [HYBRID, FP8_ATTENTION, CP2, MASKED], "per_document_zigzag", ["attention.layout=per_document_zigzag"]),
+    ],
+)
+def test_what_this_machine_cannot_do(load, machine, overrides, message, mend):
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_machine(load(*overrides), machine)
+    check_machine(load(*overrides, *mend), machine)
+
+
+def test_what_is_fine(load):
+    """Without a GPU FP8 is emulated in every recipe; Blackwell, and the environment, know other recipes."""
+    for overrides in ([HYBRID], [HYBRID, FP8_ATTENTION, TENSORWISE], [HYBRID, FP8_ATTENTION, CP2, MASKED]):
+        check_machine(load(*overrides), CPU)
+    check_machine(load(HYBRID, FP8_ATTENTION, TENSORWISE), BLACKWELL)
+    check_machine(load(HYBRID, FP8_ATTENTION, TENSORWISE), Machine((9, 0), True, "DelayedScaling"))
+    check_machine(load(MASKED, CP2), BARE_HOPPER)
+
+
+def test_auto_is_transformer_engine_where_only_it_can(load):
+    assert backend_of(load(), HOPPER) == "torch"
+    assert backend_of(load(HYBRID), HOPPER) == "torch"
+    assert backend_of(load(HYBRID, FP8_ATTENTION), HOPPER) == "transformer_engine"
+    assert backend_of(load(HYBRID, FP8_ATTENTION), CPU) == "torch"
+    assert backend_of(load(ENGINE), HOPPER) == "transformer_engine"
