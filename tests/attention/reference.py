@@ -90,8 +90,9 @@ def assert_near(ours: list[torch.Tensor], truth: list[torch.Tensor], dtype: torc
     for name, mine, true in zip(("out", "grad_q", "grad_k", "grad_v"), ours, truth, strict=True):
         assert mine.shape == true.shape, name
         difference = mine.double() - true
-        # A gradient may be nothing but zeros, as that of a query that sees one key.
-        error = (difference.norm() / true.norm().clamp(min=0.1 * true.numel() ** 0.5)).item()
+        # Inputs have a standard deviation of 1. A query that sees one key or two has a gradient of (nearly) zero by
+        # cancellation, and what is left is the rounding of terms of that size.
+        error = (difference.norm() / true.norm().clamp(min=true.numel() ** 0.5)).item()
         worst = (difference.abs().max() / true.abs().max().clamp(min=1)).item()
         assert error <= TOLERANCE[dtype], f"{name} is off by {error:.1e} as a whole"
         assert worst <= 3 * TOLERANCE[dtype], f"{name} is off by {worst:.1e} in one place"
