@@ -181,6 +181,11 @@ def _add_data(commands: Any) -> None:
     parser.add_argument("--documents", type=_count, default=3, metavar="N", help="documents to show (%(default)s)")
     parser.add_argument("--tokenizer", metavar="DIR", help="Hugging Face folder, to show text instead of numbers")
     parser.add_argument("--png", metavar="FILE", help="draw the lengths of documents there")
+    about = "say how evenly context-parallel ranks share a run's attention, for each token layout"
+    parser = _command(group, "balance", about, _run_balance)
+    _add_config(parser)
+    parser.add_argument("--samples", type=_count, default=8, metavar="N", help="samples to look at (%(default)s)")
+    parser.add_argument("--png", metavar="FILE", help="draw where tokens lie and how full each rank is")
 
 
 def _add_preprocess(group: Any) -> None:
@@ -259,6 +264,13 @@ def _run_inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _run_balance(options: argparse.Namespace) -> int:
+    from megalong.attention.balance import balance
+
+    balance(options.config, options.overrides, samples=options.samples, png=options.png)
+    return 0
+
+
 def _add_checkpoint(commands: Any) -> None:
     group = _group(commands, "checkpoint", "bring weights in from Hugging Face and back out")
     _add_import(group, "import")
@@ -297,9 +309,13 @@ def _run_export(options: argparse.Namespace) -> int:
 
 def _add_train(commands: Any) -> None:
     parser = _command(commands, "train", "train, or resume training, as a configuration says", _run_train)
+    _add_config(parser)
+    parser.add_argument("--nproc", type=_count, metavar="N", help="start N processes here; not under torchrun")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="the run, section by section")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="instead of the file's")
-    parser.add_argument("--nproc", type=_count, metavar="N", help="start N processes here; not under torchrun")
 
 
 def _run_train(options: argparse.Namespace) -> int:

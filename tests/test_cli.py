@@ -39,6 +39,7 @@ SURFACE = {
     ],
     "data merge": ["--input", "--output-prefix"],
     "data inspect": ["--documents", "--png", "--tokenizer", "PREFIX"],
+    "data balance": ["--png", "--samples", "CONFIG.yaml", "section.key=value"],
     "checkpoint import": ["--hf", "--output"],
     "checkpoint export": ["--checkpoint", "--dtype", "--output", "--step"],
     "import-hf": ["--hf", "--output"],
@@ -198,6 +199,11 @@ ANSWERS = {
         "megalong.data.inspect",
         "inspect",
         {"prefix": "p", "documents": 3, "tokenizer": None, "png": None},
+    ),
+    "data balance run.yaml a.b=1": (
+        "megalong.attention.balance",
+        "balance",
+        {"config_file": "run.yaml", "overrides": ["a.b=1"], "samples": 8, "png": None},
     ),
     "import-hf --hf h --output o": ("megalong.hf.convert", "import_hf", {"hf": "h", "output": "o"}),
     "export-hf --checkpoint c --output o --dtype float32": (

@@ -283,6 +283,13 @@ class Config(Section):
         """Tokens one optimizer step learns from: global batch * sequence length."""
         return self.training.global_batch_size * self.data.seq_length
 
+    @property
+    def token_layout(self) -> Literal["zigzag", "per_document_zigzag", "balanced"]:
+        """How tokens lie on context-parallel ranks: `attention.layout`, with `auto` decided by the packing."""
+        if self.attention.layout != "auto":
+            return self.attention.layout
+        return "balanced" if self.data.packing == "masked" else "zigzag"
+
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model on `world_size` processes; `UserError` where they do not come out even."""
         checks.check_replicas(self, world_size)

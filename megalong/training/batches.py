@@ -27,7 +27,9 @@ class Batches:
         self.global_batch_size = config.training.global_batch_size
         self.micro_batch_size = config.training.micro_batch_size
         self.device = device
-        self._layout = token_layout(config)
+        self._layout = TokenLayout(
+            config.parallel.context_parallel_size, config.token_layout, config.attention.window_size
+        )
         self._masked = config.data.packing == "masked"
         # Sequence parallelism cuts a context-parallel shard over the tensor-parallel ranks.
         parallel = config.parallel
@@ -51,14 +53,3 @@ class Batches:
             whole = torch.from_numpy(np.stack([self.samples.sample(k) for k in numbers]))
             documents = [self.samples.documents(k) for k in numbers] if self._masked else None
             yield shard_samples(whole, self._layout, self._context_rank, self.device, documents, self._multiple)
-
-
-def token_layout(config: Config) -> TokenLayout:
-    """How the run's tokens lie on context-parallel ranks.
-
-    `attention.layout: auto` is zigzag where a sample is one causal sequence, and balanced where documents are masked.
-    """
-    kind = config.attention.layout
-    if kind == "auto":
-        kind = "balanced" if config.data.packing == "masked" else "zigzag"
-    return TokenLayout(config.parallel.context_parallel_size, kind, config.attention.window_size)

@@ -1,0 +1,75 @@
+"""The picture of `megalong data balance`: where the first sample's tokens lie, and how full each rank is.
+
+Left, one strip a layout: the sequence from its first to its last token, coloured by rank, with a tick where a document
+begins. Right: attended pairs of each rank over the mean, so that bars of equal height are equal work.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    from megalong.attention.balance import Shared
+
+COLUMNS = 2048
+
+
+def plot_balance(shared: list[Shared], starts: np.ndarray, length: int, path: Path) -> None:
+    """Draw `shared` into the PNG `path`, which appears whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    figure = Figure(figsize=(11, 1.6 * len(shared) + 0.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(shared), 2, width_ratios=[3, 1], squeeze=False)
+    highest = max(float(one.pairs[0].max()) for one in shared)
+    for one, (strip, bars) in zip(shared, grid, strict=True):
+        _strip(strip, one, starts, length)
+        _bars(bars, one, highest)
+    grid[-1][0].set_xlabel(f"token of the first sample (of {length:,}); ticks: documents begin")
+    grid[-1][1].set_xlabel("rank")
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(aside, format="png")
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"--png: {path} cannot be written ({error.strerror}); give another path") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _strip(axes: Axes, one: Shared, starts: np.ndarray, length: int) -> None:
+    owner = np.zeros(COLUMNS)
+    for rank, runs in enumerate(one.first):
+        columns = np.ceil(runs * COLUMNS / length).astype(int)
+        for first, last in columns:
+            owner[first:last] = rank
+    axes.imshow(owner[None], aspect="auto", extent=(0, length, 0, 1), cmap=_colours(len(one.first)),
+                interpolation="nearest", vmin=-0.5, vmax=len(one.first) - 0.5)  # fmt: skip
+    axes.set_xticks(starts, labels=[], minor=False)
+    axes.set_yticks([])
+    axes.set_title(one.kind, loc="left", fontsize=10)
+
+
+def _bars(axes: Axes, one: Shared, highest: float) -> None:
+    ranks = np.arange(one.pairs.shape[1])
+    axes.bar(ranks, one.pairs[0], color=_colours(len(ranks))(ranks / max(1, len(ranks) - 1)))
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_ylim(0, 1.05 * highest)
+    axes.set_title(f"pairs / mean, fullest {one.pairs[0].max():.3f}", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _colours(ranks: int):  # type: ignore[no-untyped-def]
+    return colormaps["viridis"].resampled(ranks)
