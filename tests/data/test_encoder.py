@@ -28,7 +28,7 @@ AROUND = ["{c}", "a{c}a1{c}1 {c} .{c}.", "{c}{c}\n{c} \n {c}'s", "'{c}'l{c}'{c}e
 HARD = [
     "", "a", "\0", "\0\0a\0", "\r\n\r\n \r\n", " \n \t\n", "<s>", "a<s>b</s>", "<|x|>", "use <tool> here<tool>",
     "\ufeff", "naïve 数学 한국어 🙂👨‍👩‍👧🇩🇪", "e\u0301\u0308", "\U0010ffff\ufffe",
-    "\u088f's \U000323b0x", "'ſ 'S'LL'ſ", "\u0130I\u0131",
+    "\u088f \n \u088f's \U000323b0x", "'ſ 'S'LL'ſ", "\u0130I\u0131",
     " " * 300, "9" * 50, "\u2028\u2029\u0085\u00a0\u3000x", "ab" * 5000,
 ]  # fmt: skip
 
@@ -45,7 +45,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     trainer = trainers.BpeTrainer(
         vocab_size=3000, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([*PROSE, "naïve 数学 🙂 don't it's we'll <s> 123 2026"], trainer)
+    tokenizer.train_from_iterator([*PROSE, "naïve 数学 🙂 don't it's we'll <s> 123 2026" * 500], trainer)
     tokenizer.add_tokens([AddedToken("<tool>", special=False, lstrip=True)])
     path = tmp_path_factory.mktemp(request.param)
     tokenizer.save(str(path / "tokenizer.json"))
