@@ -81,7 +81,7 @@ def test_a_hundred_documents_take_one_launch() -> None:
 @pytest.mark.parametrize("source", [None, 0, 1])
 @pytest.mark.parametrize("starts", [[0], [0, 3, 4, 40]])
 def test_every_block_is_launched_once_and_no_query_twice_at_a_time(source: int | None, starts: list[int]) -> None:
-    (_, blocks), = make_plan(TokenLayout(2), 64, [np.array(starts)]).blocks(0, source, 60)  # fmt: skip
+    (_, blocks), = make_plan(TokenLayout(4), 64, [np.array(starts)]).blocks(0, source, 60)  # fmt: skip
     launched = [block for launch in launches(blocks) for block in launch.blocks]
     assert sorted(map(repr, launched)) == sorted(map(repr, blocks))
     for launch in launches(blocks):
