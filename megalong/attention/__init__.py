@@ -1,9 +1,12 @@
 """Causal attention over sequences that no single rank holds.
 
-    layout.py    which tokens a context-parallel rank holds, and which of them see which
-    kernels.py   exact attention of some queries to some keys on one device, with log-sum-exp
-    tiled.py     the same in plain torch, for what no fused kernel takes
-    ring.py      the blocks of one sequence, passed round the context-parallel group and merged
+    layout.py      how the tokens of a sequence lie on context-parallel ranks
+    plan.py        which blocks of queries and keys a rank computes: causality, documents, windows (mask.py)
+    exchange.py    ring, all-gather, ulysses or two levels of them (choice.py decides, transport.py and order.py move)
+    blockwise.py   the blocks of a plan computed and merged by log-sum-exp, forward and backward (merge.py)
+    kernels.py     a block on one device: the CPU's fused kernel, cuDNN, flash (varlen.py for many), plain tiles
+    fp8.py         the same with operands rounded to 8 bits; transformer_engine.py does all of it by itself on a GPU
+    balance.py     how evenly ranks share the work of a given run
 
 Tensors are in Megatron's order, `[sequence, batch, heads, head dimension]`.
 """

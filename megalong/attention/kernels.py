@@ -7,6 +7,7 @@ gradient is computed from `exp(score - lse)` as if it stood alone, and shares ad
 
     kernel   device   types              why
     cpu      CPU      all                torch's fused kernel: no S x S scores (cpu_kernel.py)
+    cudnn    Hopper   bf16, fp16         whole and causal blocks, flash takes the others; heads up to 128 channels
     flash    CUDA     bf16, fp16         FlashAttention-2 as built into torch; heads of 8, 16, ... 256 channels
     tiled    any      all                plain torch in tiles of queries: what flash does not take (fp32, odd heads)
 
@@ -19,9 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megalong.attention import cpu_kernel, tiled
-from megalong.attention.mask import BlockMask
-from megalong.attention.varlen import FLASH_VARLEN, VarlenKernel, no_random_state, to_corner, window_arguments
+from megalong.attention import cpu_kernel, cudnn_kernel, flash_kernel, tiled
+from megalong.attention.varlen import FLASH_VARLEN, VarlenKernel
 from megalong.errors import UserError
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -50,7 +50,7 @@ def choose_kernel(q: torch.Tensor, backend: str = "auto") -> BlockKernel:
     if q.device.type == "cpu":
         return CPU
     if q.device.type == "cuda" and _flash_takes(q):
-        return FLASH
+        return CUDNN if cudnn_kernel.takes(q) else FLASH
     return TILED
 
 
@@ -64,58 +64,7 @@ def _flash_takes(q: torch.Tensor) -> bool:
     )
 
 
-def _flash_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """FlashAttention counts diagonals from the bottom right corner, where the last query meets the last key."""
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *_batch_first(q, k, v),
-        None,
-        None,
-        q.shape[0],
-        k.shape[0],
-        0.0,
-        False,
-        False,
-        scale=scale,
-        **window_arguments(to_corner(mask, q.shape[0], k.shape[0])),
-    )
-    return out.transpose(0, 1), lse
-
-
-def _flash_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    mask: BlockMask,
-    scale: float,
-) -> Gradients:
-    """The kernel reads the log-sum-exp by address, so a slice of it must be made contiguous first."""
-    grads = torch.ops.aten._flash_attention_backward(
-        *_batch_first(grad_out, q, k, v, out),
-        lse.contiguous(),
-        None,  # no ragged batch, so no bounds of its sequences
-        None,
-        q.shape[0],
-        k.shape[0],
-        0.0,
-        False,
-        *no_random_state(q.device),
-        scale=scale,
-        **window_arguments(to_corner(mask, q.shape[0], k.shape[0])),
-    )
-    dq, dk, dv = (grad.transpose(0, 1) for grad in grads)
-    return dq, dk, dv
-
-
-def _batch_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """`[s, b, h, d]` seen as flash's `[b, s, h, d]`; it reads any strides but that of the last dimension."""
-    return tuple((t if t.stride(-1) == 1 else t.contiguous()).transpose(0, 1) for t in tensors)
-
-
 CPU = BlockKernel("cpu", cpu_kernel.forward, cpu_kernel.backward)
-FLASH = BlockKernel("flash", _flash_forward, _flash_backward, FLASH_VARLEN)
+FLASH = BlockKernel("flash", flash_kernel.forward, flash_kernel.backward, FLASH_VARLEN)
+CUDNN = BlockKernel("cudnn", cudnn_kernel.forward, cudnn_kernel.backward, FLASH_VARLEN)
 TILED = BlockKernel("tiled", tiled.forward, tiled.backward)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalong.attention import tiled
-from megalong.attention.kernels import CPU, FLASH, TILED, BlockKernel, choose_kernel
+from megalong.attention import cudnn_kernel, tiled
+from megalong.attention.kernels import CPU, CUDNN, FLASH, TILED, BlockKernel, choose_kernel
 from megalong.attention.mask import CAUSAL, FULL, BlockMask
 from megalong.errors import UserError
 from tests.attention.reference import Case, assert_near, dense, random_case
@@ -88,6 +88,18 @@ def test_flash_is_called_as_torch_declares_it() -> None:
     assert [g.shape for g in gradients] == [q[32:].shape, k.shape, k.shape]
 
 
+@pytest.mark.parametrize("mask", [FULL, CAUSAL, BlockMask(3, -2)])
+def test_cudnn_is_called_as_torch_declares_it(mask: BlockMask) -> None:
+    """And what it has no mask for goes to flash, which answers in the same shapes."""
+    q = torch.empty(64, 2, 8, 32, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(64, 2, 2, 32, dtype=torch.bfloat16, device="meta")
+    out, lse = CUDNN.forward(q, k, k, mask, 0.1)
+    assert out.shape == q.shape
+    assert lse.shape == (2, 8, 64)
+    gradients = CUDNN.backward(out, q, k, k, out, lse, mask, 0.1)
+    assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
+
+
 def test_the_kernel_follows_device_type_and_head_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnCuda:
         """As much of a CUDA tensor as the choice looks at."""
@@ -99,9 +111,13 @@ def test_the_kernel_follows_device_type_and_head_dimension(monkeypatch: pytest.M
         return choose_kernel(OnCuda(dtype, head_dim))  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(cudnn_kernel, "_agrees_with_flash", lambda device, dtype, head_dim: dtype == torch.bfloat16)
     assert choose_kernel(torch.empty(4, 1, 2, 8)) is CPU
-    assert chosen(torch.bfloat16, 128) is chosen(torch.float16, 256) is FLASH
+    assert chosen(torch.bfloat16, 128) is CUDNN
+    assert chosen(torch.float16, 128) is chosen(torch.bfloat16, 256) is FLASH
     assert chosen(torch.float32, 128) is chosen(torch.bfloat16, 20) is chosen(torch.bfloat16, 512) is TILED
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert chosen(torch.bfloat16, 128) is FLASH
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert chosen(torch.bfloat16, 128) is TILED
 
@@ -109,3 +125,10 @@ def test_the_kernel_follows_device_type_and_head_dimension(monkeypatch: pytest.M
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(UserError, match=r"attention.backend: 'flash3' .* write auto or torch"):
         choose_kernel(torch.empty(1, 1, 1, 8), "flash3")
+
+
+def test_cudnn_that_cannot_is_left_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """On this machine neither it nor flash runs at all."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert not cudnn_kernel.takes(torch.empty(4, 1, 2, 64, dtype=torch.bfloat16))
+    assert "cuDNN attention is left alone" in caplog.text

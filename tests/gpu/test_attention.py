@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalong.attention.kernels import FLASH, TILED, BlockKernel
+from megalong.attention.kernels import CUDNN, FLASH, TILED, BlockKernel, choose_kernel
 from megalong.attention.mask import CAUSAL
 from tests.attention.reference import Case, assert_near, dense, random_case
 from tests.attention.workers import Setting, attend
@@ -23,7 +23,8 @@ def on_gpu(case: Case) -> Case:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    ("kernel", "dtype"), [(FLASH, torch.bfloat16), (TILED, torch.bfloat16), (TILED, torch.float32)]
+    ("kernel", "dtype"),
+    [(CUDNN, torch.bfloat16), (FLASH, torch.bfloat16), (TILED, torch.bfloat16), (TILED, torch.float32)],
 )
 def test_block_kernels(kernel: BlockKernel, dtype: torch.dtype, shape: dict[str, int]) -> None:
     case = random_case(0, dtype=dtype, **shape)
@@ -42,3 +43,9 @@ def test_attention_and_its_gradients(dtype: torch.dtype) -> None:
         setting = Setting(1, 384, 2, 4, 128, starts, dtype, window)
         ours = attend(on_gpu(setting.case()), setting.plan(1), window=window, kernel=kernel)
         assert_near([t.cpu() for t in ours], dense(setting.case(), setting.rows, window), dtype)
+
+
+def test_hopper_computes_with_cudnn() -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("older than Hopper")
+    assert choose_kernel(torch.empty(1, 1, 1, 128, dtype=torch.bfloat16, device="cuda")) is CUDNN
