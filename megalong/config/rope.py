@@ -7,7 +7,9 @@ says how the rotation frequencies give way:
     linear   every frequency divided by factor (position interpolation)
     ntk      base * factor^(d / (d - 2)): slow pairs interpolated, fast ones nearly untouched
     yarn     fast pairs kept, slow pairs divided by factor, a ramp between beta_fast and beta_slow rotations, and a
-             temperature of 0.1 ln(factor) + 1 on queries and keys (attention_factor, or the mscale pair, replace it)
+             temperature of 0.1 ln(factor) + 1 on queries and keys (attention_factor, or the mscale pair, replace it);
+             `ramp: dimensions` is linear in the pair's index as in YaRN's code and transformers, `ramp: rotations` in
+             the number of rotations as in the paper's text
     llama3   as yarn with its ramp between low_freq_factor and high_freq_factor rotations, without temperature
 
 Sources: position interpolation arXiv 2306.15595, YaRN arXiv 2309.00071, ABF arXiv 2309.16039; llama3 as in
@@ -36,6 +38,7 @@ class RopeSettings(Section):
     mscale: float | None = Field(default=None, ge=0)
     mscale_all_dim: float | None = Field(default=None, ge=0)
     truncate: bool = True
+    ramp: Literal["dimensions", "rotations"] = "dimensions"
     low_freq_factor: float = Field(default=1.0, gt=0)
     high_freq_factor: float = Field(default=4.0, gt=0)
 
@@ -47,6 +50,10 @@ class RopeSettings(Section):
             raise ValueError(
                 f"beta_fast {self.beta_fast:g} must be above beta_slow {self.beta_slow:g} "
                 "(rotations over the original length: the ramp runs from beta_slow up to beta_fast)"
+            )
+        if self.ramp == "rotations" and self.type != "yarn":
+            raise ValueError(
+                f"ramp rotations with type {self.type}: only yarn has a choice; write type: yarn, or drop it"
             )
         if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(

@@ -6,8 +6,9 @@ tokens by the factor s:
     linear   every frequency / s
     ntk      theta -> theta * s^(d/(d-2)): pair 0 keeps its frequency, the last one is divided by s exactly
     yarn     pairs that turn often within L keep theirs (they tell neighbours apart), pairs that never complete a turn
-             are divided by s, with a ramp between, linear in the pair's index
-    llama3   the same with a ramp linear in the number of turns within L
+             are divided by s, with a ramp between, linear in the pair's index (`ramp: dimensions`, YaRN's code)
+             or in the number of turns within L (`ramp: rotations`, the paper's text)
+    llama3   the latter, without yarn's temperature
 
 Worked example, UltraLong at 1M: theta 5e5, d 128, L 8192, s 128, beta_fast 4, beta_slow 1. A pair makes r turns
 within L at index `d ln(L / 2 pi r) / (2 ln theta)`: 4 turns at 28.2, one turn at 35.0 (34.96), so pairs 0..28 are
@@ -40,10 +41,12 @@ def inverse_frequencies(rope: RopeSettings, head_dim: int) -> torch.Tensor:
         return _unscaled(theta, head_dim) / rope.factor
     if rope.type == "ntk":
         return _unscaled(ntk_theta(rope, head_dim), head_dim)
-    if rope.type == "yarn":
+    if rope.type == "yarn" and rope.ramp == "dimensions":
         return _yarn(rope, theta, head_dim)
+    if rope.type == "yarn":
+        return _by_rotations(rope, theta, head_dim, rope.beta_slow, rope.beta_fast)
     if rope.type == "llama3":
-        return _llama3(rope, theta, head_dim)
+        return _by_rotations(rope, theta, head_dim, rope.low_freq_factor, rope.high_freq_factor)
     return _unscaled(theta, head_dim)
 
 
@@ -104,13 +107,14 @@ def _yarn(rope: RopeSettings, theta: float, head_dim: int) -> torch.Tensor:
     return 1.0 / (rope.factor * powers) * (1 - kept) + 1.0 / powers * kept
 
 
-def _llama3(rope: RopeSettings, theta: float, head_dim: int) -> torch.Tensor:
+def _by_rotations(rope: RopeSettings, theta: float, head_dim: int, slow: float, fast: float) -> torch.Tensor:
+    """Below `slow` turns within the original length divided by the factor, above `fast` kept."""
     original = _original(rope)
     unscaled = _unscaled(theta, head_dim)
     wavelength = 2 * math.pi / unscaled
-    long = wavelength > original / rope.low_freq_factor
-    short = wavelength < original / rope.high_freq_factor
-    kept = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    long = wavelength > original / slow
+    short = wavelength < original / fast
+    kept = (original / wavelength - slow) / (fast - slow)
     ramp = (1 - kept) * unscaled / rope.factor + kept * unscaled
     return torch.where(short, unscaled, torch.where(long, unscaled / rope.factor, ramp))
 

@@ -12,6 +12,9 @@ Versions also disagree on where the factor comes from: 4.51 to 4.55 replace a ya
 `max_position_embeddings = factor * original`, and every one of them finds the same factor. llama3's factor is always
 read as written; there the length is only never less than that (Llama 3.1 itself says 131072 = 16 * 8192 at factor 8).
 
+YaRN with its ramp over rotations has no name in transformers either. Without a temperature (`attention_factor: 1.0`) it is
+llama3's scaling and leaves as that; with one it cannot be written, and the export says so.
+
 ntk has no name in transformers (its `dynamic` changes with the length of the input); it leaves as plain rotary
 positions with the changed base, which is all it is.
 """
@@ -22,7 +25,7 @@ from pydantic import ValidationError
 
 from megalong.config.rope import RopeSettings
 from megalong.errors import UserError
-from megalong.rope.frequencies import ntk_theta
+from megalong.rope.frequencies import ntk_theta, temperature
 
 _FIELDS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -50,6 +53,8 @@ def to_hf(rope: RopeSettings, max_position_embeddings: int, head_dim: int) -> di
     """
     if rope.type == "ntk":
         rope = RopeSettings(rope_theta=ntk_theta(rope, head_dim))
+    if rope.ramp == "rotations":
+        rope = _as_llama3(rope)
     scaling = {key: getattr(rope, key) for key in _FIELDS[rope.type] if not _left_out(rope, key)}
     name = "default" if rope.type == "none" else rope.type
     return {
@@ -82,6 +87,22 @@ def from_hf(config: dict[str, Any]) -> RopeSettings:
         report = error.errors()[0]
         key = ".".join(("rope_parameters", *map(str, report["loc"])))
         raise UserError(f"config.json: {key}: {report['msg']}, not {report['input']!r}") from None
+
+
+def _as_llama3(rope: RopeSettings) -> RopeSettings:
+    if temperature(rope) != 1.0:
+        raise UserError(
+            f"rope.ramp: rotations with a temperature of {temperature(rope):.4g} has no spelling in config.json; "
+            "train with ramp: dimensions, or with attention_factor: 1.0, which leaves as llama3"
+        )
+    return RopeSettings(
+        type="llama3",
+        rope_theta=rope.rope_theta,
+        factor=rope.factor,
+        original_max_position_embeddings=rope.original_max_position_embeddings,
+        low_freq_factor=rope.beta_slow,
+        high_freq_factor=rope.beta_fast,
+    )
 
 
 def _left_out(rope: RopeSettings, key: str) -> bool:

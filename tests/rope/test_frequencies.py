@@ -139,3 +139,19 @@ def test_temperature_is_for_yarn_alone() -> None:
 def test_missing_values_are_named(rope: RopeSettings, message: str) -> None:
     with pytest.raises(UserError, match=message):
         inverse_frequencies(rope, 64)
+
+
+@given(head_dim=st.sampled_from([64, 128]), factor=st.floats(2, 1000), length=st.sampled_from([2048, 8192]))
+def test_yarn_over_rotations_is_the_papers_formula_and_keeps_its_temperature(
+    head_dim: int, factor: float, length: int
+) -> None:
+    """Equations 17 to 20 of arXiv 2309.00071: r(d) = L / wavelength, gamma its ramp from beta_slow to beta_fast."""
+    rope = RopeSettings(
+        type="yarn", rope_theta=5e5, factor=factor, original_max_position_embeddings=length, beta_fast=32, beta_slow=1,
+        ramp="rotations",
+    )  # fmt: skip
+    theta = 5e5 ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+    gamma = ((length * theta / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
+    paper = (1 - gamma) * theta / factor + gamma * theta
+    torch.testing.assert_close(inverse_frequencies(rope, head_dim).double(), paper, rtol=1e-5, atol=0)
+    assert temperature(rope) == 0.1 * math.log(factor) + 1

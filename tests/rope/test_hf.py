@@ -139,3 +139,16 @@ def test_what_is_not_supported_is_refused_in_one_line(fields: dict[str, Any], me
     with pytest.raises(UserError, match=message) as raised:
         from_hf(fields)
     assert "\n" not in str(raised.value)
+
+
+def test_yarn_over_rotations_leaves_as_llama3_or_not_at_all() -> None:
+    rope = RopeSettings(
+        type="yarn", rope_theta=5e5, factor=128, original_max_position_embeddings=8192, beta_fast=4, beta_slow=1,
+        ramp="rotations", attention_factor=1.0,
+    )  # fmt: skip
+    written = to_hf(rope, 1 << 20, 128)
+    assert written["rope_parameters"]["rope_type"] == "llama3"
+    read = from_hf(written)
+    assert torch.equal(inverse_frequencies(read, 128), inverse_frequencies(rope, 128))
+    with pytest.raises(UserError, match="ramp: rotations with a temperature of 1.485 .* attention_factor: 1.0"):
+        to_hf(rope.model_copy(update={"attention_factor": None}), 1 << 20, 128)
