@@ -76,6 +76,7 @@ def test_delayed_scales_are_those_of_one_process(sequence_parallel: bool, pool: 
     (one,) = pool.run(1, OPERANDS, 1, False)
     for rank in pool.run(2, OPERANDS, 2, sequence_parallel):
         assert rank["scales"] == one["scales"]
+        assert rank["marks"] == [(True, 0), (True, 1)]  # else the gradient norm would count one rank's part only
         assert all(scale != 1 for layer in one["scales"] for scale in layer)
         # The same rounded operands; sums over two ranks are of two bf16 numbers.
         for ours, whole in zip(rank["outputs"], one["outputs"], strict=True):

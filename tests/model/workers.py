@@ -105,7 +105,8 @@ def fp8_linears(tensor_parallel: int, sequence_parallel: bool) -> dict[str, Any]
             outputs.append(out.detach())
         for layer in (up, down):
             layer.eval()
-        return {"outputs": outputs, "scales": [layer.scaling.scales.tolist() for layer in (up, down)]}
+        marks = [(layer.weight.tensor_model_parallel, layer.weight.partition_dim) for layer in (up, down)]
+        return {"outputs": outputs, "marks": marks, "scales": [layer.scaling.scales.tolist() for layer in (up, down)]}
     finally:
         distributed.clear_layout()
 
