@@ -12,8 +12,8 @@ Versions also disagree on where the factor comes from: 4.51 to 4.55 replace a ya
 `max_position_embeddings = factor * original`, and every one of them finds the same factor. llama3's factor is always
 read as written; there the length is only never less than that (Llama 3.1 itself says 131072 = 16 * 8192 at factor 8).
 
-YaRN with its ramp over rotations has no name in transformers either. Without a temperature (`attention_factor: 1.0`) it is
-llama3's scaling and leaves as that; with one it cannot be written, and the export says so.
+YaRN with its ramp over rotations has no name in transformers either. Without a temperature (`attention_factor: 1.0`)
+it is llama3's scaling and leaves as that; with one it cannot be written, and the export says so.
 
 ntk has no name in transformers (its `dynamic` changes with the length of the input); it leaves as plain rotary
 positions with the changed base, which is all it is.

@@ -1,5 +1,6 @@
 """Frequencies bit for bit as transformers computes them, and the published numbers of YaRN."""
 
+import math
 from typing import Any
 
 import pytest

@@ -150,5 +150,5 @@ def test_yarn_over_rotations_leaves_as_llama3_or_not_at_all() -> None:
     assert written["rope_parameters"]["rope_type"] == "llama3"
     read = from_hf(written)
     assert torch.equal(inverse_frequencies(read, 128), inverse_frequencies(rope, 128))
-    with pytest.raises(UserError, match="ramp: rotations with a temperature of 1.485 .* attention_factor: 1.0"):
+    with pytest.raises(UserError, match=r"ramp: rotations with a temperature of 1.485 .* attention_factor: 1.0"):
         to_hf(rope.model_copy(update={"attention_factor": None}), 1 << 20, 128)
