@@ -70,13 +70,21 @@ def _one_run(config: Config, samples: int, png: Path | None) -> None:
     ranks = config.parallel.context_parallel_size
     rows = _documents(config, samples)
     length = -(-config.data.seq_length // (2 * ranks)) * 2 * ranks
-    shared = [_shared(TokenLayout(ranks, kind, config.attention.window_size), length, rows) for kind in KINDS]
+    shared = [_shared(TokenLayout(ranks, kind, _window(config)), length, rows) for kind in KINDS]
     print(f"{config.run.name}: {_table(config, shared, rows, length)}")
     if png is not None:
         from megalong.attention.balance_plot import plot_balance
 
         plot_balance(shared, rows[0], length, png)
         print(f"picture: {png}")
+
+
+def _window(config: Config) -> int | None:
+    """The window that most attention is computed in, as far as the configuration tells: no loaded model is read."""
+    attention, architecture = config.attention, config.model.architecture
+    if architecture is not None:
+        return architecture.with_window(attention.window_size, attention.window_attn_skip_freq).widest_window
+    return attention.window_size if attention.window_attn_skip_freq is None else None
 
 
 def _documents(config: Config, samples: int) -> list[np.ndarray]:
@@ -103,10 +111,11 @@ def _shared(layout: TokenLayout, length: int, rows: list[np.ndarray]) -> Shared:
 
 def _table(config: Config, shared: list[Shared], rows: list[np.ndarray], length: int) -> str:
     parallel, chosen = config.parallel, config.token_layout
-    documents = np.mean([len(starts) for starts in rows])
+    documents, window = np.mean([len(starts) for starts in rows]), _window(config)
     lines = [
         f"{len(rows)} samples of {length:,} tokens, {config.data.packing} packing ({documents:,.1f} masked documents a "
-        f"sample), {parallel.context_parallel_size} context-parallel ranks",
+        f"sample), {parallel.context_parallel_size} context-parallel ranks, pairs counted in "
+        f"{'full attention' if window is None else f'a window of {window}'}",
         "",
         f"{'layout':22}{'fullest rank / mean':>21}{'worst sample':>14}{'runs a rank':>13}",
     ]

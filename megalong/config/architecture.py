@@ -7,16 +7,26 @@ import and a resume build the same model.
 Vocabulary padding has one rule: up to the next multiple of 128, whatever the layout. 515 tokens become 640 rows at
 every tensor-parallel size that divides 128, so checkpoints of different layouts have the same shapes; `vocab_size`
 stays the true size and export cuts the rest off.
+
+A sliding window is part of the shape: a layer trained to see the last W tokens gives other logits when it sees all.
+`window_size` and `window_attn_skip_freq` are Megatron-Core's names and mean what they mean there:
+
+    window_size 4096                                  every layer sees 4096 tokens, its own included
+    window_size 4096, window_attn_skip_freq 4         layers 4, 8, 12, ... see everything
+    window_size 4096, window_attn_skip_freq [1, 0]    layer 1 has the window (1), layer 2 sees everything (0)
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from megalong.config.rope import RopeSettings
 from megalong.config.section import Section
+from megalong.errors import UserError
 
 VOCABULARY_MULTIPLE = 128
+Positive = Annotated[int, Field(ge=1)]
+LayerPattern = Annotated[tuple[Literal[0, 1], ...], Field(strict=False, min_length=1)]
 
 
 class Architecture(Section):
@@ -33,6 +43,8 @@ class Architecture(Section):
     tie_word_embeddings: bool = False
     max_position_embeddings: int = Field(ge=1)
     rope: RopeSettings
+    window_size: Positive | None = None
+    window_attn_skip_freq: Positive | LayerPattern | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     torch_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -68,6 +80,39 @@ class Architecture(Section):
         longest = round(override.factor * original) if scaled else self.max_position_embeddings
         return self.model_copy(update={"rope": rope, "max_position_embeddings": longest})
 
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """Layer by layer, how many tokens a token sees, its own included; None is every token before it."""
+        pattern, layers = self.window_attn_skip_freq, range(self.num_layers)
+        if isinstance(pattern, int):
+            full = [(layer + 1) % pattern == 0 for layer in layers]
+        else:
+            full = [pattern is not None and pattern[layer] == 0 for layer in layers]
+        return tuple(None if full[layer] else self.window_size for layer in layers)
+
+    @property
+    def widest_window(self) -> int | None:
+        """The window that most attention is computed in: None where a layer sees everything, which outweighs all."""
+        return None if None in self.layer_windows else self.window_size
+
+    def with_window(
+        self, window_size: int | None, window_attn_skip_freq: int | tuple[Literal[0, 1], ...] | None = None
+    ) -> "Architecture":
+        """The same model with another window (`attention` of a configuration); no `window_size` changes nothing.
+
+        Window and pattern are replaced as a whole, as `with_rope` replaces a scaling: a window alone is every layer's,
+        and `window_attn_skip_freq` 1 leaves every layer full.
+
+        Raises:
+            UserError: a pattern with another number of entries than the model has layers.
+        """
+        if window_size is None:
+            return self
+        wrong = _wrong_pattern(window_attn_skip_freq, self.num_layers)
+        if wrong:
+            raise UserError(f"attention.{wrong}")
+        return self.model_copy(update={"window_size": window_size, "window_attn_skip_freq": window_attn_skip_freq})
+
     @model_validator(mode="before")
     @classmethod
     def _head_dimension(cls, values: Any) -> Any:
@@ -96,4 +141,24 @@ class Architecture(Section):
                 f"rope.original_max_position_embeddings is required with type {self.rope.type}: "
                 "the longest sequence trained before scaling"
             )
+        if self.window_attn_skip_freq is not None and self.window_size is None:
+            raise ValueError(NO_WINDOW)
+        wrong = _wrong_pattern(self.window_attn_skip_freq, self.num_layers)
+        if wrong:
+            raise ValueError(wrong)
         return self
+
+
+NO_WINDOW = (
+    "window_attn_skip_freq without window_size: there is no window that a layer could do without; write window_size, "
+    "or leave both out"
+)
+
+
+def _wrong_pattern(pattern: int | tuple[int, ...] | None, layers: int) -> str | None:
+    if not isinstance(pattern, tuple) or len(pattern) == layers:
+        return None
+    return (
+        f"window_attn_skip_freq {list(pattern)} has {len(pattern)} entries and the model {layers} layers; write one "
+        "for each layer, 1 (window) or 0 (full), or a number N that leaves every N-th layer full"
+    )

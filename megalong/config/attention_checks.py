@@ -31,15 +31,31 @@ class Machine:
 
 def check_attention(config: "Config") -> None:
     """Refuse what no machine can do."""
-    if config.precision.fp8_dot_product_attention and config.attention.window_size is not None:
-        raise UserError(
-            f"precision.fp8_dot_product_attention true with attention.window_size {config.attention.window_size}: FP8 "
-            "kernels know no sliding window; write fp8_dot_product_attention: false, or leave window_size out"
-        )
+    if config.attention.window_size is not None:
+        check_window(config, f"attention.window_size {config.attention.window_size}", ", or leave window_size out")
     if config.attention.backend == ENGINE:
         if config.runtime.device == "cpu":
             raise _engine_needs("a GPU, and runtime.device is cpu")
         _check_engine(config)
+
+
+def check_window(config: "Config", window: str, mend: str = "") -> None:
+    """Refuse what no kernel can do in a sliding window, the configuration's or the loaded model's.
+
+    `window` is what the message calls it, `mend` another way out of it.
+    """
+    if config.precision.fp8_dot_product_attention:
+        raise UserError(
+            f"precision.fp8_dot_product_attention true with {window}: FP8 kernels know no sliding window; write "
+            f"fp8_dot_product_attention: false{mend}"
+        )
+    attention = config.attention
+    shared = config.parallel.context_parallel_size > 1
+    if shared and attention.backend == ENGINE and attention.exchange not in ("all_gather", "ulysses"):
+        raise UserError(
+            f"attention.exchange: {attention.exchange} with {window} and attention.backend: {ENGINE}: it has sliding "
+            f"windows where keys are gathered or heads are shared; write exchange: all_gather, or ulysses{mend}"
+        )
 
 
 def check_machine(config: "Config", machine: Machine) -> None:
@@ -119,11 +135,6 @@ def _check_engine(config: "Config") -> None:
             f"that lie in {layout}; write layout: {layout}, or backend: torch"
         )
     _check_engine_length(config, who)
-    if attention.window_size is not None and attention.exchange not in ("all_gather", "ulysses"):
-        raise UserError(
-            f"attention.exchange: {attention.exchange} with window_size {attention.window_size} and {who}: it has "
-            "sliding windows where keys are gathered or heads are shared; write exchange: all_gather, or ulysses"
-        )
 
 
 def _check_engine_length(config: "Config", who: str) -> None:

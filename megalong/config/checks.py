@@ -6,7 +6,7 @@ is known, `check_model` when the architecture is known. All three need no torch 
 
 from typing import TYPE_CHECKING
 
-from megalong.config.attention_checks import check_attention
+from megalong.config.attention_checks import check_attention, check_window
 from megalong.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,7 +108,12 @@ def check_world(config: "Config", world_size: int) -> None:
 
 
 def check_model(config: "Config", architecture: "Architecture") -> None:
-    """Refuse a layout that does not cut the model evenly: heads, KV groups, MLP, vocabulary and layers."""
+    """Refuse what the model cannot be: cut unevenly (heads, KV groups, MLP, vocabulary, layers), or windowed in FP8.
+
+    `architecture` is the one that is trained, so its window is the configuration's or the loaded model's own.
+    """
+    if any(architecture.layer_windows):
+        check_window(config, f"the model's window_size {architecture.window_size}")
     tensor = config.parallel.tensor_model_parallel_size
     pipeline = config.parallel.pipeline_model_parallel_size * config.parallel.virtual_pipeline_model_parallel_size
     tensor_key, pipeline_key = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"

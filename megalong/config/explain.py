@@ -25,6 +25,10 @@ def explain(error: ValidationError, root: type[BaseModel], source: Callable[[str
     reports = error.errors(include_url=False)
     report = next((r for r in reports if r["type"] == "extra_forbidden"), reports[0])
     path, models = _walk(root, report["loc"])
+    if report["type"].endswith("_type"):
+        # A number or a list: whichever the value is, what is wrong with it as such says more than what it is not.
+        same = (r for r in reports if _walk(root, r["loc"])[0] == path)
+        report = next((r for r in same if not r["type"].endswith("_type")), report)
     key = _dotted(path)
     message = _message(report, models, root)
     return UserError(": ".join(part for part in (source(key), key, message) if part))

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from megalong.config import checks
-from megalong.config.architecture import Architecture
+from megalong.config.architecture import NO_WINDOW, Architecture, LayerPattern, Positive
 from megalong.config.rope import RopeSettings
 from megalong.config.section import Section
 from megalong.config.split import split_weights
@@ -21,8 +21,6 @@ from megalong.config.split import split_weights
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-LayerPattern = Annotated[tuple[Literal[0, 1], ...], Field(strict=False, min_length=1)]
 
 
 class Run(Section):
@@ -126,7 +124,8 @@ class Attention(Section):
     within groups of `ulysses_size` neighbouring ranks and keys between them (`ring_ulysses`); `auto` decides by heads,
     lengths and sizes, and says why. `layout`: how tokens lie on the ranks; `auto` is `zigzag` for naive and `balanced`
     for masked packing. `window_size`: a token sees that many, itself included; `window_attn_skip_freq` N leaves
-    every N-th layer full, a list says 1 (window) or 0 (full) for each layer.
+    every N-th layer full, a list says 1 (window) or 0 (full) for each layer. Both replace what the model to start from
+    was trained with, and become part of the model; left out, its own windows stay.
     """
 
     backend: Literal["auto", "torch", "transformer_engine"] = "auto"
@@ -139,10 +138,7 @@ class Attention(Section):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if self.window_attn_skip_freq is not None and self.window_size is None:
-            raise ValueError(
-                "window_attn_skip_freq without window_size: there is no window that a layer could do without; "
-                "write window_size, or leave both out"
-            )
+            raise ValueError(NO_WINDOW)
         if self.ulysses_size is not None and self.exchange != "ring_ulysses":
             raise ValueError(
                 f"ulysses_size {self.ulysses_size} with exchange {self.exchange}: only ring_ulysses has groups of that "

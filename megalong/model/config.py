@@ -34,8 +34,7 @@ class LlamaConfig(TransformerConfig):
     rope: RopeSettings = field(default_factory=RopeSettings)
     kernel: str = "auto"
     exchange: Literal["ring", "all_gather"] = "ring"
-    attention_window: int | None = None
-    full_attention_layers: int | tuple[int, ...] | None = None
+    layer_windows: tuple[int | None, ...] = ()
     emulated_fp8: str | None = None
 
 
@@ -43,9 +42,8 @@ class LlamaConfig(TransformerConfig):
 class ModelSettings:
     """How one model is laid out and computed: everything that is not its architecture.
 
-    `recompute` is `memory.recompute`, `kernel` is `attention.backend`, `window_size` and `window_attn_skip_freq` are
-    `attention`'s, `exchange` is how keys reach the ranks that `layout.heads` has left (`attention.choice`). `fp8` and
-    what begins with it are `precision`'s.
+    `recompute` is `memory.recompute`, `kernel` is `attention.backend`, `exchange` is how keys reach the ranks that
+    `layout.heads` has left (`attention.choice`). `fp8` and what begins with it are `precision`'s.
     """
 
     layout: Layout = field(default_factory=Layout)
@@ -54,8 +52,6 @@ class ModelSettings:
     recompute: str = "none"
     kernel: str = "auto"
     exchange: Literal["ring", "all_gather"] = "ring"
-    window_size: int | None = None
-    window_attn_skip_freq: int | tuple[int, ...] | None = None
     fp8: str | None = None
     fp8_recipe: str = "delayed"
     fp8_dot_product_attention: bool = False
@@ -77,8 +73,7 @@ def transformer_config(architecture: Architecture, settings: ModelSettings) -> L
         rope=architecture.rope,
         kernel=settings.kernel,
         exchange=settings.exchange,
-        attention_window=settings.window_size,
-        full_attention_layers=settings.window_attn_skip_freq,
+        layer_windows=architecture.layer_windows,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_epsilon,
         gated_linear_unit=True,

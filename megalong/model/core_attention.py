@@ -47,7 +47,7 @@ class CoreAttention(torch.nn.Module):
         self.inverse_frequencies = inverse_frequencies(config.rope, head_dim).to(torch.cuda.current_device())
         self.kernel = config.kernel
         self.groups = ContextGroups(*context_levels(), transport=config.exchange)
-        self.window = window_of_layer(config, layer_number)
+        self.window = config.layer_windows[layer_number - 1]
 
     def forward(
         self,
@@ -75,19 +75,3 @@ class CoreAttention(torch.nn.Module):
         """Attention of rotated queries to rotated keys: `[s, b, heads/TP, d]`."""
         kernel = choose_kernel(query, self.kernel)
         return context_attention(query, key, value, plan, self.groups, kernel, self.softmax_scale, self.window)
-
-
-def window_of_layer(config: LlamaConfig, layer_number: int) -> int | None:
-    """The sliding window of layer `layer_number` (from 1), None where it sees everything.
-
-    `window_attn_skip_freq` N leaves every N-th layer full; a list says 1 (window) or 0 (full) layer by layer. Both as
-    in Megatron-Core.
-    """
-    pattern = config.full_attention_layers
-    if config.attention_window is None:
-        return None
-    if isinstance(pattern, int):
-        full = layer_number % pattern == 0
-    else:
-        full = pattern is not None and not pattern[layer_number - 1]
-    return None if full else config.attention_window

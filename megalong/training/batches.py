@@ -22,14 +22,13 @@ from megalong.model.batch import MicroBatch, shard_samples
 class Batches:
     """This rank's share of every global batch."""
 
-    def __init__(self, config: Config, samples: PackedSamples, device: torch.device) -> None:
+    def __init__(self, config: Config, samples: PackedSamples, device: torch.device, window: int | None = None) -> None:
+        """`window` is the model's widest: balanced layouts count attended pairs with it."""
         self.samples = samples
         self.global_batch_size = config.training.global_batch_size
         self.micro_batch_size = config.training.micro_batch_size
         self.device = device
-        self._layout = TokenLayout(
-            config.parallel.context_parallel_size, config.token_layout, config.attention.window_size
-        )
+        self._layout = TokenLayout(config.parallel.context_parallel_size, config.token_layout, window)
         self._masked = config.data.packing == "masked"
         # Sequence parallelism cuts a context-parallel shard over the tensor-parallel ranks.
         parallel = config.parallel

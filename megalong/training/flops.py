@@ -1,10 +1,11 @@
 """Floating-point operations a token needs, counted from the model's shape alone.
 
 A weight matrix of n entries costs 2n operations a token forward (multiply, add) and twice that backward: 6n.
-Attention costs, per layer and token at position p, 2 products (scores, values) x 2 operations x p keys x
-heads x head_dim; causal, so p is s/2 on average, and again three times with backward:
+Attention costs, per layer and token, 2 products (scores, values) x 2 operations x k keys x heads x head_dim, and
+again three times with backward. k is s/2 on average where a layer is causal, and w - w^2/(2s) in a window of w tokens:
+the first w tokens see w/2 on average, the others w.
 
-    flops per token = 6 * (layer matrices + output head) + layers * 6 * s * heads * head_dim
+    flops per token = 6 * (layer matrices + output head) + 12 * heads * head_dim * (sum over layers of k)
 
 The embedding is a look-up, so it is not counted; norms, rotary and soft-max are below 1 % and are not either. What
 activation recompute repeats is no useful work: this is *model* FLOPs, the MFU of the papers, causal half only (some
@@ -30,5 +31,6 @@ def matrix_entries(architecture: Architecture) -> int:
 def flops_per_token(architecture: Architecture, seq_length: int) -> float:
     """Model FLOPs of one token, forward and backward, averaged over a causal sequence of `seq_length` tokens."""
     attention_width = architecture.num_attention_heads * architecture.kv_channels
-    attention = 6 * architecture.num_layers * seq_length * attention_width
-    return float(6 * matrix_entries(architecture) + attention)
+    windows = [min(window or seq_length, seq_length) for window in architecture.layer_windows]
+    keys = sum(window - window**2 / (2 * seq_length) for window in windows)
+    return float(6 * matrix_entries(architecture) + 12 * attention_width * keys)

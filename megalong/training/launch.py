@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megalong.config.architecture import Architecture
 from megalong.config.checks import check_model, check_world
 from megalong.config.load import load_config
 from megalong.config.schema import Config
@@ -20,7 +21,7 @@ from megalong.data.sampler import PackedSamples
 from megalong.errors import UserError
 from megalong.runtime.folders import refuse_unwritable
 from megalong.runtime.launch import run_local
-from megalong.training.start import find_start
+from megalong.training.start import as_configured, find_start
 
 
 def train(config_path: str, overrides: list[str] | None = None, nproc: int | None = None) -> int:
@@ -49,8 +50,10 @@ def train(config_path: str, overrides: list[str] | None = None, nproc: int | Non
 def _check(stages: list[Config], world: int) -> None:
     """Everything that needs no process, for every stage: the last one's mistake must not show after days of the first.
 
-    A stage that starts from the one before has the model of the one before, which is not trained yet.
+    A stage that starts from the one before has the model of the one before, which is not trained yet, under its own
+    positions and window.
     """
+    architecture: Architecture | None = None
     for index, config in enumerate(stages):
         check_world(config, world)
         data = config.data
@@ -58,7 +61,9 @@ def _check(stages: list[Config], world: int) -> None:
             samples = PackedSamples(
                 data.mixture, data.seq_length, config.run.seed, data.split, part, separator=data.separator
             )
-        if index == 0 or not _follows(config, stages[index - 1]):
+        if architecture is not None and _follows(config, stages[index - 1]):
+            architecture = as_configured(config, architecture)
+        else:
             architecture = find_start(config).architecture
         check_model(config, architecture)
         _check_vocabulary(samples, architecture.vocab_size)

@@ -33,10 +33,8 @@ class Trainer:
         config = session.config
         self.session, self.config, self.metrics = session, config, metrics
         self.step = TrainStep(session.chunks, session.optimizer, session.scheduler)
-        self.train = Batches(config, self._samples("train"), session.device)
-        self.validation = (
-            Batches(config, self._samples("validation"), session.device) if config.evaluation.interval else None
-        )
+        self.train = self._batches("train")
+        self.validation = self._batches("validation") if config.evaluation.interval else None
         self._window = _Window(config.data.seq_length)
 
     def run(self) -> None:
@@ -107,6 +105,10 @@ class Trainer:
         )
         self.metrics.log_step(record)
         self._window = _Window(config.data.seq_length)
+
+    def _batches(self, part: str) -> Batches:
+        session = self.session
+        return Batches(session.config, self._samples(part), session.device, session.architecture.widest_window)
 
     def _samples(self, part: str) -> PackedSamples:
         data = self.config.data

@@ -90,8 +90,6 @@ def model_settings(config: Config, exchange: Exchange, machine: Machine) -> Mode
         recompute=config.memory.recompute,
         kernel=backend_of(config, machine),
         exchange=exchange.transport,
-        window_size=config.attention.window_size,
-        window_attn_skip_freq=config.attention.window_attn_skip_freq,
         fp8=config.precision.fp8,
         fp8_recipe=config.precision.fp8_recipe,
         fp8_dot_product_attention=config.precision.fp8_dot_product_attention,

@@ -14,7 +14,7 @@ from megalong.config.schema import Config
 from megalong.errors import UserError
 from megalong.hf.config import read_architecture
 
-# What must be equal for a checkpoint's tensors to fit a model; rope and lengths may change.
+# What must be equal for a checkpoint's tensors to fit a model; rope, lengths and windows may change between runs.
 _SHAPE = (
     "hidden_size",
     "ffn_hidden_size",
@@ -32,7 +32,7 @@ class Start:
     """Exactly one of `resume`, `checkpoint`, `hf` is set, or none for random weights.
 
     Attributes:
-        architecture: the model to build, with `model.rope` applied.
+        architecture: the model to build, with `model.rope` and `attention`'s window applied.
         assets: folder with the tokenizer and its kin, passed on from checkpoint to checkpoint.
     """
 
@@ -59,17 +59,27 @@ def find_start(config: Config) -> Start:
     return Start(meta.architecture, resume=own[-1], assets=_assets(own[-1]))
 
 
+def as_configured(config: Config, architecture: Architecture) -> Architecture:
+    """`architecture` under the positions and the window that `config` trains it with; twice is once.
+
+    Raises:
+        UserError: a pattern of windows for another number of layers.
+    """
+    attention = config.attention
+    return architecture.with_rope(config.model.rope).with_window(attention.window_size, attention.window_attn_skip_freq)
+
+
 def _first_start(config: Config) -> Start:
-    load, override = config.model.load, config.model.rope
+    load = config.model.load
     if load is None:
         assert config.model.architecture is not None
-        return Start(config.model.architecture.with_rope(override))
+        return Start(as_configured(config, config.model.architecture))
     if load.hf is not None:
         folder = Path(load.hf)
-        return Start(read_architecture(folder).with_rope(override), hf=folder, assets=folder)
+        return Start(as_configured(config, read_architecture(folder)), hf=folder, assets=folder)
     assert load.checkpoint is not None
     checkpoint = find_checkpoint(load.checkpoint)
-    architecture = read_meta(checkpoint).architecture.with_rope(override)
+    architecture = as_configured(config, read_meta(checkpoint).architecture)
     return Start(architecture, checkpoint=checkpoint, assets=_assets(checkpoint))
 
 
@@ -84,7 +94,7 @@ def _check_same_model(config: Config, found: Architecture, checkpoint: Path) -> 
         wanted = _first_start(config).architecture
     except UserError:
         # The source of the first start may be gone by now; the run folder is all that a resume needs.
-        return
+        wanted = as_configured(config, found)
     for name in _SHAPE:
         here, there = getattr(found, name), getattr(wanted, name)
         if here != there:
@@ -98,3 +108,20 @@ def _check_same_model(config: Config, found: Architecture, checkpoint: Path) -> 
             f"{found.rope.rope_theta:g}), the configuration says {wanted.rope.type} (factor {wanted.rope.factor:g}, "
             f"base {wanted.rope.rope_theta:g}); start a new run.dir with model.load: {{checkpoint: {config.run.dir}}}"
         )
+    if found.layer_windows != wanted.layer_windows:
+        raise UserError(
+            f"run.dir {config.run.dir} was trained with {_windows(found)}, the configuration says {_windows(wanted)}; "
+            f"write that window under attention, or start a new run.dir with model.load: "
+            f"{{checkpoint: {config.run.dir}}}"
+        )
+
+
+def _windows(architecture: Architecture) -> str:
+    windowed = sum(window is not None for window in architecture.layer_windows)
+    if not windowed:
+        return "no window"
+    size, frequency = architecture.window_size, architecture.window_attn_skip_freq
+    if frequency is None:
+        return f"window_size {size}"
+    shown = frequency if isinstance(frequency, int) else list(frequency)
+    return f"window_size {size}, window_attn_skip_freq {shown}"

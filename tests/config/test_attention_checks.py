@@ -37,7 +37,7 @@ WINDOW = "attention.window_size=64"
             "data.seq_length 4096 is not a multiple of 12",
             ["data.seq_length=4104"],
         ),
-        ([ENGINE, CP2, WINDOW], "exchange: auto with window_size 64", ["attention.exchange=all_gather"]),
+        ([ENGINE, CP2, WINDOW], "exchange: auto with attention.window_size 64", ["attention.exchange=all_gather"]),
         (
             [ENGINE, CP2, WINDOW, "attention.exchange=ring"],
             "write exchange: all_gather",

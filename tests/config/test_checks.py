@@ -1,6 +1,7 @@
 """The layout rules, against a brute-force reading of what each of them means."""
 
 import itertools
+import json
 import re
 
 import pytest
@@ -126,6 +127,8 @@ def test_head_dimension_follows_unless_given():
         ({"rope": RopeSettings()}, "rope.rope_theta is required"),
         ({"rope": RopeSettings(type="yarn", factor=2, rope_theta=1e4)}, "rope.original_max_position_embeddings is req"),
         ({"hidden": 3}, "Extra inputs"),
+        ({"window_attn_skip_freq": 2}, "window_attn_skip_freq without window_size"),
+        ({"window_size": 4, "window_attn_skip_freq": [1, 0]}, "[1, 0] has 2 entries and the model 6 layers"),
     ],
 )
 def test_impossible_architectures(change, message):
@@ -167,3 +170,51 @@ class TestWithRope:
     def test_nothing_asked_changes_nothing(self):
         model = Architecture(**SHAPE)
         assert model.with_rope(None) is model
+
+
+class TestWithWindow:
+    """`attention`'s window over a model's own."""
+
+    @pytest.mark.parametrize(
+        ("frequency", "windows"),
+        [
+            (None, (9, 9, 9, 9, 9, 9)),
+            (1, (None, None, None, None, None, None)),
+            (2, (9, None, 9, None, 9, None)),
+            (4, (9, 9, 9, None, 9, 9)),
+            (7, (9, 9, 9, 9, 9, 9)),
+            ((1, 0, 0, 1, 1, 0), (9, None, None, 9, 9, None)),
+        ],
+    )
+    def test_layer_by_layer(self, frequency, windows):
+        model = Architecture(**SHAPE).with_window(9, frequency)
+        assert model.layer_windows == windows
+        assert model.widest_window == (None if None in windows else 9)
+        assert Architecture.model_validate(json.loads(model.model_dump_json())) == model
+
+    def test_the_override_replaces_both(self):
+        model = Architecture(**SHAPE, window_size=9, window_attn_skip_freq=[1, 0, 0, 1, 1, 0])
+        assert model.with_window(None) is model
+        assert model.with_window(5).layer_windows == (5, 5, 5, 5, 5, 5)
+        assert model.with_window(5, 3).with_window(5, 3) == model.with_window(5, 3)
+
+    def test_a_model_that_was_written_without_windows_has_none(self):
+        written = Architecture(**SHAPE).model_dump(exclude={"window_size", "window_attn_skip_freq"})
+        model = Architecture.model_validate(written)
+        assert model.layer_windows == (None,) * 6
+        assert model.widest_window is None
+
+    def test_a_pattern_for_another_model(self):
+        with pytest.raises(UserError, match=r"^attention\.window_attn_skip_freq \[1, 0\] has 2 .* 6 layers; write one"):
+            Architecture(**SHAPE).with_window(9, (1, 0))
+
+    def test_the_loaded_models_window_is_checked_too(self, load):
+        fp8 = load("precision.fp8=hybrid", "precision.fp8_dot_product_attention=true")
+        engine = ["attention.backend=transformer_engine", "parallel.context_parallel_size=2"]
+        windowed = Architecture(**SHAPE, window_size=9)
+        with pytest.raises(UserError, match=r"with the model's window_size 9: .* fp8_dot_product_attention: false$"):
+            check_model(fp8, windowed)
+        with pytest.raises(UserError, match=r"exchange: auto with the model's window_size 9"):
+            check_model(load(*engine), windowed)
+        check_model(load(*engine, "attention.exchange=ulysses"), windowed)
+        check_model(fp8, windowed.with_window(9, 1))

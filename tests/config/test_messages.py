@@ -41,6 +41,10 @@ WRONG = {
     "run.name=a/b": "run.name: 'a/b' is no name",
     "run.dir=": "run.dir: None is not text",
     "task=finetune": "task: 'finetune' is not one of 'pretrain'",
+    "attention={window_size: 4, window_attn_skip_freq: often}": "window_attn_skip_freq: 'often' is not a whole number",
+    "attention={window_size: 4, window_attn_skip_freq: 0}": "window_attn_skip_freq: 0 is out of range; it must be >= 1",
+    "attention={window_size: 4, window_attn_skip_freq: [1, 2]}": "window_attn_skip_freq: 2 is not one of 0 or 1",
+    "attention={window_size: 4, window_attn_skip_freq: []}": "window_attn_skip_freq: is an empty list; add an entry",
     "training=": "training: None is not a section",
 }
 
@@ -57,6 +61,7 @@ def test_a_wrong_value_is_told_in_one_line(load, override):
 
 # override -> message of a rule inside one section
 CONTRADICTIONS = {
+    "attention.window_attn_skip_freq=2": "window_attn_skip_freq without window_size",
     "optimizer.min_lr=1": "min_lr 1 is above lr 3e-05",
     "model.rope.type=none": "factor 16 has no effect with type none",
     "model.rope.beta_fast=0.5": "beta_fast 0.5 must be above beta_slow 1",

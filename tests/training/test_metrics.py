@@ -196,6 +196,18 @@ def test_flops_equal_torchs_own_count():
     assert per_token == pytest.approx(flops_per_token(a, 128) + causal_saving, rel=2e-3)
 
 
+@pytest.mark.parametrize(("window", "frequency"), [(7, None), (100, 2), (128, None), (500, None), (16, (0, 1))])
+def test_windowed_layers_attend_to_fewer_pairs(window, frequency):
+    """Counted pair by pair in the mask; ours leaves half a key of the diagonal out, in every layer."""
+    a, place = ARCHITECTURE.with_window(window, frequency), torch.arange(128)
+    distance = place[:, None] - place
+    pairs = sum(int(((distance >= 0) & (distance < (w or 128))).sum()) for w in a.layer_windows)
+    expected = 6 * matrix_entries(a) + 12 * a.num_attention_heads * a.kv_channels * pairs / 128
+    half_a_key = 12 * a.num_attention_heads * a.kv_channels * a.num_layers / 2
+    assert abs(expected - flops_per_token(a, 128)) <= half_a_key
+    assert flops_per_token(a, 128) < flops_per_token(ARCHITECTURE, 128) or window >= 128
+
+
 @pytest.mark.parametrize(
     ("tokens_per_second", "length", "mfu"), [(217, 2**20, 0.19), (181, 2**21, 0.31), (84, 2**22, 0.28)]
 )

@@ -39,7 +39,7 @@ def test_stages_run_one_after_another_and_go_on_in_a_later_job(tmp_path: Path) -
     )
     rope = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 64}
     settings["stages"] = [
-        {"name": "short"},
+        {"name": "short", "attention": {"window_size": 9, "window_attn_skip_freq": 2}},
         {"name": "long", "data": {"seq_length": 128}, "model": {"rope": rope}},
     ]
     config = tmp_path / "stages.yaml"
@@ -52,6 +52,7 @@ def test_stages_run_one_after_another_and_go_on_in_a_later_job(tmp_path: Path) -
     assert (first.step, second.step, second.consumed_samples) == (2, 2, 4)
     assert (first.architecture.rope.type, second.architecture.rope.type) == ("none", "yarn")
     assert second.architecture.max_position_embeddings == 128
+    assert first.architecture.layer_windows == second.architecture.layer_windows == (9, None, 9, None)
 
     # A second job, with more to do: the first stage resumes for its last step, the second for its own.
     again = train(config, "training.train_iters=3")
@@ -65,6 +66,7 @@ def test_stages_run_one_after_another_and_go_on_in_a_later_job(tmp_path: Path) -
     [
         ({"model": {"load": {"hf": "nowhere"}}}, "nowhere/config.json: no such file"),
         ({"parallel": {"pipeline_model_parallel_size": 3}}, "does not divide the model's 4 layers"),
+        ({"attention": {"window_size": 9, "window_attn_skip_freq": [1, 0]}}, "2 entries and the model 4 layers"),
     ],
 )
 def test_the_last_stages_mistake_is_told_before_the_first_starts(
