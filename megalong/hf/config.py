@@ -1,12 +1,13 @@
-"""A Llama's `config.json` to an `Architecture` and back, read as plain JSON: no code a folder names is run.
+"""`config.json` of a Llama, or of its kin with windows, to an `Architecture` and back, read as plain JSON.
 
 What cannot be trained faithfully is refused by name instead of being read as something close to it: another
-`model_type`, biases, another activation, a quantized checkpoint, code shipped with the model. Keys that are left out
-mean what transformers' `LlamaConfig` says they mean (`DEFAULTS`); the sizes of the model have no default.
+`model_type`, biases, another activation, a quantized checkpoint, code shipped with the model, which is never run.
+Keys that are left out mean what transformers' configurations say they mean; the sizes of the model have no default.
 
 Export starts from the original `config.json` where there is one, so that fields nobody here knows survive, and
 writes what transformers renamed over the years under both names: `torch_dtype` and `dtype`, and the rope fields as
-`megalong.rope` spells them. The length a model was extended to is the architecture's `max_position_embeddings`.
+`megalong.rope` spells them. The length a model was extended to is the architecture's `max_position_embeddings`, and
+what it is called follows from its windows (`megalong.hf.family`).
 """
 
 import json
@@ -17,16 +18,10 @@ from pydantic import ValidationError
 
 from megalong.config.architecture import Architecture
 from megalong.errors import UserError
+from megalong.hf.family import CLASSES, WINDOW_FIELDS, defaults, read_windows, write_windows
 from megalong.rope.hf import from_hf, to_hf
 
 CONFIG_FILE = "config.json"
-DEFAULTS: dict[str, Any] = {
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 2048,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 _FIELDS = {
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn_hidden_size",
@@ -41,10 +36,8 @@ _FIELDS = {
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
 }
-_OPTIONAL = {*DEFAULTS, "num_key_value_heads", "head_dim"}
+_OPTIONAL = {"num_key_value_heads", "head_dim"}
 _FIXED = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -57,6 +50,7 @@ _DROPPED = (
     "original_max_position_embeddings",
     "_name_or_path",
     "pretraining_tp",
+    *WINDOW_FIELDS,
 )
 
 
@@ -77,14 +71,14 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
     """The architecture that `hf_dir/config.json` describes.
 
     A config without a dtype gives float32, which is what transformers takes it for. Raises UserError, one line, for
-    a missing or malformed file and for every model that is not a plain Llama.
+    a missing or malformed file and for every model that is not a plain Llama, Mistral or Ministral.
     """
     path = Path(hf_dir) / CONFIG_FILE
     config = read_json(path)
     _refuse_other_models(path, config)
     try:
         return Architecture.model_validate(
-            {**_fields(path, config), "rope": from_hf(config), "torch_dtype": _dtype(config)}
+            {**_fields(path, config), **read_windows(config), "rope": from_hf(config), "torch_dtype": _dtype(config)}
         )
     except ValidationError as error:
         raise UserError(f"{path}: {_first_problem(error)}") from error
@@ -101,16 +95,18 @@ def write_config(architecture: Architecture, base_config: dict[str, Any] | None 
     config = {key: value for key, value in (base_config or {}).items() if key not in _DROPPED}
     config.update(_FIXED)
     config.update({theirs: getattr(architecture, ours) for theirs, ours in _FIELDS.items()})
+    config.update(write_windows(architecture, config.get("model_type")))
     config.update(to_hf(architecture.rope, architecture.max_position_embeddings, architecture.kv_channels))
     config.update(torch_dtype=architecture.torch_dtype, dtype=architecture.torch_dtype)
     return config
 
 
 def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
-    """UserError for everything that is not a plain, unquantized Llama."""
+    """UserError for everything that is not a plain, unquantized Llama, Mistral or Ministral."""
+    names = list(CLASSES)
     refused = (
         ("auto_map", config.get("auto_map") is not None, "code shipped with a model is never run; use a plain Llama"),
-        ("model_type", config.get("model_type") != "llama", 'only Llama is supported; write "llama" if it is one'),
+        ("model_type", config.get("model_type") not in names, f"supported are {', '.join(names)}; write which it is"),
         ("quantization_config", config.get("quantization_config") is not None, "use the bf16, fp16 or fp32 release"),
         ("hidden_act", config.get("hidden_act", "silu") != "silu", 'Llama\'s MLP is gated by "silu"'),
         ("attention_bias", bool(config.get("attention_bias")), "Llamas with biases are not supported; use false"),
@@ -125,11 +121,12 @@ def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
 def _fields(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Architecture fields under our names, transformers' defaults filled in."""
     values: dict[str, Any] = {}
+    default = defaults(config["model_type"])
     for theirs, ours in _FIELDS.items():
         if theirs in config:
             values[ours] = config[theirs]
-        elif theirs in DEFAULTS:
-            values[ours] = DEFAULTS[theirs]
+        elif theirs in default:
+            values[ours] = default[theirs]
         elif theirs not in _OPTIONAL:
             raise UserError(f"{path}: {theirs} is missing; a Llama's config.json states it")
     if values.get("num_query_groups") is None:
@@ -145,7 +142,7 @@ def _dtype(config: dict[str, Any]) -> str:
 
 def _first_problem(error: ValidationError) -> str:
     """The first complaint of pydantic, in config.json's own words and on one line."""
-    theirs = {ours: name for name, ours in _FIELDS.items()}
+    theirs = {ours: name for name, ours in _FIELDS.items()} | {"window_size": "sliding_window"}
     problem = error.errors()[0]
     where = ".".join(theirs.get(str(part), str(part)) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")

@@ -6,8 +6,8 @@ is held once; shards of the export are views of its parameters. The way there an
 keeps the dtype the weights are stored in and both follow the table of megalong.hf.layout.
 
 What the model was trained to stands in the checkpoint's architecture, so an export after a context extension carries
-the extended rope and length; everything else of config.json, the tokenizer and the generation config are the
-original's, kept in the checkpoint since import.
+the extended rope and length, and its windows under a name that has them; everything else of config.json, the tokenizer
+and the generation config are the original's, kept in the checkpoint since import.
 """
 
 import contextlib
@@ -177,7 +177,10 @@ def _dtype(name: str) -> torch.dtype:
 def _summary(architecture: Architecture) -> str:
     """One line on a model's size, for the log."""
     parameters = sum(torch.Size(shape).numel() for shape in hf_shapes(architecture).values())
+    windowed = sum(window is not None for window in architecture.layer_windows)
+    windows = f" ({windowed} see {architecture.window_size} tokens)" if windowed else ""
     return (
-        f"{parameters / 1e9:.3g}B parameters, {architecture.num_layers} layers, vocabulary {architecture.vocab_size}, "
-        f"{architecture.torch_dtype}, rope {architecture.rope.type}, {architecture.max_position_embeddings} positions"
+        f"{parameters / 1e9:.3g}B parameters, {architecture.num_layers} layers{windows}, vocabulary "
+        f"{architecture.vocab_size}, {architecture.torch_dtype}, rope {architecture.rope.type}, "
+        f"{architecture.max_position_embeddings} positions"
     )

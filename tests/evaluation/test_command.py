@@ -1,7 +1,9 @@
 """`megalong evaluate perplexity` against transformers' own losses, and what it says to a user's mistakes."""
 
+import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -10,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megalong.data.indexed_writer import IndexedDatasetWriter
 from megalong.errors import UserError
@@ -32,11 +34,14 @@ def sources(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(sources):
     """Mean loss by position as transformers sees it."""
-    hf, data = sources
+    return losses_of_transformers(*sources)
+
+
+def losses_of_transformers(hf, data):
     packed = open_held_out(str(data), LENGTH, SAMPLES, find_model(hf=hf))
     samples = torch.stack([torch.from_numpy(packed.sample(k)) for k in range(SAMPLES)])
     with torch.no_grad():
-        logits = LlamaForCausalLM.from_pretrained(hf)(samples[:, :-1]).logits
+        logits = AutoModelForCausalLM.from_pretrained(hf)(samples[:, :-1]).logits
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), samples[:, 1:], reduction="none")
     return [losses[:, low:high].mean().item() for low, high in pairwise(bucket_edges(LENGTH))]
 
@@ -46,6 +51,16 @@ def test_losses_by_position_are_transformers(pool, sources, expected, world):
     hf, data = sources
     for means in pool.run(world, "tests.evaluation.workers:position_means", hf, data, LENGTH, SAMPLES):
         assert means == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_models_own_window_is_measured(pool, sources, expected, tmp_path):
+    mistral, data = shutil.copytree(sources[0], tmp_path / "mistral"), sources[1]
+    config = json.loads((mistral / "config.json").read_text())
+    (mistral / "config.json").write_text(json.dumps(config | {"model_type": "mistral", "sliding_window": 11}))
+    windowed = losses_of_transformers(mistral, data)
+    assert windowed != pytest.approx(expected, rel=1e-3)
+    for means in pool.run(2, "tests.evaluation.workers:position_means", mistral, data, LENGTH, SAMPLES):
+        assert means == pytest.approx(windowed, rel=1e-5)
 
 
 def test_the_command_writes_numbers_table_and_picture(sources, expected, tmp_path):

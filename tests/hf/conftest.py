@@ -1,5 +1,6 @@
-"""Tiny random Llamas in Hugging Face format, with a real (tiny) byte-level BPE tokenizer beside the weights."""
+"""Tiny random Llamas and kin in Hugging Face format, with a real (tiny) byte-level BPE tokenizer beside the weights."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,9 +54,16 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def write_llama(
-    folder: Path, dtype: torch.dtype = torch.float32, shard_size: str | None = None, **overrides: object
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    shard_size: str | None = None,
+    family: dict[str, object] | None = None,
+    **overrides: object,
 ) -> Path:
-    """A checkpoint of random weights in `folder`, of SHAPE with `LlamaConfig` fields overridden."""
+    """A checkpoint of random weights in `folder`, of SHAPE with `LlamaConfig` fields overridden.
+
+    `family` are fields put into config.json afterwards: the same weights are a Mistral's under its name.
+    """
     torch.manual_seed(7)
     settings = {**SHAPE, "rope_parameters": dict(ROPE), "bos_token_id": 0, "eos_token_id": 1, **overrides}
     model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
@@ -64,6 +72,8 @@ def write_llama(
             parameter.copy_(torch.randn_like(parameter))
     save_tokenizer(folder)
     model.save_pretrained(folder, **({"max_shard_size": shard_size} if shard_size else {}))
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | (family or {})))
     return folder
 
 

@@ -17,6 +17,7 @@ from megalong.hf.config import read_architecture, write_config
 from megalong.rope import inverse_frequencies
 from tests.hf.conftest import ROPE, SHAPE, architecture_of
 
+SLIDING, FULL = "sliding_attention", "full_attention"
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
 ROPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -43,12 +44,15 @@ def test_a_config_of_transformers_gives_the_architecture(tmp_path: Path) -> None
     assert read_architecture(tmp_path) == architecture_of(eos_token_id=[1, 5])
 
 
-def test_what_is_left_out_means_what_transformers_takes_it_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "ministral"])
+def test_what_is_left_out_means_what_transformers_takes_it_for(tmp_path: Path, model_type: str) -> None:
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    save(tmp_path, {"model_type": "llama", **{key: SHAPE[key] for key in keys}})
+    save(tmp_path, {"model_type": model_type, **{key: SHAPE[key] for key in keys}})
     theirs, ours = AutoConfig.from_pretrained(tmp_path), read_architecture(tmp_path)
     assert ours.num_query_groups == theirs.num_key_value_heads == 8
-    assert ours.kv_channels == theirs.head_dim == 6
+    assert ours.kv_channels == 6
+    assert theirs.head_dim == 6 or (model_type == "ministral" and theirs.head_dim is None)
+    assert ours.layer_windows == (getattr(theirs, "sliding_window", None),) * 3
     assert ours.norm_epsilon == theirs.rms_norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.max_position_embeddings == theirs.max_position_embeddings
@@ -110,6 +114,56 @@ def test_unknown_fields_survive_and_stale_ones_do_not(tmp_path: Path) -> None:
     assert read_architecture(save(tmp_path, write_config(architecture_of()))) == architecture_of()
 
 
+@pytest.mark.parametrize(
+    ("fields", "windows", "leaves_as"),
+    [
+        ({"model_type": "llama"}, (None,) * 3, "Llama"),
+        ({"model_type": "llama", "sliding_window": 9, "layer_types": [SLIDING] * 3}, (None,) * 3, "Llama"),
+        ({"model_type": "mistral", "sliding_window": 9}, (9,) * 3, "Mistral"),
+        ({"model_type": "mistral", "sliding_window": None}, (None,) * 3, "Mistral"),
+        ({"model_type": "ministral", "sliding_window": 9}, (9,) * 3, "Ministral"),
+        ({"model_type": "ministral", "sliding_window": 9, "layer_types": [SLIDING, FULL, FULL]}, (9, None, None), None),
+        ({"model_type": "ministral", "sliding_window": 9, "layer_types": [FULL] * 3}, (None,) * 3, "Ministral"),
+    ],
+)
+def test_windows_round_trip_under_the_same_name(
+    tmp_path: Path, fields: dict[str, Any], windows: tuple[int | None, ...], leaves_as: str | None
+) -> None:
+    base = plain(**fields)
+    architecture = read_architecture(save(tmp_path / "in", base))
+    assert architecture.layer_windows == windows
+    written = write_config(architecture, base)
+    assert read_architecture(save(tmp_path / "out", written)).layer_windows == windows
+    assert written["architectures"] == [f"{leaves_as or 'Ministral'}ForCausalLM"]
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.model_type == fields["model_type"] == written["model_type"]
+    if leaves_as != "Llama":
+        assert config.sliding_window == next((window for window in windows if window), None)
+    else:
+        assert "sliding_window" not in written
+        assert "layer_types" not in written
+
+
+@pytest.mark.parametrize(
+    ("window", "leaves_as"),
+    [
+        ((9, None), {"llama": "mistral", "mistral": "mistral", "ministral": "ministral"}),
+        ((9, 2), {"llama": "ministral", "mistral": "ministral", "ministral": "ministral"}),
+        ((9, 1), {"llama": "llama", "mistral": "mistral", "ministral": "ministral"}),
+    ],
+)
+def test_a_model_trained_in_other_windows_leaves_under_a_name_that_has_them(
+    tmp_path: Path, window: tuple[int, int | None], leaves_as: dict[str, str]
+) -> None:
+    for before, after in leaves_as.items():
+        base = plain(model_type=before, sliding_window=5)
+        trained = read_architecture(save(tmp_path / before, base)).with_window(*window)
+        written = write_config(trained, base)
+        assert written["model_type"] == after
+        assert read_architecture(save(tmp_path / f"{before}-out", written)).layer_windows == trained.layer_windows
+    assert write_config(trained)["model_type"] == leaves_as["llama"]
+
+
 @pytest.mark.parametrize("spelling", ["dtype", "torch_dtype"])
 def test_both_spellings_of_the_dtype(tmp_path: Path, spelling: str) -> None:
     base = plain()
@@ -122,7 +176,19 @@ def test_both_spellings_of_the_dtype(tmp_path: Path, spelling: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        ({"model_type": "mistral"}, 'model_type = "mistral": only Llama'),
+        ({"model_type": "qwen2"}, 'model_type = "qwen2": supported are llama, mistral, ministral'),
+        ({"model_type": ["llama"]}, "model_type = "),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window = 0"),
+        ({"model_type": "mistral", "sliding_window": "4096"}, 'sliding_window = "4096"'),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias = true"),
+        ({"model_type": "mistral", "layer_types": [SLIDING] * 3}, 'layer_types = .* or write model_type "ministral"'),
+        ({"model_type": "ministral", "layer_types": [SLIDING] * 2}, "layer_types = .* each of the 3 layers"),
+        (
+            {"model_type": "ministral", "layer_types": [SLIDING, FULL, "chunked_attention"]},
+            "layer_types = .*or full_att",
+        ),
+        ({"model_type": "ministral", "layer_types": "all"}, 'layer_types = "all"'),
+        ({"model_type": "ministral", "layer_types": [SLIDING] * 3, "sliding_window": None}, "without sliding_window"),
         ({"model_type": None}, "model_type = null"),
         ({"attention_bias": True}, "attention_bias = true"),
         ({"mlp_bias": True}, "mlp_bias = true"),

@@ -1,16 +1,18 @@
-"""Imported weights give transformers' logits: every rope type, far past the original length, under TP and CP."""
+"""Imported weights give transformers' logits: ropes, far past the original length, windows, under TP and CP."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megalong.attention.layout import TokenLayout, tokens_of
+from megalong.checkpoint.folder import META, find_checkpoint, read_meta
 from tests.llama import VOCABULARY, make_llama
 from tests.pool import WorkerPool
 
@@ -34,7 +36,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 def transformers_logits(folder: Path, positions: list[int], tokens: np.ndarray) -> tuple[np.ndarray, float]:
     """Logits of transformers with its rotary angles in float64, and the spread of its attention scores."""
-    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     rotary = model.model.rotary_emb
 
     def exact(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,3 +103,56 @@ def test_ntk_aware_is_another_base(tmp_path: Path, pool: WorkerPool) -> None:
     rope = {"type": "ntk", "factor": factor}
     (ours,) = pool.run(1, "tests.model.workers:logits", str(plain), positions, tokens.tolist(), {}, rope)
     assert np.abs(ours - theirs).max() <= 1e-4
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"model_type": "mistral", "sliding_window": 7},
+    "mistral of one token": {"model_type": "mistral", "sliding_window": 1},
+    "mistral without window": {"model_type": "mistral", "sliding_window": None},
+    "ministral": {"model_type": "ministral", "sliding_window": 7, "layer_types": [SLIDING, FULL, FULL, SLIDING]},
+}
+
+
+def rename(folder: Path, fields: dict[str, Any]) -> None:
+    """The same weights under another name: put `fields` into config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_are_those_of_transformers(family: str, tmp_path: Path, pool: WorkerPool) -> None:
+    folder = make_llama(tmp_path / "hf", rope_parameters=ROPES["yarn"])
+    rename(folder, FAMILIES[family])
+    tokens = np.random.default_rng(4).integers(0, VOCABULARY, (2, SEQUENCE))
+    positions = list(range(FAR, FAR + SEQUENCE))
+    theirs, _ = transformers_logits(folder, positions, tokens)
+    for context in (1, 2):
+        arguments = str(folder), positions, tokens.tolist(), {"context": context}
+        for rank, ours in enumerate(pool.run(context, "tests.model.workers:logits", *arguments)):
+            rows = tokens_of(TokenLayout(context).runs(SEQUENCE, np.zeros(1, np.int64))[rank])
+            assert np.abs(ours - theirs[:, rows]).max() <= 1e-4
+    window = FAMILIES[family]["sliding_window"]
+    if window is not None:  # one token more or less would show
+        rename(folder, {"sliding_window": window + 1})
+        assert np.abs(transformers_logits(folder, positions, tokens)[0] - theirs).max() > 1e-2
+
+
+@pytest.mark.parametrize(("frequency", "name"), [(None, "MistralForCausalLM"), (3, "MinistralForCausalLM")])
+def test_a_llama_trained_in_windows_leaves_as_what_has_them(
+    frequency: int | None, name: str, tmp_path: Path, pool: WorkerPool
+) -> None:
+    folder, checkpoint, output = make_llama(tmp_path / "hf"), tmp_path / "checkpoint", tmp_path / "output"
+    jobs = [(str(folder), str(checkpoint), str(tmp_path / "full"))]
+    pool.run(1, "tests.hf.workers:convert", jobs)
+    step = find_checkpoint(checkpoint)
+    meta = read_meta(step)
+    trained = meta.model_copy(update={"architecture": meta.architecture.with_window(5, frequency)})
+    (step / META).write_text(trained.model_dump_json())
+    pool.run(1, "tests.hf.workers:convert", [(None, str(checkpoint), str(output))])
+    tokens, positions = np.random.default_rng(5).integers(0, VOCABULARY, (2, SEQUENCE)), list(range(SEQUENCE))
+    window = (5, frequency)
+    (ours,) = pool.run(1, "tests.model.workers:logits", str(folder), positions, tokens.tolist(), {}, None, window)
+    assert type(AutoModelForCausalLM.from_pretrained(output)).__name__ == name
+    assert np.abs(ours - transformers_logits(output, positions, tokens)[0]).max() <= 1e-4
+    assert np.abs(ours - transformers_logits(tmp_path / "full", positions, tokens)[0]).max() > 1e-2

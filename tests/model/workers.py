@@ -21,11 +21,12 @@ def logits(
     tokens: list[list[int]],
     parallel: dict[str, int],
     rope: dict[str, Any] | None = None,
+    window: tuple[int, int | None] | None = None,
 ) -> np.ndarray:
     """Full-vocabulary logits [b, s, V] of our model with the weights of `hf`, float64 for the comparison's sake.
 
     Context-parallel ranks return their shard's rows in shard order; the caller puts them back.
-    `rope` overrides the folder's positions, as `model.rope` does.
+    `rope` overrides the folder's positions, as `model.rope` does, `window` (size and skip frequency) its windows.
     """
     device = torch.device("cpu")
     distributed.start(device)
@@ -45,7 +46,7 @@ def logits(
     distributed.set_layout(layout)
     try:
         override = RopeSettings(**rope) if rope else None
-        architecture = read_architecture(Path(hf)).with_rope(override)
+        architecture = read_architecture(Path(hf)).with_rope(override).with_window(*window or (None,))
         (model,) = build_model(architecture, ModelSettings(layout=layout, params_dtype=torch.float32))
         load_into(
             model, HFReader(Path(hf)), architecture, parallel_state.get_tensor_model_parallel_rank(), layout.tensor
