@@ -24,7 +24,7 @@ import numpy as np
 Kind = Literal["zigzag", "per_document_zigzag", "balanced"]
 Runs = np.ndarray  # int64 [r, 2]: first token and the one behind the last, ascending
 TILES = (2, 4, 8, 16, 32, 64)  # tiles a rank gets of a balanced sequence, fewest first
-EVEN_ENOUGH = 1.03  # the fullest rank over the mean
+EVEN_ENOUGH = 1.02  # the fullest rank over the mean
 
 
 @dataclass(frozen=True)
