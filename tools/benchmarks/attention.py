@@ -10,7 +10,7 @@ exchange that costs nothing.
     rope_share_32k             rotary embedding of queries and keys, forward and backward, over attention, in one
 
 The physical limit of all of them is 1 (0 for the share). Below it are the messages, the merging of blocks, and that
-two processes wait for the slower one. Short documents are bounded by the CPU kernel itself: its tiles are 256 x 512, and
+two processes wait for the slower one. Short documents are bounded by the CPU kernel itself, with tiles of 256 x 512:
 a causal block of 1,000 tokens takes half as long again for each pair as one of 16,000.
 """
 
