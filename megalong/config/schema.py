@@ -14,6 +14,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from megalong.config import checks
 from megalong.config.architecture import NO_WINDOW, Architecture, LayerPattern, Positive
+from megalong.config.mixture import Domain
 from megalong.config.rope import RopeSettings
 from megalong.config.section import Section
 from megalong.config.split import split_weights
@@ -62,14 +63,6 @@ class Model(Section):
         if self.load is not None and self.architecture is not None:
             raise ValueError("load and architecture contradict: loaded weights bring their own shape; drop one of them")
         return self
-
-
-class Domain(Section):
-    """One dataset of the mixture: `path` is the prefix of its .bin and .idx, `weight` its share of the samples."""
-
-    name: Name
-    path: Text
-    weight: float = Field(gt=0)
 
 
 class Data(Section):

@@ -16,13 +16,14 @@ import numpy as np
 
 from megalong.data.blending import Blend
 from megalong.data.indexed import IndexedDataset
+from megalong.data.length_rules import LengthRules
 from megalong.data.splitting import PARTS, documents_of_part
 from megalong.data.stream import DomainStream
 from megalong.errors import UserError
 
 
 class MixtureEntry(Protocol):
-    """One domain of `data.mixture`: a name, a dataset's prefix, and its share of the samples."""
+    """One domain of `data.mixture`: a name, a dataset's prefix, its share of the tokens, and its length rules."""
 
     @property
     def name(self) -> str: ...
@@ -30,6 +31,8 @@ class MixtureEntry(Protocol):
     def path(self) -> str: ...
     @property
     def weight(self) -> float: ...
+    @property
+    def lengths(self) -> LengthRules | None: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class PackedSamples:
     """Packed samples of a mixture, endless and in a fixed order.
 
     Args:
-        mixture: domains with `name`, `path` (a dataset's prefix) and `weight`.
+        mixture: domains with `name`, `path` (a dataset's prefix), `weight` and `lengths`.
         seq_length: tokens S a sample trains on.
         seed: the run's seed; it decides the order of documents.
         split: shares of documents for training and validation, as in "99,1".
@@ -86,10 +89,11 @@ class PackedSamples:
         self.vocabulary_size = max((_told(d, "vocabulary_size", 0) for d in datasets), default=0) or None
         _check_separators(self.names, datasets, separator)
         self._blend = Blend([entry.weight for entry in mixture])
+        self._mixture = mixture
         self._streams = [
             DomainStream(dataset, documents_of_part(dataset.num_documents, split, part, dataset.prefix), seed,
-                         f"{name}/{part}", index_folder)
-            for name, dataset in zip(self.names, datasets, strict=True)
+                         f"{entry.name}/{part}", entry.lengths, index_folder)
+            for entry, dataset in zip(mixture, datasets, strict=True)
         ]  # fmt: skip
 
     def sample(self, k: int) -> np.ndarray:
@@ -116,6 +120,21 @@ class PackedSamples:
         """What the first `samples` samples take from each domain, in the mixture's order."""
         counts = self._blend.counts(samples).tolist()
         return [self._share(domain, count) for domain, count in enumerate(counts)]
+
+    def refuse_repeats(self, samples: int) -> None:
+        """Refuse a run of `samples` samples that shows documents more often than `lengths.max_repeats` allows.
+
+        Raises:
+            UserError: a domain's documents would come more often.
+        """
+        for entry, stream, count in zip(self._mixture, self._streams, self._blend.counts(samples), strict=True):
+            cap = entry.lengths.max_repeats if entry.lengths is not None else None
+            if cap is not None and (most := stream.most_repeats(int(count), self.seq_length)) > cap:
+                raise UserError(
+                    f"data.mixture: {entry.name}: this run shows documents up to {most} times, lengths.max_repeats "
+                    f"allows {cap}: {count * self.seq_length:,} tokens are asked of "
+                    f"{stream.tokens_per_epoch:,} an epoch; lower its weight or repeat, or train fewer steps"
+                )
 
     def _share(self, domain: int, samples: int) -> DomainShare:
         stream = self._streams[domain]

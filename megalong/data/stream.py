@@ -12,11 +12,13 @@ Samples are these pieces in another order, shuffled within blocks of about an ep
 would else fill a whole batch. (On the quickstart's model, in order instead of shuffled: loss 4.33 instead of 3.18 after
 330 steps.)
 
-Any sample is found without walking the stream: every epoch has the same number of tokens T, so token p lies in epoch
-p // T, and a binary search over the running sum of that epoch's lengths gives its document. The order of an epoch is a
-function of (seed, domain name, part, epoch), so any rank computes any sample, and resuming needs no state but a number.
+Any sample is found without walking the stream: where an epoch begins is a formula (e·T without length rules), and a
+binary search over the running sum of that epoch's lengths gives the document of a token. The order of an epoch is a
+function of (seed, domain name, part, rules, epoch), so any rank computes any sample, and resuming needs no state but a
+number.
 """
 
+import math
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
@@ -25,7 +27,9 @@ from pathlib import Path
 import numpy as np
 
 from megalong.data.epoch_index import index_key, load_index, save_index
+from megalong.data.epochs import Epochs
 from megalong.data.indexed import IndexedDataset
+from megalong.data.length_rules import LengthRules, length_classes
 from megalong.errors import UserError
 
 
@@ -35,24 +39,34 @@ class DomainStream:
     Args:
         seed: the run's seed.
         salt: the domain's name and part; streams of different salt are shuffled independently.
+        rules: `lengths` of the domain; None: every epoch holds each document once.
         index_folder: where `prepare` leaves the order of an epoch for other ranks; None keeps it in memory.
 
     Raises:
-        UserError: the documents hold no token at all.
+        UserError: the documents hold no token at all, or the rules leave none.
     """
 
     def __init__(
-        self, dataset: IndexedDataset, documents: np.ndarray, seed: int, salt: str, index_folder: Path | None = None
+        self,
+        dataset: IndexedDataset,
+        documents: np.ndarray,
+        seed: int,
+        salt: str,
+        rules: LengthRules | None = None,
+        index_folder: Path | None = None,
     ) -> None:
         self.dataset = dataset
         starts = dataset.document_starts
         lengths = starts[documents + 1] - starts[documents]
         self._starts, self._lengths = starts[documents][lengths > 0], lengths[lengths > 0]
         self.documents = documents[lengths > 0]
-        self.tokens_per_epoch = int(self._lengths.sum())
-        if self.tokens_per_epoch == 0:
+        if len(self.documents) == 0:
             raise UserError(f"{dataset.prefix}: the {len(documents)} documents of {salt} hold no token")
         self._seed = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, zlib.crc32(salt.encode())]
+        # A seed of three numbers, apart from those of epochs (four) and blocks (five).
+        self.epochs = Epochs(length_classes(self._lengths, rules, np.random.RandomState(self._seed), salt))
+        self.tokens_per_epoch = self.epochs.tokens_per_epoch
+        self._rules = rules
         # Two epochs are kept: a sample spans a border, and so do the samples of a global batch.
         self._epoch = lru_cache(maxsize=2)(self._indexed_epoch)
         self._block = lru_cache(maxsize=2)(self._indexed_block)
@@ -67,8 +81,8 @@ class DomainStream:
         out = np.empty(length, np.int64)
         filled = 0
         while filled < length:
-            epoch, offset = divmod(start + filled, self.tokens_per_epoch)
-            filled += self._fill(out[filled:], epoch, offset)
+            epoch = self.epochs.at(start + filled)
+            filled += self._fill(out[filled:], epoch, start + filled - self.epochs.start(epoch))
         return out
 
     def sample(self, j: int, seq_length: int) -> np.ndarray:
@@ -83,16 +97,12 @@ class DomainStream:
         """int64, ascending from 0: where documents begin among tokens `start` up to `start + length` of the stream."""
         found, begin = [np.zeros(1, np.int64)], start
         while begin < start + length:
-            epoch, offset = divmod(begin, self.tokens_per_epoch)
-            end = min(start + length, (epoch + 1) * self.tokens_per_epoch)
-            ends = self._epoch(epoch)[1]
-            first, last = np.searchsorted(ends, [offset, offset + end - begin], side="left")
-            inside = ends[first:last] + epoch * self.tokens_per_epoch - start
-            found.append(inside[(inside > 0) & (inside < length)])
-            begin = end
-        if (start + length - 1) // self.tokens_per_epoch > start // self.tokens_per_epoch:
-            borders = np.arange(start // self.tokens_per_epoch + 1, (start + length - 1) // self.tokens_per_epoch + 1)
-            found.append(borders * self.tokens_per_epoch - start)
+            epoch = self.epochs.at(begin)
+            first, ends = self.epochs.start(epoch), self._epoch(epoch)[1]
+            lowest, highest = np.searchsorted(ends, [begin - first, start + length - first], side="left")
+            inside = ends[lowest:highest] + first - start
+            found.append(inside[inside > 0])
+            begin = first + int(ends[-1])
         return np.unique(np.concatenate(found))
 
     def piece(self, j: int, seq_length: int) -> int:
@@ -100,6 +110,14 @@ class DomainStream:
         size = self._block_size(seq_length)
         block, place = divmod(j, size)
         return block * size + int(self._block(size, block)[place])
+
+    def most_repeats(self, samples: int, seq_length: int) -> int:
+        """How often the first `samples` samples may show one document, at most."""
+        if samples == 0:
+            return 0
+        size = self._block_size(seq_length)
+        last = ((samples - 1) // size + 1) * size * seq_length - 1  # samples are drawn from a whole block
+        return math.ceil((self.epochs.at(last) + 1) * self.epochs.ratio)
 
     def _block_size(self, seq_length: int) -> int:
         return max(1, self.tokens_per_epoch // seq_length)
@@ -111,7 +129,7 @@ class DomainStream:
         size = self._block_size(seq_length)
         blocks = range(first // size, (last - 1) // size + 1)
         start, end = blocks.start * size * seq_length, blocks.stop * size * seq_length
-        for epoch in range(start // self.tokens_per_epoch, end // self.tokens_per_epoch + 1):
+        for epoch in range(self.epochs.at(start), self.epochs.at(end) + 1):
             self._store(self._key("epoch", epoch), lambda epoch=epoch: self._shuffled(epoch))  # type: ignore[misc]
         for block in blocks:
             self._store(self._key("block", size, block), lambda block=block: self._permuted(size, block))  # type: ignore[misc]
@@ -139,7 +157,9 @@ class DomainStream:
         return order
 
     def _key(self, *what: object) -> str:
-        return index_key(self.dataset, self.documents, self._seed, *what) if self._index_folder is not None else ""
+        if self._index_folder is None:
+            return ""
+        return index_key(self.dataset, self.documents, self._seed, self._rules, *what)
 
     def _load(self, key: str) -> tuple[np.ndarray, ...] | None:
         return load_index(self._index_folder, key) if self._index_folder is not None else None
@@ -154,7 +174,7 @@ class DomainStream:
 
         numpy freezes RandomState's stream for good (NEP 19): a run resumed under another numpy sees the same data.
         """
-        order = np.random.RandomState([*self._seed, epoch]).permutation(len(self._lengths))
+        order = self.epochs.shuffled(epoch, np.random.RandomState([*self._seed, epoch]))
         return order, np.cumsum(self._lengths[order])
 
     def _permuted(self, size: int, block: int) -> tuple[np.ndarray]:

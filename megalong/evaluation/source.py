@@ -54,6 +54,7 @@ class _Dataset:
     name: str
     path: str
     weight: float = 1.0
+    lengths: None = None
 
 
 def open_held_out(data: str, seq_length: int, samples: int, source: ModelSource) -> PackedSamples:

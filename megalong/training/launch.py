@@ -61,6 +61,8 @@ def _check(stages: list[Config], world: int) -> None:
             samples = PackedSamples(
                 data.mixture, data.seq_length, config.run.seed, data.split, part, separator=data.separator
             )
+            if part == "train":
+                samples.refuse_repeats(config.training.train_iters * config.training.global_batch_size)
         if architecture is not None and _follows(config, stages[index - 1]):
             architecture = as_configured(config, architecture)
         else:

@@ -48,7 +48,7 @@ def counted(run: Path, kind: str, window: int | None) -> float:
 
 class _Domain:
     def __init__(self, name: str, path: str) -> None:
-        self.name, self.path, self.weight = name, path, 1.0
+        self.name, self.path, self.weight, self.lengths = name, path, 1.0, None
 
 
 @pytest.mark.parametrize("window", [None, 9])

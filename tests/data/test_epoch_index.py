@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalong.config.schema import Domain
+from megalong.config.mixture import Domain
 from megalong.data import IndexedDatasetWriter, PackedSamples
 from megalong.data.stream import DomainStream
 

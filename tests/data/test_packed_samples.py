@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megalong.data.blending import Blend
 from megalong.data.indexed import IndexedDataset
@@ -40,7 +42,7 @@ def dataset(prefix: Path, lengths: list[int], first: int = 0, sidecar: dict[str,
 
 
 def entry(path: Path, weight: float = 1.0, name: str | None = None) -> SimpleNamespace:
-    return SimpleNamespace(name=name or path.name, path=str(path), weight=weight)
+    return SimpleNamespace(name=name or path.name, path=str(path), weight=weight, lengths=None)
 
 
 @pytest.mark.parametrize("seq_length", [1, 4, 50, 997])
@@ -191,3 +193,19 @@ def test_a_dataset_of_megatron_without_sidecar_is_sampled(tmp_path: Path) -> Non
     path = dataset(tmp_path / "a", [5] * 20)
     assert IndexedDataset(path).sidecar is None
     assert PackedSamples([entry(path)], 8, 1, "99,1").sample(0).shape == (9,)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=10))
+def test_any_window_holds_every_domain_in_its_share(weights: list[float]) -> None:
+    blend = Blend(weights)
+    counts = np.array([blend.counts(k) for k in range(0, 2001, 10)])
+    ahead = counts - np.outer(np.arange(0, 2001, 10), blend.shares)
+    assert np.abs(ahead).max() <= len(weights) / 2 + 1
+    assert np.ptp(ahead, axis=0).max() <= len(weights) / 2 + 1
+
+
+@pytest.mark.slow
+def test_a_million_samples_are_within_a_ten_thousandth_of_the_weights() -> None:
+    shares = np.array(WEIGHTS[3]) / sum(WEIGHTS[3])
+    np.testing.assert_allclose(Blend(WEIGHTS[3]).counts(1_000_000) / 1e6, shares, rtol=0, atol=1e-5)

@@ -1,0 +1,132 @@
+"""What a domain's length rules make of its documents: classes, each with the number of times an epoch holds it.
+
+    lengths: {below: 4096, keep: 0.1, above: 8192, repeat: 2}       short × 0.1, middle × 1, long × 2
+    lengths: {above: 8192, share: 0.6}                              long × r, such that r·long = 0.6 · (rest + r·long)
+
+A class of ratio r is a circle of its documents that every epoch goes r times further along: three tenths are the first
+three tenths in epoch 0, the next three in epoch 1, and so on round; 2.5 times are two rounds and a half, then from
+where that ended. An epoch's part of the circle ends at the document's border nearest to the exact token, so
+
+    tokens of a class in the first e epochs = e · r · (tokens of the class)   within half a document, for every e,
+
+and no document of a class has come two times more often than another. The circle's order is drawn from the seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from megalong.errors import UserError
+
+
+class LengthRules(Protocol):
+    """`lengths` of a domain in `data.mixture`; None is a rule that is not written."""
+
+    @property
+    def drop_below(self) -> int | None: ...
+    @property
+    def drop_above(self) -> int | None: ...
+    @property
+    def below(self) -> int | None: ...
+    @property
+    def keep(self) -> float | None: ...
+    @property
+    def above(self) -> int | None: ...
+    @property
+    def repeat(self) -> float | None: ...
+    @property
+    def share(self) -> float | None: ...
+    @property
+    def max_repeats(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class LengthClass:
+    """Documents that an epoch holds `ratio` times.
+
+    Attributes:
+        documents: whole numbers [n], the circle.
+        ends: int64 [n], tokens up to the end of each of them.
+    """
+
+    documents: np.ndarray
+    ends: np.ndarray
+    ratio: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one round."""
+        return int(self.ends[-1])
+
+    def reached(self, epoch: int) -> tuple[int, int]:
+        """(documents, tokens) that all epochs before `epoch` have taken, rounds included."""
+        rounds, rest = divmod(epoch * self.ratio * self.tokens, self.tokens)
+        place = int(np.searchsorted(self.ends, rest, side="right"))
+        before = int(self.ends[place - 1]) if place else 0
+        if place < len(self.ends) and rest - before > int(self.ends[place]) - rest:
+            before, place = int(self.ends[place]), place + 1
+        return int(rounds) * len(self.ends) + place, int(rounds) * self.tokens + before
+
+    def of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(documents, round within the epoch) of one epoch, in the circle's order."""
+        first, last = self.reached(epoch)[0], self.reached(epoch + 1)[0]
+        size = len(self.documents)
+        if first % size == 0 and last - first == size:
+            return self.documents, np.zeros(size, np.int8)
+        steps = np.arange(first, last)
+        return self.documents[steps % size], (steps - first) // size
+
+
+def length_classes(
+    lengths: np.ndarray, rules: LengthRules | None, random: np.random.RandomState, where: str
+) -> list[LengthClass]:
+    """The classes of documents with `lengths` (int64 [documents], tokens, none of them 0), empty ones left out.
+
+    Args:
+        random: draws the circles; not used without rules, nor for classes that every epoch takes whole.
+        where: the domain and part, for the error message.
+
+    Raises:
+        UserError: the rules leave no document, or a share of tokens cannot be had.
+    """
+    if rules is None:
+        return [LengthClass(np.arange(len(lengths)), np.cumsum(lengths), 1.0)]
+    chosen = np.ones(len(lengths), bool)
+    if rules.drop_below is not None:
+        chosen &= lengths >= rules.drop_below
+    if rules.drop_above is not None:
+        chosen &= lengths <= rules.drop_above
+    short = chosen & (lengths < rules.below) if rules.below is not None else np.zeros_like(chosen)
+    long = chosen & (lengths > rules.above) if rules.above is not None else np.zeros_like(chosen)
+    keep, middle = rules.keep or 0.0, chosen & ~short & ~long
+    rest = keep * int(lengths[short].sum()) + int(lengths[middle].sum())
+    ratios = [(short, keep), (middle, 1.0), (long, _repeat(rules, rest, int(lengths[long].sum()), where))]
+    classes = [_circle(lengths, members, ratio, random) for members, ratio in ratios if ratio and members.any()]
+    if not classes:
+        raise UserError(
+            f"data.mixture: the lengths rules leave none of the {len(lengths)} documents of {where} (the longest has "
+            f"{int(lengths.max())} tokens); loosen them"
+        )
+    return classes
+
+
+def _repeat(rules: LengthRules, rest: float, long: int, where: str) -> float:
+    """How often an epoch holds a document of the long class; `rest` and `long` are tokens."""
+    if rules.share is None:
+        return rules.repeat or 0.0
+    if not rest or not long:
+        raise UserError(
+            f"data.mixture: lengths.share {rules.share:g} of {where} cannot be had: {'no' if not long else 'every'} "
+            f"document is longer than {rules.above} tokens; change above, or write repeat"
+        )
+    return rules.share / (1 - rules.share) * rest / long
+
+
+def _circle(lengths: np.ndarray, members: np.ndarray, ratio: float, random: np.random.RandomState) -> LengthClass:
+    documents = np.flatnonzero(members)
+    if not float(ratio).is_integer():
+        documents = random.permutation(documents)
+    return LengthClass(documents, np.cumsum(lengths[documents]), float(ratio))
