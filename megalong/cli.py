@@ -186,6 +186,9 @@ def _add_data(commands: Any) -> None:
     _add_config(parser)
     parser.add_argument("--samples", type=_count, default=8, metavar="N", help="samples to look at (%(default)s)")
     parser.add_argument("--png", metavar="FILE", help="draw where tokens lie and how full each rank is")
+    parser = _command(group, "plan", "say what a run will see: domains, lengths, repeats, what is cut", _run_plan)
+    _add_config(parser)
+    parser.add_argument("--png", metavar="FILE", help="draw tokens by length and what samples hold")
 
 
 def _add_preprocess(group: Any) -> None:
@@ -268,6 +271,13 @@ def _run_balance(options: argparse.Namespace) -> int:
     from megalong.attention.balance import balance
 
     balance(options.config, options.overrides, samples=options.samples, png=options.png)
+    return 0
+
+
+def _run_plan(options: argparse.Namespace) -> int:
+    from megalong.data.plan import plan
+
+    plan(options.config, options.overrides, png=options.png)
     return 0
 
 

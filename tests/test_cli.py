@@ -40,6 +40,7 @@ SURFACE = {
     "data merge": ["--input", "--output-prefix"],
     "data inspect": ["--documents", "--png", "--tokenizer", "PREFIX"],
     "data balance": ["--png", "--samples", "CONFIG.yaml", "section.key=value"],
+    "data plan": ["--png", "CONFIG.yaml", "section.key=value"],
     "checkpoint import": ["--hf", "--output"],
     "checkpoint export": ["--checkpoint", "--dtype", "--output", "--step"],
     "import-hf": ["--hf", "--output"],
@@ -205,6 +206,11 @@ ANSWERS = {
         "balance",
         {"config_file": "run.yaml", "overrides": ["a.b=1"], "samples": 8, "png": None},
     ),
+    "data plan run.yaml a.b=1 --png p": (
+        "megalong.data.plan",
+        "plan",
+        {"config_file": "run.yaml", "overrides": ["a.b=1"], "png": "p"},
+    ),
     "import-hf --hf h --output o": ("megalong.hf.convert", "import_hf", {"hf": "h", "output": "o"}),
     "export-hf --checkpoint c --output o --dtype float32": (
         "megalong.hf.convert",
@@ -259,7 +265,7 @@ def test_help_answers_at_once():
 
 def test_the_command_line_and_data_need_no_torch():
     code = (
-        "import sys, megalong.cli, megalong.data.preprocess, megalong.data.inspect\n"
+        "import sys, megalong.cli, megalong.data.preprocess, megalong.data.inspect, megalong.data.plan\n"
         "print([name for name in ('torch', 'transformers', 'megatron') if name in sys.modules])"
     )
     done = python(code=code)

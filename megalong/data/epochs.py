@@ -21,14 +21,12 @@ class Epochs:
 
     Attributes:
         tokens_per_epoch: tokens of an epoch, rounded, on average over all of them.
-        ratio: how often the most frequent documents come in an epoch.
     """
 
     def __init__(self, classes: Sequence[LengthClass]) -> None:
         self.classes = classes
         self._mean = sum(one.ratio * one.tokens for one in classes)
         self.tokens_per_epoch = max(1, round(self._mean))
-        self.ratio = max(one.ratio for one in classes)
 
     def start(self, epoch: int) -> int:
         """The token of the stream at which `epoch` begins."""

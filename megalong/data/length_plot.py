@@ -30,7 +30,7 @@ def plot_lengths(buckets: list[Bucket], title: str, path: Path) -> None:
         total = sum(bucket[counted] for bucket in buckets)
         shares = [bucket[counted] / total for bucket in buckets]
         axes.bar([place + offset for place in places], shares, 0.4, color=colour, label=f"share of {total:,} {counted}")
-    axes.set_xticks(list(places), [_label(bucket["from"]) for bucket in buckets])
+    axes.set_xticks(list(places), [length_label(bucket["from"]) for bucket in buckets])
     axes.set_xlabel("tokens of a document, from … to the next mark")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title(title, fontsize=10)
@@ -47,7 +47,7 @@ def plot_lengths(buckets: list[Bucket], title: str, path: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _label(length: int) -> str:
+def length_label(length: int) -> str:
     """1024 → 1K."""
     for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
         if length >= size:

@@ -70,6 +70,11 @@ class LengthClass:
             before, place = int(self.ends[place]), place + 1
         return int(rounds) * len(self.ends) + place, int(rounds) * self.tokens + before
 
+    def times_before(self, epoch: int) -> np.ndarray:
+        """int64 [n]: how often all epochs before `epoch` have held each of `documents`."""
+        rounds, rest = divmod(self.reached(epoch)[0], len(self.documents))
+        return rounds + (np.arange(len(self.documents)) < rest).astype(np.int64)
+
     def of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(documents, round within the epoch) of one epoch, in the circle's order."""
         first, last = self.reached(epoch)[0], self.reached(epoch + 1)[0]

@@ -89,8 +89,8 @@ class PackedSamples:
         self.vocabulary_size = max((_told(d, "vocabulary_size", 0) for d in datasets), default=0) or None
         _check_separators(self.names, datasets, separator)
         self._blend = Blend([entry.weight for entry in mixture])
-        self._mixture = mixture
-        self._streams = [
+        self.mixture = mixture
+        self.streams = [
             DomainStream(dataset, documents_of_part(dataset.num_documents, split, part, dataset.prefix), seed,
                          f"{entry.name}/{part}", entry.lengths, index_folder)
             for entry, dataset in zip(mixture, datasets, strict=True)
@@ -99,12 +99,17 @@ class PackedSamples:
     def sample(self, k: int) -> np.ndarray:
         """int64 [seq_length + 1]: sample k; [:-1] are the inputs, [1:] the targets."""
         domain, j = self._blend.of(k)
-        return self._streams[domain].sample(j, self.seq_length)
+        return self.streams[domain].sample(j, self.seq_length)
 
     def documents(self, k: int) -> np.ndarray:
         """int64, ascending from 0: the tokens of sample k at which a document, or the rest of one, begins."""
         domain, j = self._blend.of(k)
-        return self._streams[domain].documents_of_sample(j, self.seq_length)
+        return self.streams[domain].documents_of_sample(j, self.seq_length)
+
+    def cuts(self, k: int) -> tuple[bool, bool]:
+        """Whether sample k begins, and whether it ends, inside a document."""
+        domain, j = self._blend.of(k)
+        return self.streams[domain].cuts_of_sample(j, self.seq_length)
 
     def domain_of(self, k: int) -> str:
         """Name of the domain that sample k comes from."""
@@ -113,7 +118,7 @@ class PackedSamples:
     def prepare(self, first: int, last: int) -> None:
         """Shuffle the epochs that samples `first` up to `last` need, once, into the index folder."""
         counts = zip(self._blend.counts(first).tolist(), self._blend.counts(last).tolist(), strict=True)
-        for stream, (before, after) in zip(self._streams, counts, strict=True):
+        for stream, (before, after) in zip(self.streams, counts, strict=True):
             stream.prepare(before, after, self.seq_length)
 
     def describe(self, samples: int) -> list[DomainShare]:
@@ -127,7 +132,7 @@ class PackedSamples:
         Raises:
             UserError: a domain's documents would come more often.
         """
-        for entry, stream, count in zip(self._mixture, self._streams, self._blend.counts(samples), strict=True):
+        for entry, stream, count in zip(self.mixture, self.streams, self._blend.counts(samples), strict=True):
             cap = entry.lengths.max_repeats if entry.lengths is not None else None
             if cap is not None and (most := stream.most_repeats(int(count), self.seq_length)) > cap:
                 raise UserError(
@@ -137,7 +142,7 @@ class PackedSamples:
                 )
 
     def _share(self, domain: int, samples: int) -> DomainShare:
-        stream = self._streams[domain]
+        stream = self.streams[domain]
         tokens = samples * self.seq_length
         return DomainShare(
             name=self.names[domain],

@@ -18,7 +18,6 @@ function of (seed, domain name, part, rules, epoch), so any rank computes any sa
 number.
 """
 
-import math
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
@@ -42,6 +41,10 @@ class DomainStream:
         rules: `lengths` of the domain; None: every epoch holds each document once.
         index_folder: where `prepare` leaves the order of an epoch for other ranks; None keeps it in memory.
 
+    Attributes:
+        given: how many documents it was given, empty ones included.
+        documents, lengths: int64, numbers and tokens of the documents that are not empty.
+
     Raises:
         UserError: the documents hold no token at all, or the rules leave none.
     """
@@ -56,15 +59,16 @@ class DomainStream:
         index_folder: Path | None = None,
     ) -> None:
         self.dataset = dataset
+        self.given = len(documents)
         starts = dataset.document_starts
         lengths = starts[documents + 1] - starts[documents]
-        self._starts, self._lengths = starts[documents][lengths > 0], lengths[lengths > 0]
+        self._starts, self.lengths = starts[documents][lengths > 0], lengths[lengths > 0]
         self.documents = documents[lengths > 0]
         if len(self.documents) == 0:
             raise UserError(f"{dataset.prefix}: the {len(documents)} documents of {salt} hold no token")
         self._seed = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, zlib.crc32(salt.encode())]
         # A seed of three numbers, apart from those of epochs (four) and blocks (five).
-        self.epochs = Epochs(length_classes(self._lengths, rules, np.random.RandomState(self._seed), salt))
+        self.epochs = Epochs(length_classes(self.lengths, rules, np.random.RandomState(self._seed), salt))
         self.tokens_per_epoch = self.epochs.tokens_per_epoch
         self._rules = rules
         # Two epochs are kept: a sample spans a border, and so do the samples of a global batch.
@@ -93,6 +97,18 @@ class DomainStream:
         """int64, ascending from 0: the tokens of packed sample j at which a document, or the rest of one, begins."""
         return self.document_starts(self.piece(j, seq_length) * seq_length, seq_length + 1)
 
+    def cuts_of_sample(self, j: int, seq_length: int) -> tuple[bool, bool]:
+        """Whether packed sample j begins, and whether it ends, inside a document."""
+        start = self.piece(j, seq_length) * seq_length
+        return not self._begins(start), not self._begins(start + seq_length)
+
+    def _begins(self, token: int) -> bool:
+        return token == 0 or len(self.document_starts(token - 1, 2)) == 2
+
+    def lengths_by_class(self) -> list[tuple[np.ndarray, float]]:
+        """Tokens of the documents that an epoch holds, class by class, with the times it holds them on average."""
+        return [(self.lengths[one.documents], one.ratio) for one in self.epochs.classes]
+
     def document_starts(self, start: int, length: int) -> np.ndarray:
         """int64, ascending from 0: where documents begin among tokens `start` up to `start + length` of the stream."""
         found, begin = [np.zeros(1, np.int64)], start
@@ -112,12 +128,16 @@ class DomainStream:
         return block * size + int(self._block(size, block)[place])
 
     def most_repeats(self, samples: int, seq_length: int) -> int:
-        """How often the first `samples` samples may show one document, at most."""
+        """How often the first `samples` samples may show one document: they are drawn from whole blocks of pieces."""
         if samples == 0:
             return 0
         size = self._block_size(seq_length)
-        last = ((samples - 1) // size + 1) * size * seq_length - 1  # samples are drawn from a whole block
-        return math.ceil((self.epochs.at(last) + 1) * self.epochs.ratio)
+        last = ((samples - 1) // size + 1) * size * seq_length - 1
+        epoch = self.epochs.at(last)
+        order, ends = self._epoch(epoch)
+        reached = int(np.searchsorted(ends, last - self.epochs.start(epoch), side="right")) + 1
+        now = np.bincount(order[:reached], minlength=len(self.lengths))
+        return max(int((one.times_before(epoch) + now[one.documents]).max()) for one in self.epochs.classes)
 
     def _block_size(self, seq_length: int) -> int:
         return max(1, self.tokens_per_epoch // seq_length)
@@ -140,8 +160,8 @@ class DomainStream:
         place = int(np.searchsorted(ends, offset, side="right"))
         filled = 0
         while filled < len(out) and place < len(order):
-            skipped = offset + filled - int(ends[place] - self._lengths[order[place]])
-            count = min(len(out) - filled, int(self._lengths[order[place]]) - skipped)
+            skipped = offset + filled - int(ends[place] - self.lengths[order[place]])
+            count = min(len(out) - filled, int(self.lengths[order[place]]) - skipped)
             begin = int(self._starts[order[place]]) + skipped
             out[filled : filled + count] = self.dataset.read(begin, count)
             filled += count
@@ -175,7 +195,7 @@ class DomainStream:
         numpy freezes RandomState's stream for good (NEP 19): a run resumed under another numpy sees the same data.
         """
         order = self.epochs.shuffled(epoch, np.random.RandomState([*self._seed, epoch]))
-        return order, np.cumsum(self._lengths[order])
+        return order, np.cumsum(self.lengths[order])
 
     def _permuted(self, size: int, block: int) -> tuple[np.ndarray]:
         """The order in which a block's pieces become samples; a seed apart from those of the epochs."""

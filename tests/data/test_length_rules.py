@@ -128,7 +128,7 @@ def test_a_cap_on_repeats_counts_what_is_really_shown(tmp_path: Path) -> None:
         entries = mixture(path, above=20, repeat=2, max_repeats=4)
         packed = PackedSamples(entries, 8, 3, "1,0")
         shown = Counter(int(token) for k in range(samples) for token in packed.sample(k)[:-1])
-        most = packed._streams[0].most_repeats(samples, 8)
+        most = packed.streams[0].most_repeats(samples, 8)
         assert max(shown.values()) <= most
         if most > 4:
             with pytest.raises(UserError, match=f"a: this run shows documents up to {most} times.*allows 4"):
@@ -139,7 +139,7 @@ def test_a_cap_on_repeats_counts_what_is_really_shown(tmp_path: Path) -> None:
     for seed in range(5):  # the first sample of a block that begins in the third epoch and ends in the fourth
         packed = PackedSamples(mixture(path, above=20, repeat=2), 9, seed, "1,0")
         shown = Counter(int(token) for k in range(373) for token in packed.sample(k)[:-1])
-        assert max(shown.values()) <= packed._streams[0].most_repeats(373, 9)
+        assert max(shown.values()) <= packed.streams[0].most_repeats(373, 9)
     assert PackedSamples(mixture(path, max_repeats=1), 8, 3, "1,0").refuse_repeats(90) is None
     with pytest.raises(UserError, match="up to 2 times"):
         PackedSamples(mixture(path, max_repeats=1), 8, 3, "1,0").refuse_repeats(91)

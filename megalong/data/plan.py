@@ -1,0 +1,157 @@
+"""`megalong data plan`: what a run will see, before it runs.
+
+For every stage: tokens, epochs and repeats of each domain; documents by length as the datasets hold them and as the run
+draws them; how many samples hold a piece of one document of at least each length, which is what a model can learn
+distances from; what is cut at the borders of samples, and what never comes.
+
+Counts of documents follow from the rules, exact to a document or two. Samples are looked at one by one, or LOOKED_AT of
+them, evenly spaced, where a run has more: only the `.idx` is read, and no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megalong.config.load import load_config
+from megalong.config.schema import Config
+from megalong.data.lengths import LengthHistogram
+from megalong.data.sampler import DomainShare, PackedSamples
+from megalong.data.stream import DomainStream
+
+LOOKED_AT = 5000
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Documents and tokens by doublings of the length: float64 [63] each."""
+
+    documents: np.ndarray
+    tokens: np.ndarray
+
+    def __add__(self, other: Lengths) -> Lengths:
+        return Lengths(self.documents + other.documents, self.tokens + other.tokens)
+
+    def times(self, factor: float) -> Lengths:
+        """Each document `factor` times."""
+        return Lengths(self.documents * factor, self.tokens * factor)
+
+
+@dataclass(frozen=True)
+class DomainPlan:
+    """One domain of a stage.
+
+    Attributes:
+        held: training documents of the dataset, by length.
+        seen: what the run shows of them, repeats counted as often as they come.
+        dropped: (documents, tokens) that no epoch holds.
+        most_repeats: how often the run may show one document.
+        held_out: documents for validation.
+    """
+
+    share: DomainShare
+    weight: float
+    held: Lengths
+    seen: Lengths
+    dropped: tuple[int, int]
+    most_repeats: int
+    held_out: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a run.
+
+    Attributes:
+        longest: int64 [samples looked at], tokens of the longest piece of one document in each.
+        cut: share of the borders between samples that lie inside a document.
+    """
+
+    config: Config
+    samples: int
+    domains: list[DomainPlan]
+    longest: np.ndarray
+    cut: float
+
+
+def plan(config_file: str, overrides: Sequence[str] = (), png: str | None = None) -> None:
+    """Print what every stage of a run will see, and draw it.
+
+    Args:
+        png: where to draw the picture, with the stage's name where there are several; None draws none.
+
+    Raises:
+        UserError: a bad configuration or dataset, a document shown more often than allowed, an unwritable picture.
+    """
+    from megalong.data.plan_table import table
+
+    stages = [plan_stage(config) for config in load_config(config_file, list(overrides))]
+    for stage in stages:
+        print(table(stage), end="\n\n" if stage is not stages[-1] else "\n")
+    if png is None:
+        return
+    from megalong.data.plan_plot import plot_plan  # matplotlib is slow to import
+
+    for stage in stages:
+        path = Path(png) if len(stages) == 1 else Path(png).with_stem(f"{Path(png).stem}-{stage.config.run.name}")
+        plot_plan(stage, path)
+        print(f"picture: {path}")
+
+
+def plan_stage(config: Config) -> StagePlan:
+    """What the run, or stage, `config` will see.
+
+    Raises:
+        UserError: a bad dataset, an empty part, a document shown more often than allowed.
+    """
+    packed = _opened(config, "train")
+    if config.evaluation.interval:
+        _opened(config, "validation")
+    samples = config.training.train_iters * config.training.global_batch_size
+    packed.refuse_repeats(samples)
+    total = sum(entry.weight for entry in packed.mixture)
+    domains = [
+        _domain(stream, share, entry.weight / total, config.data.seq_length)
+        for entry, stream, share in zip(packed.mixture, packed.streams, packed.describe(samples), strict=True)
+    ]
+    looked_at = np.linspace(0, samples - 1, min(samples, LOOKED_AT)).round().astype(int).tolist()
+    longest = np.array([_longest(packed, k) for k in looked_at], np.int64)
+    cut = np.mean([packed.cuts(k) for k in looked_at])
+    return StagePlan(config, samples, domains, longest, float(cut))
+
+
+def _opened(config: Config, part: str) -> PackedSamples:
+    data = config.data
+    return PackedSamples(data.mixture, data.seq_length, config.run.seed, data.split, part, separator=data.separator)
+
+
+def _domain(stream: DomainStream, share: DomainShare, weight: float, seq_length: int) -> DomainPlan:
+    held = _by_length(stream.lengths)
+    seen, documents, tokens = held.times(0), 0, 0
+    for lengths, ratio in stream.lengths_by_class():
+        seen += _by_length(lengths).times(ratio * share.epochs)
+        documents, tokens = documents + len(lengths), tokens + int(lengths.sum())
+    return DomainPlan(
+        share=share,
+        weight=weight,
+        held=held,
+        seen=seen,
+        dropped=(len(stream.lengths) - documents, int(stream.lengths.sum()) - tokens),
+        most_repeats=stream.most_repeats(share.samples, seq_length),
+        held_out=stream.dataset.num_documents - stream.given,
+    )
+
+
+def _by_length(lengths: np.ndarray) -> Lengths:
+    histogram = LengthHistogram()
+    histogram.add(lengths)
+    state = histogram.state()
+    return Lengths(np.array(state["documents"], np.float64), np.array(state["tokens"], np.float64))
+
+
+def _longest(packed: PackedSamples, k: int) -> int:
+    starts = packed.documents(k)
+    return int(np.diff(np.append(starts[starts < packed.seq_length], packed.seq_length)).max())

@@ -1,0 +1,77 @@
+"""The picture of `megalong data plan`: where tokens lie by length, before and after the rules, and what samples hold.
+
+Left, shares of tokens by doublings of the document's length: the datasets as they are (pale) beside the run (strong),
+stacked by domain. Right, the share of samples that hold at least so many tokens of one document in a row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from megalong.data.length_plot import length_label
+from megalong.data.plan import StagePlan
+from megalong.errors import UserError
+
+
+def plot_plan(stage: StagePlan, path: Path) -> None:
+    """Draw `stage` into the PNG `path`, which appears whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    figure = Figure(figsize=(12, 4.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    lengths, samples = figure.subplots(1, 2, width_ratios=[3, 2])
+    _lengths(lengths, stage)
+    _samples(samples, stage)
+    figure.suptitle(f"{stage.config.run.name}: {stage.samples:,} samples of {stage.config.data.seq_length:,} tokens")
+    for axes in (lengths, samples):
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.spines[["top", "right"]].set_visible(False)
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(aside, format="png")
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"--png: {path} cannot be written ({error.strerror}); give another path") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _lengths(axes: Axes, stage: StagePlan) -> None:
+    met = np.flatnonzero(sum(domain.held.documents for domain in stage.domains))
+    doublings = np.arange(met[0], met[-1] + 1)
+    colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    for offset, pale, what in ((-0.21, True, "held"), (0.21, False, "seen")):
+        tokens = np.array([getattr(domain, what).tokens[doublings] for domain in stage.domains])
+        tokens /= max(1.0, tokens.sum())
+        below = np.zeros(len(doublings))
+        for number, (domain, height) in enumerate(zip(stage.domains, tokens, strict=True)):
+            axes.bar(doublings + offset, height, 0.4, bottom=below, color=colours[number % len(colours)],
+                     alpha=0.4 if pale else 1.0, label=None if pale else domain.share.name)  # fmt: skip
+            below += height
+    axes.set_xticks(doublings, [length_label(2 ** int(doubling)) for doubling in doublings])
+    axes.set_xlabel("tokens of a document, from … to the next mark")
+    axes.set_title("tokens by length: pale as the datasets hold them, strong as the run shows them", fontsize=10)
+    axes.legend(frameon=False)
+
+
+def _samples(axes: Axes, stage: StagePlan) -> None:
+    longest = np.sort(stage.longest)
+    share = 1 - np.arange(len(longest)) / len(longest)
+    axes.step([0.5, *longest, longest[-1]], [1, *share, 0], where="pre", color="#0072B2")
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(max(1, longest[0] / 2), stage.config.data.seq_length * 1.1)
+    axes.set_ylim(0, 1.05)
+    ticks = [mark for mark in axes.get_xticks() if longest[0] / 2 <= mark <= stage.config.data.seq_length * 1.1]
+    axes.set_xticks(ticks, [length_label(int(mark)) for mark in ticks])
+    axes.set_xlabel("tokens of one document in a row")
+    axes.set_title("samples that hold at least so many", fontsize=10)

@@ -1,0 +1,110 @@
+"""What `data plan` says against what the samples of the run really hold."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megalong import cli
+from megalong.config.load import load_config
+from megalong.data.plan import plan, plan_stage
+from megalong.data.sampler import PackedSamples
+from megalong.data.splitting import documents_of_part
+from megalong.errors import UserError
+from tests.data.test_packed_samples import dataset
+
+LENGTHS = {"a": [40] * 30 + [9] * 60 + [3] * 40 + [70] * 12, "b": [20] * 50 + [95] * 16}
+RUN = """
+task: pretrain
+run: {{name: long, dir: {folder}/run}}
+model: {{load: {{hf: nowhere}}}}
+data:
+  seq_length: 32
+  split: "80,20"
+  mixture:
+    - {{name: a, path: {folder}/a, weight: 3, lengths: {{drop_below: 5, below: 16, keep: 0.5, above: 35, repeat: 2}}}}
+    - {{name: b, path: {folder}/b, weight: 1}}
+optimizer: {{lr: 1.0e-4}}
+training: {{train_iters: 60, global_batch_size: 4}}
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for name, lengths in LENGTHS.items():
+        dataset(tmp_path / name, lengths, first=0 if name == "a" else 10**6)
+    (tmp_path / "run.yaml").write_text(RUN.format(folder=tmp_path))
+    return tmp_path / "run.yaml"
+
+
+def shown(run: Path, samples: int) -> tuple[PackedSamples, Counter[int]]:
+    """Every token of the training stream and how often the first samples read it; tokens tell their document."""
+    (config,) = load_config(run)
+    data = config.data
+    packed = PackedSamples(data.mixture, data.seq_length, config.run.seed, data.split)
+    return packed, Counter(int(token) for k in range(samples) for token in packed.sample(k)[:-1])
+
+
+def test_the_plan_is_what_the_samples_hold(run: Path) -> None:
+    stage = plan_stage(load_config(run)[0])
+    packed, tokens = shown(run, 240)
+    a, b = stage.domains
+    assert (a.share.samples, b.share.samples, stage.samples) == (180, 60, 240)
+    assert sum(count for token, count in tokens.items() if token < 10**6) == a.share.tokens == 180 * 32
+    seen = np.zeros(8)
+    for token, count in tokens.items():
+        if token < 10**6:
+            seen[int(np.log2(LENGTHS["a"][token // 100]))] += count
+    np.testing.assert_allclose(a.seen.tokens[:8], seen, atol=0.1 * seen.sum())
+    assert a.seen.tokens.sum() == pytest.approx(180 * 32, rel=0.01)
+    held = packed.streams[0].lengths
+    assert (a.held.documents.sum(), a.held.tokens.sum()) == (len(held), held.sum())
+    assert a.dropped == ((held < 5).sum(), held[held < 5].sum())
+    assert a.held_out == 142 - len(held) == 28
+    assert max(count for token, count in tokens.items() if token < 10**6) <= a.most_repeats
+    assert max(count for token, count in tokens.items() if token >= 10**6) <= b.most_repeats <= b.share.epochs + 2
+
+
+def test_pieces_and_cuts_are_counted_from_the_tokens(run: Path) -> None:
+    """A document's tokens are consecutive numbers: a break in them is a border of documents."""
+    stage = plan_stage(load_config(run)[0])
+    packed, _ = shown(run, 0)
+    longest, cut = [], 0
+    for k in range(240):
+        sample = packed.sample(k)
+        breaks = np.flatnonzero(np.diff(sample[:-1]) != 1) + 1
+        longest.append(int(np.diff([0, *breaks, 32]).max()))
+        lasts = {100 * n + length - 1 for n, length in enumerate(LENGTHS["a"])}
+        lasts |= {10**6 + 100 * n + length - 1 for n, length in enumerate(LENGTHS["b"])}
+        inside = sample[0] % 100 != 0, int(sample[-2]) not in lasts
+        assert packed.cuts(k) == inside
+        cut += sum(inside)
+    assert stage.longest.tolist() == longest
+    assert stage.cut == pytest.approx(cut / 480)
+
+
+def test_every_stage_is_printed_and_drawn(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run.write_text(run.read_text() + "stages:\n  - {name: one, data: {seq_length: 16}}\n  - {name: two}\n")
+    assert cli.main(["data", "plan", str(run), "training.train_iters=10", "--png", str(run.parent / "p.png")]) == 0
+    text = capsys.readouterr().out
+    assert "long-one: 10 steps of 4 samples of 16 tokens, 640 tokens in all, naive packing" in text
+    assert "long-two: 10 steps of 4 samples of 32 tokens, 1,280 tokens in all" in text
+    few = sum(LENGTHS["a"][n] < 5 for n in documents_of_part(142, "80,20", "train", "a"))
+    assert f"never shown: {few} documents of a with {3 * few} tokens, dropped by its length rules" in text
+    for name in ("one", "two"):
+        with Image.open(run.parent / f"p-long-{name}.png") as picture:
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+
+
+def test_what_the_run_would_refuse_the_plan_refuses(run: Path) -> None:
+    with pytest.raises(UserError, match="leaves none for validation"):
+        plan(str(run), ["data.split='99.9,0.1'", "evaluation.interval=5"])
+    text = run.read_text()
+    run.write_text(text.replace("repeat: 2", "repeat: 2, max_repeats: 3"))
+    with pytest.raises(UserError, match="allows 3"):
+        plan(str(run), ["training.train_iters=500"])
+    run.write_text(text.replace(f"{run.parent}/b", "nowhere"))
+    with pytest.raises(UserError, match="no dataset at 'nowhere'"):
+        plan(str(run))
