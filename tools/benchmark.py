@@ -20,6 +20,7 @@ BENCHMARKS = {
     "attention": "context-parallel attention against one process with as many threads; document masks; rotary",
     "fp8": "200 steps of a small Llama in bf16 and in emulated FP8: loss ratios, curves in fp8-loss.png",
     "gpu": "attention on one GPU by backend: TFLOP/s beside torch's SDPA and the chip's matmul rate",
+    "index": "the sample index of ten million documents, built and opened, beside Megatron-Core's steps",
     "preprocess": "tokenizing 125 MB and 2 GB of JSON lines against one `tokenizers` process a worker",
     "step": "one training step against transformers (SDPA) on the same small Llama, one CPU process each",
 }

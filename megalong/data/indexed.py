@@ -59,6 +59,9 @@ def sidecar_path(prefix: str | Path) -> Path:
 class IndexedDataset:
     """A dataset open for reading.
 
+    Args:
+        checked: that the very same files were checked before, as an index made from them shows.
+
     Attributes:
         dtype: numpy type of a token in the .bin.
         lengths: int32 [N], tokens of each sequence.
@@ -70,11 +73,12 @@ class IndexedDataset:
         UserError: a file is missing, truncated, too long, of another format, or contradicts another one.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, checked: bool = False) -> None:
         self.prefix = str(prefix)
         _refuse_missing(self.prefix)
         self._map_index(index_path(prefix))
-        self._check_index(index_path(prefix))
+        if not checked:
+            self._check_index(index_path(prefix))
         self._map_tokens(data_path(prefix))
         self.sidecar = self._read_sidecar(sidecar_path(prefix))
 
@@ -91,8 +95,16 @@ class IndexedDataset:
     @cached_property
     def document_starts(self) -> np.ndarray:
         """int64 [documents + 1]: token where each document starts in the .bin, then the number of tokens."""
-        ends = np.append(self.pointers // self.dtype.itemsize, np.int64(self.num_tokens))
+        ends = np.empty(len(self.pointers) + 1, np.int64)
+        np.floor_divide(self.pointers, self.dtype.itemsize, out=ends[:-1])
+        ends[-1] = self.num_tokens
+        if len(ends) == len(self.document_indices) and np.all(np.diff(self.document_indices) == 1):
+            return ends  # every document is one sequence
         return np.asarray(ends[self.document_indices])
+
+    def start_of(self, document: int) -> int:
+        """Token where a document that is not empty starts in the .bin; reads a single entry of the index."""
+        return int(self.pointers[self.document_indices[document]]) // self.dtype.itemsize
 
     @property
     def document_lengths(self) -> np.ndarray:
@@ -142,7 +154,7 @@ class IndexedDataset:
         self.document_indices = np.frombuffer(buffer, "<i8", boundaries, HEADER.size + 12 * sequences)
 
     def _check_index(self, path: Path) -> None:
-        """Pointers follow from lengths, document boundaries rise from 0 to N; leaves the .bin's size in `_bytes`."""
+        """Pointers follow from lengths, document boundaries rise from 0 to N."""
         position = 0
         for part in _slices(len(self.lengths)):
             lengths = self.lengths[part].astype(np.int64)
@@ -151,7 +163,6 @@ class IndexedDataset:
             if np.any(lengths < 0) or not np.array_equal(starts, self.pointers[part]):
                 raise UserError(f"{path}: the pointers do not follow from the lengths, the file is damaged: {AGAIN}")
             position = int(ends[-1])
-        self._bytes = position
         bounds = self.document_indices
         if len(bounds) == 0 or bounds[0] != 0 or bounds[-1] != len(self.lengths) or np.any(np.diff(bounds) < 0):
             raise UserError(
@@ -160,10 +171,11 @@ class IndexedDataset:
 
     def _map_tokens(self, path: Path) -> None:
         size = path.stat().st_size
-        if size != self._bytes:
+        expected = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if len(self.lengths) else 0
+        if size != expected:
             raise UserError(
-                f"{path}: {size} bytes found, {self._bytes} expected by {index_path(self.prefix).name} "
-                f"({'truncated' if size < self._bytes else 'not the file this index was written for'}): {AGAIN}"
+                f"{path}: {size} bytes found, {expected} expected by {index_path(self.prefix).name} "
+                f"({'truncated' if size < expected else 'not the file this index was written for'}): {AGAIN}"
             )
         self._tokens = np.frombuffer(_mapped(path), self.dtype) if size else np.empty(0, self.dtype)
 

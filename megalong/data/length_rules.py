@@ -49,26 +49,27 @@ class LengthClass:
 
     Attributes:
         documents: whole numbers [n], the circle.
-        ends: int64 [n], tokens up to the end of each of them.
+        ends: int64 [n], tokens up to the end of each of them; [0] where every epoch ends with a whole round.
+        tokens: of one round.
     """
 
     documents: np.ndarray
     ends: np.ndarray
+    tokens: int
     ratio: float
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one round."""
-        return int(self.ends[-1])
 
     def reached(self, epoch: int) -> tuple[int, int]:
         """(documents, tokens) that all epochs before `epoch` have taken, rounds included."""
-        rounds, rest = divmod(epoch * self.ratio * self.tokens, self.tokens)
+        if self.ratio.is_integer():
+            return epoch * int(self.ratio) * len(self.documents), epoch * int(self.ratio) * self.tokens
+        reached = epoch * self.ratio * self.tokens
+        rounds = int(reached // self.tokens)
+        rest = reached % self.tokens
         place = int(np.searchsorted(self.ends, rest, side="right"))
         before = int(self.ends[place - 1]) if place else 0
         if place < len(self.ends) and rest - before > int(self.ends[place]) - rest:
             before, place = int(self.ends[place]), place + 1
-        return int(rounds) * len(self.ends) + place, int(rounds) * self.tokens + before
+        return rounds * len(self.ends) + place, rounds * self.tokens + before
 
     def times_before(self, epoch: int) -> np.ndarray:
         """int64 [n]: how often all epochs before `epoch` have held each of `documents`."""
@@ -86,11 +87,13 @@ class LengthClass:
 
 
 def length_classes(
-    lengths: np.ndarray, rules: LengthRules | None, random: np.random.RandomState, where: str
+    documents: np.ndarray, lengths: np.ndarray, rules: LengthRules | None, random: np.random.RandomState, where: str
 ) -> list[LengthClass]:
-    """The classes of documents with `lengths` (int64 [documents], tokens, none of them 0), empty ones left out.
+    """The classes of `documents`, empty ones left out.
 
     Args:
+        documents: whole numbers [n].
+        lengths: int64 [n], their tokens, none of them 0.
         random: draws the circles; not used without rules, nor for classes that every epoch takes whole.
         where: the domain and part, for the error message.
 
@@ -98,7 +101,7 @@ def length_classes(
         UserError: the rules leave no document, or a share of tokens cannot be had.
     """
     if rules is None:
-        return [LengthClass(np.arange(len(lengths)), np.cumsum(lengths), 1.0)]
+        return [LengthClass(documents, np.empty(0, np.int64), int(lengths.sum()), 1.0)]
     chosen = np.ones(len(lengths), bool)
     if rules.drop_below is not None:
         chosen &= lengths >= rules.drop_below
@@ -109,7 +112,11 @@ def length_classes(
     keep, middle = rules.keep or 0.0, chosen & ~short & ~long
     rest = keep * int(lengths[short].sum()) + int(lengths[middle].sum())
     ratios = [(short, keep), (middle, 1.0), (long, _repeat(rules, rest, int(lengths[long].sum()), where))]
-    classes = [_circle(lengths, members, ratio, random) for members, ratio in ratios if ratio and members.any()]
+    classes = [
+        _circle(documents, lengths, np.flatnonzero(members), float(ratio), random)
+        for members, ratio in ratios
+        if ratio and members.any()
+    ]
     if not classes:
         raise UserError(
             f"data.mixture: the lengths rules leave none of the {len(lengths)} documents of {where} (the longest has "
@@ -130,8 +137,26 @@ def _repeat(rules: LengthRules, rest: float, long: int, where: str) -> float:
     return rules.share / (1 - rules.share) * rest / long
 
 
-def _circle(lengths: np.ndarray, members: np.ndarray, ratio: float, random: np.random.RandomState) -> LengthClass:
-    documents = np.flatnonzero(members)
-    if not float(ratio).is_integer():
-        documents = random.permutation(documents)
-    return LengthClass(documents, np.cumsum(lengths[documents]), float(ratio))
+def _circle(
+    documents: np.ndarray, lengths: np.ndarray, members: np.ndarray, ratio: float, random: np.random.RandomState
+) -> LengthClass:
+    tokens = int(lengths[members].sum())
+    if ratio.is_integer():
+        return LengthClass(documents[members], np.empty(0, np.int64), tokens, ratio)
+    members = random.permutation(members)
+    return LengthClass(documents[members], np.cumsum(lengths[members]), tokens, ratio)
+
+
+def to_arrays(classes: list[LengthClass]) -> tuple[np.ndarray, ...]:
+    """Classes as arrays, to be stored: ratios, tokens, then documents and ends of each."""
+    heads = np.array([one.ratio for one in classes]), np.array([one.tokens for one in classes], np.int64)
+    return heads + tuple(array for one in classes for array in (one.documents, one.ends))
+
+
+def from_arrays(arrays: tuple[np.ndarray, ...]) -> list[LengthClass]:
+    """The classes that `to_arrays` stored."""
+    ratios, tokens = arrays[0].tolist(), arrays[1].tolist()
+    return [
+        LengthClass(documents, ends, whole, ratio)
+        for documents, ends, whole, ratio in zip(arrays[2::2], arrays[3::2], tokens, ratios, strict=True)
+    ]

@@ -129,7 +129,8 @@ def _opened(config: Config, part: str) -> PackedSamples:
 
 
 def _domain(stream: DomainStream, share: DomainShare, weight: float, seq_length: int) -> DomainPlan:
-    held = _by_length(stream.lengths)
+    given = stream.given
+    held = _by_length(stream.lengths[given])
     seen, documents, tokens = held.times(0), 0, 0
     for lengths, ratio in stream.lengths_by_class():
         seen += _by_length(lengths).times(ratio * share.epochs)
@@ -139,9 +140,9 @@ def _domain(stream: DomainStream, share: DomainShare, weight: float, seq_length:
         weight=weight,
         held=held,
         seen=seen,
-        dropped=(len(stream.lengths) - documents, int(stream.lengths.sum()) - tokens),
+        dropped=(int(held.documents.sum()) - documents, int(held.tokens.sum()) - tokens),
         most_repeats=stream.most_repeats(share.samples, seq_length),
-        held_out=stream.dataset.num_documents - stream.given,
+        held_out=stream.dataset.num_documents - len(given),
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from megalong.data.blending import Blend
 from megalong.data.indexed import IndexedDataset
 from megalong.data.length_rules import LengthRules
-from megalong.data.splitting import PARTS, documents_of_part
+from megalong.data.splitting import PARTS
 from megalong.data.stream import DomainStream
 from megalong.errors import UserError
 
@@ -84,17 +84,15 @@ class PackedSamples:
         _check_mixture(mixture)
         self.seq_length = seq_length
         self.names = [entry.name for entry in mixture]
-        datasets = [IndexedDataset(entry.path) for entry in mixture]
+        self.mixture = mixture
+        self.streams = [
+            DomainStream(entry.path, split, part, seed, entry.name, entry.lengths, index_folder) for entry in mixture
+        ]
+        datasets = [stream.dataset for stream in self.streams]
         self.tokenizer_sha256 = _common_tokenizer(self.names, datasets)
         self.vocabulary_size = max((_told(d, "vocabulary_size", 0) for d in datasets), default=0) or None
         _check_separators(self.names, datasets, separator)
         self._blend = Blend([entry.weight for entry in mixture])
-        self.mixture = mixture
-        self.streams = [
-            DomainStream(dataset, documents_of_part(dataset.num_documents, split, part, dataset.prefix), seed,
-                         f"{entry.name}/{part}", entry.lengths, index_folder)
-            for entry, dataset in zip(mixture, datasets, strict=True)
-        ]  # fmt: skip
 
     def sample(self, k: int) -> np.ndarray:
         """int64 [seq_length + 1]: sample k; [:-1] are the inputs, [1:] the targets."""
@@ -146,7 +144,7 @@ class PackedSamples:
         tokens = samples * self.seq_length
         return DomainShare(
             name=self.names[domain],
-            documents=len(stream.documents),
+            documents=sum(len(one.documents) for one in stream.epochs.classes),
             tokens_per_epoch=stream.tokens_per_epoch,
             samples=samples,
             tokens=tokens,

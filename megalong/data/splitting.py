@@ -47,4 +47,6 @@ def documents_of_part(documents: int, split: str, part: str, where: str) -> np.n
             f"data.split: {split!r} of the {documents} documents in {where} leaves none for {part} "
             f"({border} train, {documents - border} validation); change the split or add documents"
         )
-    return np.sort(chosen).astype(np.int64)
+    belongs = np.zeros(documents, bool)
+    belongs[chosen] = True
+    return np.flatnonzero(belongs)

@@ -19,66 +19,89 @@ number.
 """
 
 import zlib
-from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
-from megalong.data.epoch_index import index_key, load_index, save_index
+from megalong.data.epoch_index import EpochIndex
 from megalong.data.epochs import Epochs
 from megalong.data.indexed import IndexedDataset
-from megalong.data.length_rules import LengthRules, length_classes
+from megalong.data.length_rules import LengthClass, LengthRules, from_arrays, length_classes, to_arrays
+from megalong.data.splitting import documents_of_part
 from megalong.errors import UserError
 
 
 class DomainStream:
-    """Tokens of `documents` (int64, numbers of documents in `dataset`), epoch after epoch.
+    """The documents of one part of a dataset, epoch after epoch.
 
     Args:
+        prefix: the dataset.
+        split, part: which of its documents: "99,1" and "train", for example.
         seed: the run's seed.
-        salt: the domain's name and part; streams of different salt are shuffled independently.
+        name: the domain's; streams of different name or part are shuffled independently.
         rules: `lengths` of the domain; None: every epoch holds each document once.
-        index_folder: where `prepare` leaves the order of an epoch for other ranks; None keeps it in memory.
-
-    Attributes:
-        given: how many documents it was given, empty ones included.
-        documents, lengths: int64, numbers and tokens of the documents that are not empty.
+        index_folder: where `prepare` leaves orders for other ranks; None keeps them in memory.
 
     Raises:
-        UserError: the documents hold no token at all, or the rules leave none.
+        UserError: an unreadable dataset; an empty part, no token in it, or rules that leave none: told at once where
+            there is no index, else by the first use.
     """
 
     def __init__(
         self,
-        dataset: IndexedDataset,
-        documents: np.ndarray,
+        prefix: str,
+        split: str,
+        part: str,
         seed: int,
-        salt: str,
+        name: str,
         rules: LengthRules | None = None,
         index_folder: Path | None = None,
     ) -> None:
-        self.dataset = dataset
-        self.given = len(documents)
-        starts = dataset.document_starts
-        lengths = starts[documents + 1] - starts[documents]
-        self._starts, self.lengths = starts[documents][lengths > 0], lengths[lengths > 0]
-        self.documents = documents[lengths > 0]
-        if len(self.documents) == 0:
-            raise UserError(f"{dataset.prefix}: the {len(documents)} documents of {salt} hold no token")
-        self._seed = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, zlib.crc32(salt.encode())]
-        # A seed of three numbers, apart from those of epochs (four) and blocks (five).
-        self.epochs = Epochs(length_classes(self.lengths, rules, np.random.RandomState(self._seed), salt))
-        self.tokens_per_epoch = self.epochs.tokens_per_epoch
-        self._rules = rules
+        self._split, self._part, self._rules, self._where = split, part, rules, f"{name}/{part}"
+        self._seed = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, zlib.crc32(self._where.encode())]
+        self._index = EpochIndex(index_folder, prefix, split, part, self._seed, rules)
+        self.dataset = IndexedDataset(prefix, checked=self._index.load("classes") is not None)
         # Two epochs are kept: a sample spans a border, and so do the samples of a global batch.
         self._epoch = lru_cache(maxsize=2)(self._indexed_epoch)
         self._block = lru_cache(maxsize=2)(self._indexed_block)
-        self._index_folder = index_folder
+        if index_folder is None:
+            _ = self.epochs
+
+    @cached_property
+    def epochs(self) -> Epochs:
+        """Which documents each epoch holds, and where it begins."""
+        stored = self._index.load("classes")
+        return Epochs(from_arrays(stored) if stored is not None else self._classes())
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens of an epoch, on average."""
+        return self.epochs.tokens_per_epoch
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [documents of the dataset]: tokens of each."""
+        return self.dataset.document_lengths
+
+    @property
+    def given(self) -> np.ndarray:
+        """int64, rising: the documents of this part, whatever the rules make of them, empty ones included."""
+        return documents_of_part(self.dataset.num_documents, self._split, self._part, self.dataset.prefix)
+
+    def _classes(self) -> list[LengthClass]:
+        given = self.given
+        lengths = self.lengths[given]
+        documents = given[lengths > 0].astype(np.int32 if self.dataset.num_documents < 2**31 else np.int64)
+        if len(documents) == 0:
+            raise UserError(f"{self.dataset.prefix}: the {len(given)} documents of {self._where} hold no token")
+        # A seed of three numbers, apart from those of epochs (four) and blocks (five).
+        random = np.random.RandomState(self._seed)
+        return length_classes(documents, lengths[lengths > 0], self._rules, random, self._where)
 
     def order(self, epoch: int) -> np.ndarray:
         """Numbers of the documents in the order in which `epoch` lays them down."""
-        return np.asarray(self.documents[self._epoch(epoch)[0]])
+        return self._epoch(epoch)[0]
 
     def tokens(self, start: int, length: int) -> np.ndarray:
         """int64 [length]: tokens `start` up to `start + length` of the stream."""
@@ -136,7 +159,7 @@ class DomainStream:
         epoch = self.epochs.at(last)
         order, ends = self._epoch(epoch)
         reached = int(np.searchsorted(ends, last - self.epochs.start(epoch), side="right")) + 1
-        now = np.bincount(order[:reached], minlength=len(self.lengths))
+        now = np.bincount(order[:reached], minlength=self.dataset.num_documents)
         return max(int((one.times_before(epoch) + now[one.documents]).max()) for one in self.epochs.classes)
 
     def _block_size(self, seq_length: int) -> int:
@@ -144,15 +167,16 @@ class DomainStream:
 
     def prepare(self, first: int, last: int, seq_length: int) -> None:
         """Write the orders that samples `first` up to `last` need, where they are not on disk yet."""
-        if self._index_folder is None or last <= first:
+        if last <= first:
             return
+        self._index.store(lambda: to_arrays(self._classes()), "classes")
         size = self._block_size(seq_length)
         blocks = range(first // size, (last - 1) // size + 1)
         start, end = blocks.start * size * seq_length, blocks.stop * size * seq_length
         for epoch in range(self.epochs.at(start), self.epochs.at(end) + 1):
-            self._store(self._key("epoch", epoch), lambda epoch=epoch: self._shuffled(epoch))  # type: ignore[misc]
+            self._index.store(partial(self._shuffled, epoch), "epoch", epoch)
         for block in blocks:
-            self._store(self._key("block", size, block), lambda block=block: self._permuted(size, block))  # type: ignore[misc]
+            self._index.store(partial(self._permuted, size, block), "block", size, block)
 
     def _fill(self, out: np.ndarray, epoch: int, offset: int) -> int:
         """Copy tokens of one epoch from `offset` on; returns how many there were, at most len(out)."""
@@ -160,37 +184,25 @@ class DomainStream:
         place = int(np.searchsorted(ends, offset, side="right"))
         filled = 0
         while filled < len(out) and place < len(order):
-            skipped = offset + filled - int(ends[place] - self.lengths[order[place]])
-            count = min(len(out) - filled, int(self.lengths[order[place]]) - skipped)
-            begin = int(self._starts[order[place]]) + skipped
-            out[filled : filled + count] = self.dataset.read(begin, count)
+            begin = int(ends[place - 1]) if place else 0
+            skipped = offset + filled - begin
+            count = min(len(out) - filled, int(ends[place]) - begin - skipped)
+            first = self.dataset.start_of(int(order[place])) + skipped
+            out[filled : filled + count] = self.dataset.read(first, count)
             filled += count
             place += 1
         return filled
 
     def _indexed_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        order, ends = self._load(self._key("epoch", epoch)) or self._shuffled(epoch)
+        order, ends = self._index.load("epoch", epoch) or self._shuffled(epoch)
         return order, ends
 
     def _indexed_block(self, size: int, block: int) -> np.ndarray:
-        (order,) = self._load(self._key("block", size, block)) or self._permuted(size, block)
+        (order,) = self._index.load("block", size, block) or self._permuted(size, block)
         return order
 
-    def _key(self, *what: object) -> str:
-        if self._index_folder is None:
-            return ""
-        return index_key(self.dataset, self.documents, self._seed, self._rules, *what)
-
-    def _load(self, key: str) -> tuple[np.ndarray, ...] | None:
-        return load_index(self._index_folder, key) if self._index_folder is not None else None
-
-    def _store(self, key: str, make: Callable[[], tuple[np.ndarray, ...]]) -> None:
-        assert self._index_folder is not None
-        if load_index(self._index_folder, key) is None:
-            save_index(self._index_folder, key, make())
-
     def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Order of the documents in an epoch, and the token at which each of them ends.
+        """Documents of an epoch in its order, and the token at which each of them ends.
 
         numpy freezes RandomState's stream for good (NEP 19): a run resumed under another numpy sees the same data.
         """

@@ -24,7 +24,7 @@ RATIOS = st.sampled_from([0.1, 0.3, 1 / 3, 0.5, 1.0, 1.7, 2.0, 2.5, 3.0]) | st.f
 
 def held(lengths: np.ndarray, rules: Lengths, epochs: int, seed: int = 0) -> np.ndarray:
     """int [epochs, documents]: how often each epoch holds each document."""
-    made = Epochs(length_classes(lengths, rules, np.random.RandomState(seed), "a/train"))
+    made = Epochs(length_classes(np.arange(len(lengths)), lengths, rules, np.random.RandomState(seed), "a/train"))
     orders = [made.shuffled(epoch, np.random.RandomState([seed, epoch])) for epoch in range(epochs)]
     assert [made.start(e) for e in range(epochs)] == [
         int(sum(lengths[o].sum() for o in orders[:e])) for e in range(epochs)
@@ -75,7 +75,9 @@ def test_a_share_is_the_share_of_tokens(tokens: list[int], share: float, keep: f
 
 def test_what_comes_twice_comes_once_in_each_half() -> None:
     lengths = np.array([10] * 50 + [100] * 50)
-    made = Epochs(length_classes(lengths, Lengths(above=50, repeat=2), np.random.RandomState(0), "a"))
+    made = Epochs(
+        length_classes(np.arange(len(lengths)), lengths, Lengths(above=50, repeat=2), np.random.RandomState(0), "a")
+    )
     order = made.shuffled(3, np.random.RandomState(1))
     long = order[order >= 50]
     assert sorted(long[:50].tolist()) == sorted(long[50:].tolist()) == list(range(50, 100))
@@ -95,12 +97,12 @@ RULES = [
 def test_samples_are_slices_of_the_concatenated_epochs(tmp_path: Path, rules: Lengths, seq_length: int) -> None:
     lengths = [3, 0, 40, 1, 20, 0, 35, 1, 12, 22, 40]
     data = IndexedDataset(dataset(tmp_path / "a", lengths))
-    stream = DomainStream(data, np.arange(len(lengths)), 5, "a/train", rules)
+    stream = DomainStream(data.prefix, "1,0", "train", 5, "a", rules)
     orders = [stream.order(epoch).tolist() for epoch in range(260)]
     ids = [number for order in orders for number in order]
     whole = np.concatenate([data.document(number) for number in ids])
     begins = np.cumsum([0] + [lengths[number] for number in ids])
-    again = DomainStream(data, np.arange(len(lengths)), 5, "a/train", rules)
+    again = DomainStream(data.prefix, "1,0", "train", 5, "a", rules)
     for j in (2, 0, 1):
         start = again.piece(j, seq_length) * seq_length
         np.testing.assert_array_equal(again.sample(j, seq_length), whole[start : start + seq_length + 1])

@@ -49,7 +49,7 @@ def entry(path: Path, weight: float = 1.0, name: str | None = None) -> SimpleNam
 def test_samples_are_slices_of_the_concatenated_epochs(tmp_path: Path, seq_length: int) -> None:
     """Epochs of 100 tokens: sequences shorter and far longer than an epoch, documents empty and of one token."""
     data = IndexedDataset(dataset(tmp_path / "a", [3, 0, 40, 1, 20, 0, 35, 1]))
-    stream = DomainStream(data, np.arange(8), seed=5, salt="a/train")
+    stream = DomainStream(data.prefix, "1,0", "train", 5, "a")
     orders = [stream.order(epoch).tolist() for epoch in range(60)]
     assert all(sorted(order) == [0, 2, 3, 4, 6, 7] for order in orders)
     assert len({tuple(order) for order in orders}) > 40
@@ -62,7 +62,7 @@ def test_samples_are_slices_of_the_concatenated_epochs(tmp_path: Path, seq_lengt
 
 def test_blocks_of_samples_are_shuffled_pieces(tmp_path: Path) -> None:
     """Each block of an epoch's pieces comes once, not in the order of the stream, and no two blocks alike."""
-    stream = DomainStream(IndexedDataset(dataset(tmp_path / "a", [50] * 20)), np.arange(20), seed=5, salt="a/train")
+    stream = DomainStream(str(dataset(tmp_path / "a", [50] * 20)), "1,0", "train", 5, "a")
     pieces = np.array([stream.piece(j, 10) for j in range(300)]).reshape(3, 100)
     for block, order in enumerate(pieces - np.arange(0, 300, 100)[:, None]):
         assert sorted(order.tolist()) == list(range(100)), block
@@ -122,7 +122,7 @@ def test_describe_counts_tokens_and_epochs(tmp_path: Path) -> None:
 
 def test_orders_are_frozen(tmp_path: Path) -> None:
     """A change of these numbers changes the data of every resumed run and leaks its held-out documents."""
-    stream = DomainStream(IndexedDataset(dataset(tmp_path / "a", [1] * 8)), np.arange(8), 1234, "a/train")
+    stream = DomainStream(str(dataset(tmp_path / "a", [1] * 8)), "1,0", "train", 1234, "a")
     assert [stream.order(epoch).tolist() for epoch in (0, 1)] == FROZEN_ORDERS
     assert [stream.piece(j, 1) for j in range(8)] == FROZEN_PIECES
     assert documents_of_part(20, "80,20", "validation", "a").tolist() == FROZEN_SPLIT
