@@ -30,7 +30,7 @@ class Exchange:
 
 
 def choose_exchange(
-    wanted: str, ulysses_size: int | None, ranks: int, tokens: int, heads: int, groups: int
+    wanted: str, ulysses_size: int | None, ranks: int, tokens: int, heads: int, groups: int, copies_keys: bool = True
 ) -> Exchange:
     """Resolve `attention.exchange`.
 
@@ -40,13 +40,18 @@ def choose_exchange(
         ranks: context-parallel size.
         tokens: of a sequence on one rank.
         heads, groups: query and key heads on one tensor-parallel rank.
+        copies_keys: whether a key head may go to several ranks, which Transformer Engine does not do.
 
     Raises:
         UserError: the heads cannot be shared as asked.
     """
     if ranks == 1:
         return Exchange("none", 1, "ring", "one context-parallel rank has the whole sequence")
-    shares = [size for size in range(2, ranks + 1) if ranks % size == 0 and heads_can_be_shared(heads, groups, size)]
+    shares = [
+        size
+        for size in range(2, ranks + 1)
+        if ranks % size == 0 and heads_can_be_shared(heads, groups, size) and (copies_keys or groups % size == 0)
+    ]
     if wanted == "auto":
         return _best(ranks, tokens, heads, groups, shares)
     if wanted in ("ring", "all_gather"):

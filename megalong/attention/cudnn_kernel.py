@@ -1,8 +1,9 @@
 """cuDNN's attention through torch, which on Hopper is known to be faster than FlashAttention-2.
 
-torch gives it two masks, none and causal from the top left corner. Blocks that a diagonal cuts elsewhere go to flash,
-whose log-sum-exp means the same, so that both can be merged. What torch was built with, and which cuDNN it finds, is
-known only where it runs: first both compute a small block, and cuDNN is left alone if it cannot or differs.
+torch gives it two masks, none and causal from the top left corner. Blocks that a diagonal cuts elsewhere, or of odd
+shapes, go to flash, whose log-sum-exp means the same, so that both can be merged. What torch was built with, and which
+cuDNN it finds, is known only where it runs: first both compute a small block, and cuDNN is left alone if it cannot or
+differs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megalong.attention.mask import CAUSAL, FULL, BlockMask
 log = logging.getLogger("megalong")
 
 WIDEST_HEAD = 128
+REGULAR = 256  # tokens: cuDNN compiles a graph for every shape, and documents come in any number of them
 CHECKED = (256, 1, 4, 2)  # tokens, batch, query heads and key heads of the block that both compute
 TOLERANCE = 2e-2
 
@@ -75,6 +77,8 @@ def backward(
 
 
 def _knows(q: torch.Tensor, k: torch.Tensor, mask: BlockMask) -> bool:
+    if q.shape[0] % REGULAR or k.shape[0] % REGULAR:
+        return False
     return mask == FULL or (mask == CAUSAL and q.shape[0] == k.shape[0])
 
 

@@ -1,4 +1,4 @@
-"""FlashAttention-2 as built into torch: bf16 and fp16 on CUDA, any block between two diagonals.
+"""FlashAttention-2 as built into torch: bf16 and fp16 on CUDA, any block a plan has (plan.py).
 
 It counts diagonals from the bottom right corner, where the last query meets the last key (varlen.py says them so).
 """

@@ -108,9 +108,10 @@ def _balanced(starts: np.ndarray, seq_length: int, n: int, window: int | None) -
     seen = _keys_seen(np.arange(seq_length), starts, window)
     best: tuple[float, np.ndarray] | None = None
     for per_rank in TILES:
-        if seq_length % (n * per_rank):
+        size = seq_length // (n * per_rank)
+        if size == 0:
             break
-        pairs = seen.reshape(n * per_rank, -1).sum(1)
+        pairs = seen[: size * n * per_rank].reshape(n * per_rank, size).sum(1)
         owner = _dealt_out(pairs, n, per_rank)
         uneven = float(np.bincount(owner, pairs, n).max() * n / pairs.sum())
         if best is None or uneven < best[0]:
@@ -121,7 +122,10 @@ def _balanced(starts: np.ndarray, seq_length: int, n: int, window: int | None) -
     owner = best[1]
     size = seq_length // len(owner)
     tiles = np.arange(len(owner))[:, None] * size + np.array([0, size])
-    return [_joined(tiles[owner == rank]) for rank in range(n)]
+    # What tiles leave over at the end, at most a few dozen tokens a rank, is cut in equal pieces.
+    rest, begin = (seq_length - size * len(owner)) // n, size * len(owner)
+    tails = begin + np.arange(n)[:, None] * rest + np.array([0, rest])
+    return [_joined(np.concatenate((tiles[owner == rank], tails[rank : rank + 1]))) for rank in range(n)]
 
 
 def _dealt_out(pairs: np.ndarray, n: int, per_rank: int) -> np.ndarray:

@@ -10,12 +10,13 @@ piece of queries and the keys of another rank there is one answer for a whole pi
 With a sliding window a block is cut by a second diagonal. Nothing here is as large as the sequence, let alone S x S:
 a plan has about as many blocks as there are documents times ranks.
 
-Every block is trimmed so that each of its queries sees a key and each of its keys is seen.
+Every block is trimmed so that each of its queries sees a key and each of its keys is seen, and one that a lower
+diagonal alone cuts has no more queries than keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -184,23 +185,35 @@ def _earlier(queries: Shard, keys: Shard, starts: np.ndarray) -> list[Block]:
 
 
 def _windowed(queries: Shard, keys: Shard, starts: np.ndarray, window: int) -> list[Block]:
-    blocks = []
+    blocks: list[Block] = []
     for a, b, local, document in _rows(*queries.pieces(starts)):
         oldest = max(document, a - window + 1)
         run = int(np.searchsorted(keys.runs[:, 1], oldest, side="right"))
         while run < len(keys.runs) and keys.runs[run, 0] < b:
             start, stop = keys.runs[run].tolist()
-            blocks.append(
-                _banded(a, b, local, max(start, oldest), min(stop, b), int(keys.offsets[run]) - start, window)
-            )
+            to_local = int(keys.offsets[run]) - start
+            blocks += _banded(a, b, local - a, max(start, oldest), min(stop, b), to_local, window)
             run += 1
     return blocks
 
 
-def _banded(a: int, b: int, local: int, c: int, e: int, to_local: int, window: int) -> Block:
-    """Queries [a, b) against keys [c, e) of the same document, without the queries that see none of them."""
+def _banded(a: int, b: int, to_local: int, c: int, e: int, keys_to_local: int, window: int) -> Iterator[Block]:
+    """Queries [a, b) against keys [c, e) of the same document, without the queries that see none of them.
+
+    Where the window leaves keys behind but no key lies ahead of a query, the queries that still see all of them make a
+    block of their own: flash has no word for a lower diagonal alone if there are more queries than keys.
+    """
     first, last = max(a, c), min(b, e + window - 1)
-    upper = first - c if e - 1 > first else None
-    lower = first - c - window + 1 if c < last - window else None
-    rows = slice(local + first - a, local + last - a)
-    return Block(rows, slice(c + to_local, e + to_local), BlockMask(upper, lower))
+    ahead = e - 1 > first
+    complete = first if ahead else max(first, min(last, c + window))  # queries before it see every key from c on
+    if first < complete:
+        yield _block(first, complete, to_local, c, e, keys_to_local, BlockMask())
+    if complete < last:
+        oldest = c if ahead else max(c, complete - window + 1)
+        upper = complete - oldest if ahead else None
+        lower = complete - oldest - window + 1 if oldest < last - window else None
+        yield _block(complete, last, to_local, oldest, e, keys_to_local, BlockMask(upper, lower))
+
+
+def _block(a: int, b: int, to_local: int, c: int, e: int, keys_to_local: int, mask: BlockMask) -> Block:
+    return Block(slice(a + to_local, b + to_local), slice(c + keys_to_local, e + keys_to_local), mask)

@@ -80,12 +80,17 @@ def corner_window(block: Block) -> Window:
 
 
 def to_corner(mask: BlockMask, queries: int, keys: int) -> Window:
-    """(left, right) of `mask`. Every query must see a key: flash has no word for one that sees none."""
+    """(left, right) of `mask`.
+
+    Every query must see a key: flash has no word for one that sees none. And flash takes "all to the right" beside a
+    bound to the left as "as many as there are keys", which is less than all if queries outnumber keys.
+    """
     corner = keys - queries
     left = -1 if mask.lower is None else corner - mask.lower
     right = -1 if mask.upper is None else mask.upper - corner
     assert mask.lower is None or left >= 0
     assert mask.upper is None or right >= 0
+    assert mask.lower is None or mask.upper is not None or queries <= keys + 1
     return left, right
 
 

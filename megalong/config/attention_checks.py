@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 from megalong.errors import UserError
 
 if TYPE_CHECKING:
+    from megalong.config.architecture import Architecture
     from megalong.config.schema import Config
 
 ENGINE = "transformer_engine"
-FP8_CAPABILITY, FP8_CURRENT_ATTENTION_CAPABILITY = (8, 9), (10, 0)
+FP8_CAPABILITY, FP8_ATTENTION_CAPABILITY, FP8_CURRENT_ATTENTION_CAPABILITY = (8, 9), (9, 0), (10, 0)
+HOPPER_FP8_HEAD = 128  # channels
+FP8_TOKENS, FP8_WIDTH = 8, 16  # what Transformer Engine wants a rank's tokens and a matrix's sides to be multiples of
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,17 @@ def _check_fp8_on_gpu(config: "Config", machine: Machine, capability: tuple[int,
             "attention.backend: torch has no FP8 kernel on a GPU, and precision.fp8_dot_product_attention is true; "
             "write backend: transformer_engine, or fp8_dot_product_attention: false"
         )
+    if capability < FP8_ATTENTION_CAPABILITY:
+        raise UserError(
+            f"precision.fp8_dot_product_attention: this GPU (compute capability {name}) has no FP8 attention, which "
+            "begins with 9.0; write fp8_dot_product_attention: false, which keeps FP8 in the linear layers"
+        )
+    if config.data.packing != "naive":
+        raise UserError(
+            f"precision.fp8_dot_product_attention with data.packing {config.data.packing}: FP8 kernels take whole "
+            "sequences only, not documents; write fp8_dot_product_attention: false, or packing: naive"
+        )
+    _check_engine_length(config, "precision.fp8_dot_product_attention")
     delayed = precision.fp8_recipe == "delayed" or machine.engine_recipe == "DelayedScaling"
     if capability < FP8_CURRENT_ATTENTION_CAPABILITY and not delayed:
         raise UserError(
@@ -113,6 +127,35 @@ def _check_fp8_on_gpu(config: "Config", machine: Machine, capability: tuple[int,
             f"(compute capability {name}) knows delayed scaling only; write fp8_recipe: delayed, or start with "
             "NVTE_DPA_FP8_RECIPE=DelayedScaling in the environment, which leaves the linear layers tensorwise"
         )
+
+
+def check_fp8_model(config: "Config", machine: Machine, architecture: "Architecture") -> None:
+    """Refuse what FP8 on this machine's GPU cannot do with this model.
+
+    Raises:
+        UserError: heads that Hopper's FP8 attention does not know, or matrices whose sides are no multiples of 16.
+    """
+    precision, capability = config.precision, machine.capability
+    if precision.fp8 is None or capability is None:
+        return
+    channels = architecture.kv_channels
+    on_hopper = FP8_ATTENTION_CAPABILITY <= capability < FP8_CURRENT_ATTENTION_CAPABILITY
+    if precision.fp8_dot_product_attention and on_hopper and channels != HOPPER_FP8_HEAD:
+        raise UserError(
+            f"precision.fp8_dot_product_attention: FP8 attention trains on this GPU with heads of {HOPPER_FP8_HEAD} "
+            f"channels only, and the model's have {channels}; write fp8_dot_product_attention: false"
+        )
+    tensor = config.parallel.tensor_model_parallel_size
+    for what, size in (
+        ("hidden_size", architecture.hidden_size),
+        ("hidden_size / tensor parallel", architecture.num_attention_heads * channels // tensor),
+        ("ffn_hidden_size / tensor parallel", architecture.ffn_hidden_size // tensor),
+    ):
+        if size % FP8_WIDTH:
+            raise UserError(
+                f"precision.fp8: {precision.fp8}: the model's {what} is {size}, and FP8 matrices need multiples of "
+                f"{FP8_WIDTH}; write fp8: null, or a smaller parallel.tensor_model_parallel_size"
+            )
 
 
 def _check_engine(config: "Config") -> None:
@@ -126,7 +169,7 @@ def _check_engine(config: "Config") -> None:
         )
     if ranks == 1:
         return
-    documents = config.data.packing == "masked"
+    documents = config.data.masked
     layout = "per_document_zigzag" if documents else "zigzag"
     fits = ("per_document_zigzag",) if documents else ("auto", "zigzag", "per_document_zigzag")
     if attention.layout not in fits:

@@ -43,3 +43,10 @@ def test_what_is_asked_for_is_done() -> None:
 def test_heads_that_do_not_divide_are_refused(wanted: str, size: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         choose_exchange(wanted, size, 8, 1024, 4, 1)
+
+
+def test_key_heads_that_cannot_be_copied_are_not_spread() -> None:
+    assert choose_exchange("auto", None, 4, 1024, 8, 2, copies_keys=False).heads_size == 2
+    assert choose_exchange("auto", None, 4, 1024, 4, 1, copies_keys=False).name == "all_gather"
+    with pytest.raises(UserError, match="cannot share 4 query and 1 key heads"):
+        choose_exchange("ulysses", None, 4, 1024, 4, 1, copies_keys=False)

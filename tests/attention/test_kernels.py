@@ -91,11 +91,13 @@ def test_flash_is_called_as_torch_declares_it() -> None:
 @pytest.mark.parametrize("mask", [FULL, CAUSAL, BlockMask(3, -2)])
 def test_cudnn_is_called_as_torch_declares_it(mask: BlockMask) -> None:
     """And what it has no mask for goes to flash, which answers in the same shapes."""
-    q = torch.empty(64, 2, 8, 32, dtype=torch.bfloat16, device="meta")
-    k = torch.empty(64, 2, 2, 32, dtype=torch.bfloat16, device="meta")
+    q = torch.empty(256, 2, 8, 32, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(256, 2, 2, 32, dtype=torch.bfloat16, device="meta")
+    assert cudnn_kernel._knows(q, k, mask) == (mask in (FULL, CAUSAL))
+    assert not cudnn_kernel._knows(q[:255], k, mask)
     out, lse = CUDNN.forward(q, k, k, mask, 0.1)
     assert out.shape == q.shape
-    assert lse.shape == (2, 8, 64)
+    assert lse.shape == (2, 8, 256)
     gradients = CUDNN.backward(out, q, k, k, out, lse, mask, 0.1)
     assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
 

@@ -102,10 +102,16 @@ def test_causal_work_is_equal_within_one_percent() -> None:
 
 @pytest.mark.parametrize("kind", ["per_document_zigzag", "balanced"])
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), mean=st.sampled_from([300, 3000, 30000]))
-def test_work_on_random_documents_is_equal_within_ten_percent(kind: Kind, seed: int, mean: int) -> None:
-    """Lengths as they are in corpora (log-normal), 128K tokens on 8 ranks."""
-    length, ranks = 1 << 17, 8
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    mean=st.sampled_from([300, 3000, 30000]),
+    draw_length=st.sampled_from([8192, 8193, 7919, 6250]),
+)
+def test_work_on_random_documents_is_equal_within_ten_percent(
+    kind: Kind, seed: int, mean: int, draw_length: int
+) -> None:
+    """Lengths as they are in corpora (log-normal), about 128K tokens on 8 ranks, whatever divides them."""
+    length, ranks = 16 * draw_length, 8
     lengths = np.random.default_rng(seed).lognormal(np.log(mean), 1.2, size=10_000).astype(np.int64) + 1
     starts = np.cumsum(lengths) - lengths
     starts = starts[starts < length]

@@ -5,11 +5,13 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from megalong.config.attention_checks import Machine, backend_of, check_machine
+from megalong.config.architecture import Architecture
+from megalong.config.attention_checks import Machine, backend_of, check_fp8_model, check_machine
+from megalong.config.rope import RopeSettings
 from megalong.errors import UserError
 
 CPU, HOPPER, BLACKWELL = Machine(), Machine((9, 0), True), Machine((10, 0), True)
-BARE_HOPPER, AMPERE = Machine((9, 0), False), Machine((8, 0), True)
+BARE_HOPPER, AMPERE, ADA = Machine((9, 0), False), Machine((8, 0), True), Machine((8, 9), True)
 
 ENGINE = "attention.backend=transformer_engine"
 TORCH = "attention.backend=torch"
@@ -58,9 +60,11 @@ def test_what_no_machine_can_do(load, overrides, message, mend):
         (BARE_HOPPER, [ENGINE], "needs the package transformer-engine", [TORCH]),
         (BARE_HOPPER, [HYBRID], "install it, or write fp8: null", ["precision.fp8=null"]),
         (AMPERE, [HYBRID], "compute capability 8.0) has no FP8", ["precision.fp8=null"]),
+        (ADA, [HYBRID, FP8_ATTENTION], "begins with 9.0", ["precision.fp8_dot_product_attention=false"]),
+        (HOPPER, [HYBRID, FP8_ATTENTION, MASKED], "not documents", ["data.packing=naive"]),
+        (HOPPER, [HYBRID, FP8_ATTENTION, CP2, "data.seq_length=4098"], "write 4100", ["data.seq_length=4100"]),
         (HOPPER, [HYBRID, FP8_ATTENTION, TORCH], "write backend: transformer_engine", [ENGINE]),
         (HOPPER, [HYBRID, FP8_ATTENTION, TENSORWISE], "delayed scaling only", ["precision.fp8_recipe=delayed"]),
-        (HOPPER, [HYBRID, FP8_ATTENTION, CP2, MASKED], "per_document_zigzag", ["attention.layout=per_document_zigzag"]),
     ],
 )
 def test_what_this_machine_cannot_do(load, machine, overrides, message, mend):
@@ -84,3 +88,31 @@ def test_auto_is_transformer_engine_where_only_it_can(load):
     assert backend_of(load(HYBRID, FP8_ATTENTION), HOPPER) == "transformer_engine"
     assert backend_of(load(HYBRID, FP8_ATTENTION), CPU) == "torch"
     assert backend_of(load(ENGINE), HOPPER) == "transformer_engine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "message"),
+    [
+        ({"kv_channels": 64}, [FP8_ATTENTION], "heads of 128 channels only, and the model's have 64"),
+        ({"hidden_size": 1000}, [], "hidden_size is 1000, and FP8 matrices need multiples of 16"),
+        (
+            {"ffn_hidden_size": 1040},
+            ["parallel.tensor_model_parallel_size=2"],
+            "/ tensor parallel is 520",
+        ),
+    ],
+)
+def test_what_fp8_cannot_do_with_a_model(load, changes, overrides, message):
+    shape = {
+        "hidden_size": 1024, "ffn_hidden_size": 4096, "num_layers": 2, "num_attention_heads": 8, "num_query_groups": 8,
+        "kv_channels": 128, "vocab_size": 512, "max_position_embeddings": 4096,
+        "rope": RopeSettings(rope_theta=1e4),
+    }  # fmt: skip
+    config = load(HYBRID, *overrides)
+    check_fp8_model(config, HOPPER, Architecture(**shape))
+    wrong = Architecture(**shape | changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_fp8_model(config, HOPPER, wrong)
+    check_fp8_model(config, CPU, wrong)
+    if "kv_channels" in changes:
+        check_fp8_model(config, BLACKWELL, wrong)

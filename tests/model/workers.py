@@ -170,3 +170,23 @@ class _Watch(TorchDispatchMode):
                 if tensor.dtype in (torch.int8, torch.int16, torch.int32):
                     self.narrow[str(func)] = str(tensor.dtype)
         return out
+
+
+def padded_shard(tokens: int, ranks: int) -> dict[str, Any]:
+    """Every rank's share of one masked sample of `tokens` tokens, and how often its angles were computed."""
+    distributed.start(torch.device("cpu"))
+    from megalong.attention.layout import TokenLayout
+    from megalong.model import batch
+
+    samples, starts = torch.arange(tokens + 1)[None], np.array([0], np.int64)
+    shards = [batch.shard_samples(samples, TokenLayout(ranks), rank, documents=[starts]) for rank in range(ranks)]
+    inputs = shards[0].attention_inputs()
+    with patch.object(batch, "cos_sin", wraps=batch.cos_sin) as made:
+        for _ in range(3):  # a layer each, with a tensor of its own
+            inputs.rotary(torch.ones(4))
+    return {
+        "counted": sum(float(shard.loss_mask.sum()) for shard in shards),
+        "positions": max(int(shard.positions.max()) for shard in shards),
+        "lengths": {shard.tokens.shape[1] for shard in shards},
+        "made": made.call_count,
+    }
