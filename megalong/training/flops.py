@@ -7,6 +7,8 @@ the first w tokens see w/2 on average, the others w.
 
     flops per token = 6 * (layer matrices + output head) + 12 * heads * head_dim * (sum over layers of k)
 
+Where documents do not see each other, s is a document's length, and tokens are averaged over documents.
+
 The embedding is a look-up, so it is not counted; norms, rotary and soft-max are below 1 % and are not either. What
 activation recompute repeats is no useful work: this is *model* FLOPs, the MFU of the papers, causal half only (some
 report the full square, which at a million tokens nearly doubles their figure).
@@ -17,6 +19,9 @@ Worked example, Llama-3.1-8B: 6 x 7.50e9 = 45 GFLOP of matrices; attention adds 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from megalong.config.architecture import Architecture
 
 
@@ -26,6 +31,13 @@ def matrix_entries(architecture: Architecture) -> int:
     projections = a.hidden_size * a.kv_channels * 2 * (a.num_attention_heads + a.num_query_groups)
     feed_forward = 3 * a.hidden_size * a.ffn_hidden_size
     return a.num_layers * (projections + feed_forward) + a.hidden_size * a.vocab_size
+
+
+def mean_flops_per_token(architecture: Architecture, lengths: Sequence[int]) -> float:
+    """`flops_per_token` averaged over the tokens of documents of `lengths` tokens, at least one."""
+    counted = Counter(lengths)
+    total = sum(flops_per_token(architecture, length) * length * count for length, count in counted.items())
+    return total / sum(lengths)
 
 
 def flops_per_token(architecture: Architecture, seq_length: int) -> float:

@@ -29,7 +29,7 @@ from megalong.config.schema import Config
 from megalong.config.text import config_text
 from megalong.evaluation.buckets import bucket_edges
 from megalong.training.console import RemainingTime, step_line
-from megalong.training.flops import flops_per_token
+from megalong.training.flops import mean_flops_per_token
 from megalong.training.hardware import Peak, device_peak, peak_memory
 
 LOG = logging.getLogger("megalong")
@@ -53,6 +53,7 @@ class StepRecord:
         validation_loss: held-out loss in nats, on steps that evaluated.
         position_losses: mean training loss per bucket of `bucket_edges(data.seq_length)`; None in an empty bucket.
         validation_position_losses: the same for held-out text.
+        document_lengths: of what the writing rank's replica read, for MFU; none: whole samples.
     """
 
     step: int
@@ -65,6 +66,7 @@ class StepRecord:
     validation_loss: float | None = None
     position_losses: Sequence[float | None] = field(default=())
     validation_position_losses: Sequence[float | None] = field(default=())
+    document_lengths: Sequence[int] = field(default=())
 
     @property
     def step_seconds(self) -> float:
@@ -101,7 +103,7 @@ class Metrics:
         self._config, self._world_size, self._device = config, world_size, device
         self._last_step = start_step
         self._edges = bucket_edges(config.data.seq_length)
-        self._flops_per_token = flops_per_token(architecture, config.data.seq_length)
+        self._architecture = architecture
         self._peak = device_peak(device)
         self._remaining = RemainingTime(config.training.train_iters, clock)
         if config.logging.tensorboard:
@@ -119,7 +121,8 @@ class Metrics:
             return
         steps, self._last_step = record.step - self._last_step, record.step
         tokens_per_second = record.tokens / max(record.step_seconds, 1e-9)
-        utilization = tokens_per_second / self._world_size * self._flops_per_token / self._peak.flops_per_second
+        flops = mean_flops_per_token(self._architecture, record.document_lengths or [self._config.data.seq_length])
+        utilization = tokens_per_second / self._world_size * flops / self._peak.flops_per_second
         memory = peak_memory(self._device)
         LOG.info(
             step_line(

@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megalong.attention.choice import Exchange, choose_exchange
+from megalong.attention.choice import Exchange
 from megalong.attention.transformer_engine import machine_of
 from megalong.checkpoint import folder, store
 from megalong.config.architecture import Architecture
-from megalong.config.attention_checks import Machine, backend_of, check_machine
+from megalong.config.attention_checks import Machine, backend_of, check_fp8_model, check_machine
 from megalong.config.checks import check_model, check_world
 from megalong.config.schema import Config
 from megalong.hf.load import WeightSource, load_into
@@ -32,7 +32,7 @@ from megalong.model.build import build_model, unwrap, wrap_for_training
 from megalong.model.config import DTYPES, ModelSettings
 from megalong.runtime import distributed
 from megalong.training.optimizer import build_optimizer, build_scheduler
-from megalong.training.start import Start, find_start
+from megalong.training.start import Start, exchange_of, find_start
 
 log = logging.getLogger("megalong")
 
@@ -50,23 +50,6 @@ class Session:
     step: int
     consumed_samples: int
     assets: Path | None
-
-
-def exchange_of(config: Config, architecture: Architecture) -> Exchange:
-    """How context-parallel ranks share attention.
-
-    Raises:
-        UserError: the model's heads cannot be shared as the configuration asks.
-    """
-    attention, parallel = config.attention, config.parallel
-    return choose_exchange(
-        attention.exchange,
-        attention.ulysses_size,
-        parallel.context_parallel_size,
-        config.data.seq_length // parallel.context_parallel_size,
-        architecture.num_attention_heads // parallel.tensor_model_parallel_size,
-        architecture.num_query_groups // parallel.tensor_model_parallel_size,
-    )
 
 
 def layout_of(config: Config, exchange: Exchange) -> distributed.Layout:
@@ -107,6 +90,7 @@ def set_up(config: Config, device: torch.device) -> Session:
     check_world(config, dist.get_world_size())
     start = find_start(config)
     check_model(config, start.architecture)
+    check_fp8_model(config, machine, start.architecture)
     exchange = exchange_of(config, start.architecture)
     if config.parallel.context_parallel_size > 1:
         log.info("attention over context-parallel ranks: %s (%s)", exchange.name, exchange.reason)

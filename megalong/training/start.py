@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalong.attention.choice import Exchange, choose_exchange
 from megalong.checkpoint.folder import ASSETS, find_checkpoint, read_meta, whole_checkpoints
 from megalong.config.architecture import Architecture
+from megalong.config.attention_checks import ENGINE
 from megalong.config.schema import Config
 from megalong.errors import UserError
 from megalong.hf.config import read_architecture
@@ -125,3 +127,21 @@ def _windows(architecture: Architecture) -> str:
         return f"window_size {size}"
     shown = frequency if isinstance(frequency, int) else list(frequency)
     return f"window_size {size}, window_attn_skip_freq {shown}"
+
+
+def exchange_of(config: Config, architecture: Architecture) -> Exchange:
+    """How context-parallel ranks share attention.
+
+    Raises:
+        UserError: the model's heads cannot be shared as the configuration asks.
+    """
+    attention, parallel = config.attention, config.parallel
+    return choose_exchange(
+        attention.exchange,
+        attention.ulysses_size,
+        parallel.context_parallel_size,
+        config.data.seq_length // parallel.context_parallel_size,
+        architecture.num_attention_heads // parallel.tensor_model_parallel_size,
+        architecture.num_query_groups // parallel.tensor_model_parallel_size,
+        copies_keys=attention.backend != ENGINE,
+    )

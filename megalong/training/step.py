@@ -29,6 +29,7 @@ class StepResult:
         gradient_norm: before clipping.
         learning_rate: the one applied.
         seconds: wall time of data, forward_backward and optimizer on this rank.
+        document_lengths: of what this rank's replica read; whole samples where documents see each other.
     """
 
     loss: float
@@ -36,6 +37,7 @@ class StepResult:
     gradient_norm: float
     learning_rate: float
     seconds: dict[str, float]
+    document_lengths: tuple[int, ...] = ()
 
 
 class TrainStep:
@@ -79,6 +81,7 @@ class TrainStep:
                 "forward_backward": computed - loaded,
                 "optimizer": stepped - computed,
             },
+            document_lengths=tuple(length for batch in micro_batches for length in batch.document_lengths),
         )
 
     def _gradients(self, micro_batches: list[MicroBatch], positions: PositionLoss | None) -> torch.Tensor:

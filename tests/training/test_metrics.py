@@ -13,7 +13,7 @@ from megalong.config.architecture import Architecture
 from megalong.config.rope import RopeSettings
 from megalong.config.schema import Config
 from megalong.training.console import RemainingTime, amount, duration
-from megalong.training.flops import flops_per_token, matrix_entries
+from megalong.training.flops import flops_per_token, matrix_entries, mean_flops_per_token
 from megalong.training.hardware import Peak
 from megalong.training.metrics import Metrics, StepRecord
 
@@ -181,6 +181,15 @@ def test_durations(seconds, text):
 @pytest.mark.parametrize(("value", "text"), [(987, "987"), (12345, "12.3K"), (4.2e6, "4.20M"), (1.05e9, "1.05B")])
 def test_amounts(value, text):
     assert amount(value) == text
+
+
+def test_masked_documents_cost_what_each_costs_alone(open_metrics, tmp_path):
+    metrics = open_metrics()
+    metrics.log_step(record(1, document_lengths=[100, 28, 100, 28]))
+    metrics.close()
+    alone = (100 * flops_per_token(ARCHITECTURE, 100) + 28 * flops_per_token(ARCHITECTURE, 28)) / 128
+    assert mean_flops_per_token(ARCHITECTURE, [100, 28]) == pytest.approx(alone)
+    assert curves(tmp_path).Scalars("speed/mfu")[0].value == pytest.approx(256 * alone / 1e9, rel=1e-5)
 
 
 def test_flops_equal_torchs_own_count():
