@@ -66,10 +66,14 @@ class Model(Section):
 
 
 class Data(Section):
-    """What is read: sequence length in tokens, how documents are packed, from which datasets."""
+    """What is read: sequence length in tokens, how documents are packed, from which datasets.
+
+    `packing`: `naive` lays documents end to end and lets them see each other; `masked` keeps them apart; so does
+    `best_fit`, which cuts none that fits into a sample, and pads; `whole` leaves out those that do not fit, too.
+    """
 
     seq_length: Positive
-    packing: Literal["naive", "masked"] = "naive"
+    packing: Literal["naive", "masked", "best_fit", "whole"] = "naive"
     separator: Text | None = None
     mixture: tuple[Domain, ...] = Field(min_length=1, strict=False)
     split: Text = "99,1"
@@ -78,6 +82,11 @@ class Data(Section):
     def split_weights(self) -> tuple[float, float]:
         """Weights of training and validation."""
         return split_weights(self.split)
+
+    @property
+    def masked(self) -> bool:
+        """Whether documents are kept from seeing each other."""
+        return self.packing != "naive"
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -116,7 +125,7 @@ class Attention(Section):
     `exchange`: keys travel (`ring`), are gathered (`all_gather`), tokens are swapped for heads (`ulysses`), or heads
     within groups of `ulysses_size` neighbouring ranks and keys between them (`ring_ulysses`); `auto` decides by heads,
     lengths and sizes, and says why. `layout`: how tokens lie on the ranks; `auto` is `zigzag` for naive and `balanced`
-    for masked packing. `window_size`: a token sees that many, itself included; `window_attn_skip_freq` N leaves
+    for other packings. `window_size`: a token sees that many, itself included; `window_attn_skip_freq` N leaves
     every N-th layer full, a list says 1 (window) or 0 (full) for each layer. Both replace what the model to start from
     was trained with, and become part of the model; left out, its own windows stay.
     """
@@ -277,7 +286,7 @@ class Config(Section):
         """How tokens lie on context-parallel ranks: `attention.layout`, with `auto` decided by the packing."""
         if self.attention.layout != "auto":
             return self.attention.layout
-        return "balanced" if self.data.packing == "masked" else "zigzag"
+        return "balanced" if self.data.masked else "zigzag"
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model on `world_size` processes; `UserError` where they do not come out even."""

@@ -21,12 +21,14 @@ class Epochs:
 
     Attributes:
         tokens_per_epoch: tokens of an epoch, rounded, on average over all of them.
+        vary: whether epochs hold different documents.
     """
 
     def __init__(self, classes: Sequence[LengthClass]) -> None:
         self.classes = classes
         self._mean = sum(one.ratio * one.tokens for one in classes)
         self.tokens_per_epoch = max(1, round(self._mean))
+        self.vary = not all(one.ratio.is_integer() for one in classes)
 
     def start(self, epoch: int) -> int:
         """The token of the stream at which `epoch` begins."""

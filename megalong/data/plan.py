@@ -67,7 +67,8 @@ class StagePlan:
 
     Attributes:
         longest: int64 [samples looked at], tokens of the longest piece of one document in each.
-        cut: share of the borders between samples that lie inside a document.
+        cut: share of the beginnings and ends of samples that cut a document.
+        padding: share of the tokens of samples that are padding.
     """
 
     config: Config
@@ -75,6 +76,7 @@ class StagePlan:
     domains: list[DomainPlan]
     longest: np.ndarray
     cut: float
+    padding: float
 
 
 def plan(config_file: str, overrides: Sequence[str] = (), png: str | None = None) -> None:
@@ -120,12 +122,16 @@ def plan_stage(config: Config) -> StagePlan:
     looked_at = np.linspace(0, samples - 1, min(samples, LOOKED_AT)).round().astype(int).tolist()
     longest = np.array([_longest(packed, k) for k in looked_at], np.int64)
     cut = np.mean([packed.cuts(k) for k in looked_at])
-    return StagePlan(config, samples, domains, longest, float(cut))
+    filled = np.mean([packed.filled(k) for k in looked_at])
+    padding = 1 - float(filled) / (packed.seq_length + 1)
+    return StagePlan(config, samples, domains, longest, float(cut), padding)
 
 
 def _opened(config: Config, part: str) -> PackedSamples:
     data = config.data
-    return PackedSamples(data.mixture, data.seq_length, config.run.seed, data.split, part, separator=data.separator)
+    return PackedSamples(
+        data.mixture, data.seq_length, config.run.seed, data.split, part, data.separator, packing=data.packing
+    )
 
 
 def _domain(stream: DomainStream, share: DomainShare, weight: float, seq_length: int) -> DomainPlan:
@@ -154,5 +160,5 @@ def _by_length(lengths: np.ndarray) -> Lengths:
 
 
 def _longest(packed: PackedSamples, k: int) -> int:
-    starts = packed.documents(k)
-    return int(np.diff(np.append(starts[starts < packed.seq_length], packed.seq_length)).max())
+    starts, end = packed.documents(k), min(packed.filled(k), packed.seq_length)
+    return int(np.diff(np.append(starts[starts < end], end)).max())

@@ -74,14 +74,17 @@ def _samples(stage: StagePlan) -> str:
 
 
 def _losses(stage: StagePlan) -> str:
-    """What is cut, and what never comes."""
-    lines = [f"cut: {stage.cut:.1%} of the borders between samples lie inside a document"]
+    """What is cut or wasted, and what never comes."""
+    lines = [
+        f"cut: {stage.cut:.1%} of the beginnings and ends of samples cut a document",
+        f"wasted: {stage.padding:.2%} of the tokens of samples are padding",
+    ]
     for domain in stage.domains:
         documents, tokens = domain.dropped
         if documents:
             lines.append(
                 f"never shown: {documents:,} documents of {domain.share.name} with {tokens:,} tokens, dropped by its "
-                "length rules"
+                f"{'length rules' if stage.config.data.packing != 'whole' else 'length rules or too long for a sample'}"
             )
         if domain.share.epochs < 1:
             lines.append(f"not reached: {1 - domain.share.epochs:.1%} of an epoch of {domain.share.name}")

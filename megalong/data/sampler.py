@@ -9,6 +9,7 @@ k, ranks that share a sample for the same one, and a resumed run goes on with th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from megalong.data.indexed import IndexedDataset
 from megalong.data.length_rules import LengthRules
 from megalong.data.splitting import PARTS
 from megalong.data.stream import DomainStream
+from megalong.data.whole_documents import WholeDocuments
 from megalong.errors import UserError
 
 
@@ -63,6 +65,8 @@ class PackedSamples:
         split: shares of documents for training and validation, as in "99,1".
         part: "train" or "validation".
         index_folder: where `prepare` leaves the shuffled orders for other ranks to read; None keeps them in memory.
+        packing: `data.packing`. "naive" and "masked" read the same samples, documents laid end to end; with "best_fit"
+            and "whole" those hold whole documents and padding, and longer documents in pieces, or not at all.
         separator: `data.separator`: what must stand between documents; None takes the datasets as they are.
 
     Raises:
@@ -78,6 +82,7 @@ class PackedSamples:
         part: str = "train",
         separator: str | None = None,
         index_folder: Path | None = None,
+        packing: str = "naive",
     ) -> None:
         if part not in PARTS:
             raise ValueError(f"part {part!r} is none of {PARTS}")
@@ -85,14 +90,22 @@ class PackedSamples:
         self.seq_length = seq_length
         self.names = [entry.name for entry in mixture]
         self.mixture = mixture
+        kind = WholeDocuments if packing in ("best_fit", "whole") else DomainStream
+        longest = seq_length + 1 if packing == "whole" else None
         self.streams = [
-            DomainStream(entry.path, split, part, seed, entry.name, entry.lengths, index_folder) for entry in mixture
+            kind(entry.path, split, part, seed, entry.name, entry.lengths, longest, index_folder) for entry in mixture
         ]
         datasets = [stream.dataset for stream in self.streams]
         self.tokenizer_sha256 = _common_tokenizer(self.names, datasets)
         self.vocabulary_size = max((_told(d, "vocabulary_size", 0) for d in datasets), default=0) or None
         _check_separators(self.names, datasets, separator)
-        self._blend = Blend([entry.weight for entry in mixture])
+
+    @cached_property
+    def _blend(self) -> Blend:
+        """Deals samples out such that weights are shares of tokens: a domain with more padding gets more samples."""
+        known = 1000  # samples over which the tokens of a sample are averaged
+        fills = [stream.tokens_of_samples(known, self.seq_length) / known for stream in self.streams]
+        return Blend([entry.weight * self.seq_length / fill for entry, fill in zip(self.mixture, fills, strict=True)])
 
     def sample(self, k: int) -> np.ndarray:
         """int64 [seq_length + 1]: sample k; [:-1] are the inputs, [1:] the targets."""
@@ -103,6 +116,11 @@ class PackedSamples:
         """int64, ascending from 0: the tokens of sample k at which a document, or the rest of one, begins."""
         domain, j = self._blend.of(k)
         return self.streams[domain].documents_of_sample(j, self.seq_length)
+
+    def filled(self, k: int) -> int:
+        """Tokens of sample k that are documents', at most seq_length + 1; padding follows, the last of `documents`."""
+        domain, j = self._blend.of(k)
+        return self.streams[domain].filled_of_sample(j, self.seq_length)
 
     def cuts(self, k: int) -> tuple[bool, bool]:
         """Whether sample k begins, and whether it ends, inside a document."""
@@ -141,7 +159,7 @@ class PackedSamples:
 
     def _share(self, domain: int, samples: int) -> DomainShare:
         stream = self.streams[domain]
-        tokens = samples * self.seq_length
+        tokens = stream.tokens_of_samples(samples, self.seq_length)
         return DomainShare(
             name=self.names[domain],
             documents=sum(len(one.documents) for one in stream.epochs.classes),

@@ -41,6 +41,7 @@ class DomainStream:
         seed: the run's seed.
         name: the domain's; streams of different name or part are shuffled independently.
         rules: `lengths` of the domain; None: every epoch holds each document once.
+        longest: documents of more tokens never come; None: all do.
         index_folder: where `prepare` leaves orders for other ranks; None keeps them in memory.
 
     Raises:
@@ -56,11 +57,13 @@ class DomainStream:
         seed: int,
         name: str,
         rules: LengthRules | None = None,
+        longest: int | None = None,
         index_folder: Path | None = None,
     ) -> None:
         self._split, self._part, self._rules, self._where = split, part, rules, f"{name}/{part}"
+        self._longest = longest
         self._seed = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, zlib.crc32(self._where.encode())]
-        self._index = EpochIndex(index_folder, prefix, split, part, self._seed, rules)
+        self._index = EpochIndex(index_folder, prefix, split, part, self._seed, rules, longest)
         self.dataset = IndexedDataset(prefix, checked=self._index.load("classes") is not None)
         # Two epochs are kept: a sample spans a border, and so do the samples of a global batch.
         self._epoch = lru_cache(maxsize=2)(self._indexed_epoch)
@@ -92,12 +95,16 @@ class DomainStream:
     def _classes(self) -> list[LengthClass]:
         given = self.given
         lengths = self.lengths[given]
-        documents = given[lengths > 0].astype(np.int32 if self.dataset.num_documents < 2**31 else np.int64)
+        comes = lengths > 0
+        if self._longest is not None:
+            comes &= lengths <= self._longest
+        documents = given[comes].astype(np.int32 if self.dataset.num_documents < 2**31 else np.int64)
         if len(documents) == 0:
-            raise UserError(f"{self.dataset.prefix}: the {len(given)} documents of {self._where} hold no token")
+            what = f"1 to {self._longest} tokens, as data.packing whole needs it" if self._longest else "a token"
+            raise UserError(f"{self.dataset.prefix}: none of the {len(given)} documents of {self._where} holds {what}")
         # A seed of three numbers, apart from those of epochs (four) and blocks (five).
         random = np.random.RandomState(self._seed)
-        return length_classes(documents, lengths[lengths > 0], self._rules, random, self._where)
+        return length_classes(documents, lengths[comes], self._rules, random, self._where)
 
     def order(self, epoch: int) -> np.ndarray:
         """Numbers of the documents in the order in which `epoch` lays them down."""
@@ -124,6 +131,14 @@ class DomainStream:
         """Whether packed sample j begins, and whether it ends, inside a document."""
         start = self.piece(j, seq_length) * seq_length
         return not self._begins(start), not self._begins(start + seq_length)
+
+    def filled_of_sample(self, j: int, seq_length: int) -> int:
+        """Tokens of documents in packed sample j: all of them, the last one a target only."""
+        return seq_length + 1
+
+    def tokens_of_samples(self, samples: int, seq_length: int) -> int:
+        """Tokens of documents that the first `samples` samples hold, shared ones counted once."""
+        return samples * seq_length
 
     def _begins(self, token: int) -> bool:
         return token == 0 or len(self.document_starts(token - 1, 2)) == 2
@@ -169,7 +184,7 @@ class DomainStream:
         """Write the orders that samples `first` up to `last` need, where they are not on disk yet."""
         if last <= first:
             return
-        self._index.store(lambda: to_arrays(self._classes()), "classes")
+        self._store_classes()
         size = self._block_size(seq_length)
         blocks = range(first // size, (last - 1) // size + 1)
         start, end = blocks.start * size * seq_length, blocks.stop * size * seq_length
@@ -177,6 +192,9 @@ class DomainStream:
             self._index.store(partial(self._shuffled, epoch), "epoch", epoch)
         for block in blocks:
             self._index.store(partial(self._permuted, size, block), "block", size, block)
+
+    def _store_classes(self) -> None:
+        self._index.store(lambda: to_arrays(self._classes()), "classes")
 
     def _fill(self, out: np.ndarray, epoch: int, offset: int) -> int:
         """Copy tokens of one epoch from `offset` on; returns how many there were, at most len(out)."""

@@ -39,15 +39,17 @@ class AttentionInputs(PackedSeqParams):
     qkv_format: str = "sbhd"
     positions: torch.Tensor | None = None
     plan: AttentionPlan | None = None
-    _rotary: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+    _rotary: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
     def rotary(self, inverse_frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each [s, 1 or b, head_dim / 2] float32: made by the first layer, shared by the others."""
-        key = id(inverse_frequencies)
-        if key not in self._rotary:
+        """(cos, sin), each [s, 1 or b, head_dim / 2] float32: made by the first layer, shared by the others.
+
+        All layers of a model have the same frequencies.
+        """
+        if self._rotary is None:
             assert self.positions is not None
-            self._rotary[key] = cos_sin(inverse_frequencies, self.positions.t())
-        return self._rotary[key]
+            self._rotary = cos_sin(inverse_frequencies, self.positions.t())
+        return self._rotary
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,12 @@ class MicroBatch:
         """Tokens of a whole padded sample."""
         return self.plan.sequences[0].seq_length
 
+    @property
+    def document_lengths(self) -> list[int]:
+        """Tokens of every document in the batch, padding being one; whole samples where all is one document."""
+        plans = self.plan.sequences * (len(self.tokens) // len(self.plan.sequences))
+        return [int(n) for plan in plans for n in np.diff(plan.starts, append=plan.seq_length)]
+
     def attention_inputs(self) -> AttentionInputs:
         """What core attention needs to know of this micro-batch."""
         return AttentionInputs(positions=self.positions, plan=self.plan)
@@ -81,6 +89,7 @@ def shard_samples(
     device: torch.device | None = None,
     documents: Sequence[np.ndarray] | None = None,
     multiple: int = 1,
+    filled: Sequence[int] | None = None,
 ) -> MicroBatch:
     """Cut a rank's share out of whole samples.
 
@@ -91,6 +100,8 @@ def shard_samples(
         documents: for each row the tokens of the sample at which a document begins, int64 ascending from 0; None:
             every token sees all before it.
         multiple: what the padded length must be a multiple of besides `layout.multiple`.
+        filled: for each row how many of its S+1 tokens are documents'; the rest is padding, which is no target. None:
+            all of them. Where documents are given, padding begins as one of them.
     """
     length = samples.shape[1] - 1
     padded = -(-length // math.lcm(layout.multiple, multiple)) * math.lcm(layout.multiple, multiple)
@@ -101,12 +112,12 @@ def shard_samples(
     ]
     inputs = torch.nn.functional.pad(samples[:, :-1], (0, padded - length))
     targets = torch.nn.functional.pad(samples[:, 1:], (0, padded - length))
-    counted = _counted(documents, length, padded, len(samples))
+    counted = _counted(documents, length, padded, filled or [length + 1] * len(samples))
     tokens, labels, mask = (
         torch.cat([whole[rows][:, indices] for rows, indices, _ in shares]).to(device)
         for whole in (inputs, targets, counted)
     )
-    positions = torch.stack([_positions(indices, starts) for _, indices, starts in shares]).to(device)
+    positions = torch.stack([_positions(indices, starts, length) for _, indices, starts in shares]).to(device)
     return MicroBatch(tokens, labels, mask, positions, plan)
 
 
@@ -118,16 +129,17 @@ def _starts(documents: Sequence[np.ndarray] | None, length: int, padded: int, ro
     return [np.append(starts[starts < length], padding) for starts in documents]
 
 
-def _counted(documents: Sequence[np.ndarray] | None, length: int, padded: int, rows: int) -> torch.Tensor:
+def _counted(documents: Sequence[np.ndarray] | None, length: int, padded: int, filled: Sequence[int]) -> torch.Tensor:
     """float32 [b, padded]: 1 where the next token belongs to the same document."""
-    counted = torch.zeros(rows, padded)
-    counted[:, :length] = 1
+    targets = torch.arange(1, padded + 1)
+    counted = (targets < torch.tensor(filled)[:, None].clamp(max=length + 1)).float()
     for row, starts in enumerate(documents or ()):
         counted[row, torch.from_numpy(starts[starts > 0] - 1)] = 0
     return counted
 
 
-def _positions(indices: torch.Tensor, starts: np.ndarray) -> torch.Tensor:
-    """Places in the document."""
+def _positions(indices: torch.Tensor, starts: np.ndarray, length: int) -> torch.Tensor:
+    """Places in the document; 0 for padding, of which there may be more than there are tokens."""
     begin = torch.from_numpy(starts)
-    return indices - begin[torch.searchsorted(begin, indices, right=True) - 1]
+    places = indices - begin[torch.searchsorted(begin, indices, right=True) - 1]
+    return places.masked_fill_(indices >= length, 0)

@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 
 from megalong.attention.layout import TokenLayout
+from megalong.config.attention_checks import FP8_TOKENS
 from megalong.config.schema import Config
 from megalong.data.sampler import PackedSamples
 from megalong.model.batch import MicroBatch, shard_samples
@@ -29,12 +30,14 @@ class Batches:
         self.micro_batch_size = config.training.micro_batch_size
         self.device = device
         self._layout = TokenLayout(config.parallel.context_parallel_size, config.token_layout, window)
-        self._masked = config.data.packing == "masked"
-        # Sequence parallelism cuts a context-parallel shard over the tensor-parallel ranks.
+        self._masked = config.data.masked
+        # Sequence parallelism cuts a context-parallel shard over the tensor-parallel ranks, and FP8 matrices on a GPU
+        # want a rank's tokens to be a multiple of 8.
         parallel = config.parallel
-        self._multiple = (
-            parallel.tensor_model_parallel_size * parallel.context_parallel_size if parallel.sequence_parallel else 1
-        )
+        fp8 = FP8_TOKENS if config.precision.fp8 is not None else 1
+        self._multiple = fp8 * parallel.context_parallel_size
+        if parallel.sequence_parallel:
+            self._multiple *= parallel.tensor_model_parallel_size
         self._context_rank = parallel_state.get_context_parallel_rank()
         self._replica = parallel_state.get_data_parallel_rank()
         self._replicas = parallel_state.get_data_parallel_world_size()
@@ -51,4 +54,5 @@ class Batches:
             numbers = range(first, first + self.micro_batch_size)
             whole = torch.from_numpy(np.stack([self.samples.sample(k) for k in numbers]))
             documents = [self.samples.documents(k) for k in numbers] if self._masked else None
-            yield shard_samples(whole, self._layout, self._context_rank, self.device, documents, self._multiple)
+            filled = [self.samples.filled(k) for k in numbers]
+            yield shard_samples(whole, self._layout, self._context_rank, self.device, documents, self._multiple, filled)

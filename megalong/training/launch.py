@@ -21,7 +21,7 @@ from megalong.data.sampler import PackedSamples
 from megalong.errors import UserError
 from megalong.runtime.folders import refuse_unwritable
 from megalong.runtime.launch import run_local
-from megalong.training.start import as_configured, find_start
+from megalong.training.start import as_configured, exchange_of, find_start
 
 
 def train(config_path: str, overrides: list[str] | None = None, nproc: int | None = None) -> int:
@@ -59,7 +59,13 @@ def _check(stages: list[Config], world: int) -> None:
         data = config.data
         for part in ("train", "validation") if config.evaluation.interval else ("train",):
             samples = PackedSamples(
-                data.mixture, data.seq_length, config.run.seed, data.split, part, separator=data.separator
+                data.mixture,
+                data.seq_length,
+                config.run.seed,
+                data.split,
+                part,
+                separator=data.separator,
+                packing=data.packing,
             )
             if part == "train":
                 samples.refuse_repeats(config.training.train_iters * config.training.global_batch_size)
@@ -68,6 +74,7 @@ def _check(stages: list[Config], world: int) -> None:
         else:
             architecture = find_start(config).architecture
         check_model(config, architecture)
+        exchange_of(config, architecture)
         _check_vocabulary(samples, architecture.vocab_size)
         refuse_unwritable(Path(config.run.dir), "run.dir")
 

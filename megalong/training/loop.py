@@ -102,6 +102,7 @@ class Trainer:
             validation_loss=_mean(validation) if validation is not None else None,
             position_losses=position_losses,
             validation_position_losses=validation.means() if validation is not None else [],
+            document_lengths=window.document_lengths,
         )
         self.metrics.log_step(record)
         self._window = _Window(config.data.seq_length)
@@ -120,6 +121,7 @@ class Trainer:
             part,
             separator=data.separator,
             index_folder=Path(self.config.run.dir) / "index",
+            packing=data.packing,
         )
         if is_main_rank():  # the others read what this one has shuffled
             samples.prepare(*self._sample_range(part))
@@ -147,10 +149,12 @@ class _Window:
         self.positions = PositionLoss(seq_length)
         self.seconds: dict[str, float] = {}
         self.tokens = 0
+        self.document_lengths: list[int] = []
         self._loss_sum = 0.0
 
     def add(self, result: StepResult) -> None:
         self.tokens += result.tokens
+        self.document_lengths += result.document_lengths
         self._loss_sum += result.loss * result.tokens
         for name, value in result.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value

@@ -182,7 +182,7 @@ def test_bad_mixtures_are_told(tmp_path: Path) -> None:
         ([entry(path, 0)], "must be above 0"),
         ([entry(path, float("nan"))], "must be above 0"),
         ([entry(path), entry(path)], "stands twice"),
-        ([entry(empty)], "hold no token"),
+        ([entry(empty)], "holds a token"),
         ([entry(tmp_path / "absent")], "does not exist"),
     ]:
         with pytest.raises(UserError, match=told):

@@ -83,6 +83,24 @@ def test_pieces_and_cuts_are_counted_from_the_tokens(run: Path) -> None:
         cut += sum(inside)
     assert stage.longest.tolist() == longest
     assert stage.cut == pytest.approx(cut / 480)
+    assert stage.padding == 0
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "whole"])
+def test_waste_and_cuts_of_whole_documents_are_counted_from_the_samples(run: Path, packing: str) -> None:
+    (config,) = load_config(run, [f"data.packing={packing}"])
+    stage = plan_stage(config)
+    data = config.data
+    packed = PackedSamples(data.mixture, data.seq_length, config.run.seed, data.split, packing=packing)
+    read = sum(packed.filled(k) for k in range(240))
+    assert stage.padding == pytest.approx(1 - read / (240 * 33))
+    assert stage.padding > 0.01
+    assert stage.cut == (0 if packing == "whole" else pytest.approx(np.mean([packed.cuts(k) for k in range(240)])))
+    tokens = {domain.share.name: domain.share.tokens for domain in stage.domains}
+    assert tokens["a"] / tokens["b"] == pytest.approx(3, rel=0.03)
+    if packing == "whole":
+        assert stage.domains[0].dropped[0] > (np.array(LENGTHS["a"]) > 33).sum() * 0.6
+        assert stage.longest.max() <= 20
 
 
 def test_every_stage_is_printed_and_drawn(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,8 @@ def rank_gradients(settings: dict[str, Any]) -> tuple[list[Slice], float]:
 
 def samples_of(config: Config) -> PackedSamples:
     """The training samples of a run."""
-    return PackedSamples(config.data.mixture, config.data.seq_length, config.run.seed, config.data.split, "train")
+    data = config.data
+    return PackedSamples(data.mixture, data.seq_length, config.run.seed, data.split, "train", packing=data.packing)
 
 
 def global_batches(settings: dict[str, Any]) -> Iterator[torch.Tensor]:

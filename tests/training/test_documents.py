@@ -51,8 +51,8 @@ def documents(settings: dict[str, Any], step: int) -> Iterator[list[int]]:
     config = Config.model_validate(settings)
     samples, size = samples_of(config), config.training.global_batch_size
     for k in range(step * size, (step + 1) * size):
-        tokens, starts = samples.sample(k).tolist(), samples.documents(k).tolist()
-        for begin, end in pairwise([*starts, len(tokens)]):
+        tokens, starts, filled = samples.sample(k).tolist(), samples.documents(k), samples.filled(k)
+        for begin, end in pairwise([*starts[starts < filled].tolist(), filled]):
             yield tokens[begin:end]
 
 
@@ -78,11 +78,13 @@ def plain_steps(llama: Path, settings: dict[str, Any]) -> dict[str, list[float]]
     return results
 
 
-@pytest.mark.parametrize("length", [64, 61])
-def test_masked_packing_is_training_on_each_document_alone(length: int, tmp_path: Path, pool: WorkerPool) -> None:
+@pytest.mark.parametrize(("packing", "length"), [("masked", 64), ("masked", 61), ("best_fit", 61)])
+def test_masked_packing_is_training_on_each_document_alone(
+    packing: str, length: int, tmp_path: Path, pool: WorkerPool
+) -> None:
     llama, data = make_llama(tmp_path / "hf"), make_dataset(tmp_path / "data")
     settings = run_settings(tmp_path / "run", llama, data)
-    settings["data"] |= {"packing": "masked", "seq_length": length}
+    settings["data"] |= {"packing": packing, "seq_length": length}
     plain = plain_steps(llama, settings)
     for name, changes in LAYOUTS.items():
         parallel = changes.get("parallel", {})

@@ -20,7 +20,9 @@ def train_steps(settings: dict[str, Any], steps: int, device: str = "cpu") -> di
 
         config = session.config
         data = config.data
-        samples = PackedSamples(data.mixture, data.seq_length, config.run.seed, data.split, "train")
+        samples = PackedSamples(
+            data.mixture, data.seq_length, config.run.seed, data.split, "train", packing=data.packing
+        )
         batches = Batches(config, samples, session.device)
         step = TrainStep(session.chunks, session.optimizer, session.scheduler)
         size = config.training.global_batch_size
