@@ -2,7 +2,8 @@
 
 The way of a token, module by module:
     sources → tokenizer → preprocess → indexed_writer        text to a dataset, once
-    indexed → splitting → stream → blending → sampler        a dataset to sample k, on every rank
+    indexed → splitting → length_rules → epochs → stream, or whole_documents → blending → sampler
+                                                             a dataset to sample k, on every rank
 """
 
 from megalong.data.indexed import IndexedDataset
