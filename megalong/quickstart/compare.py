@@ -54,9 +54,9 @@ def compare_with_transformers(run: Path, export: Path, data: Path, seq_length: i
 
     source = find_model(run)
     sample = open_held_out(str(data), seq_length, 1, source).sample(0)
-    tokens = torch.from_numpy(sample[None, :-1])
+    tokens = torch.from_numpy(sample[None])
     with torch.no_grad():
-        theirs, exact = _their_logits(export, tokens)
+        theirs, exact = _their_logits(export, tokens[:, :-1])
         ours = _our_logits(source, tokens)
     return Comparison(
         tokens=seq_length,
@@ -88,19 +88,14 @@ def _exact_rotary(rotary: Any, hidden: torch.Tensor, position_ids: torch.Tensor)
     return (angles.cos() * scale).to(hidden.dtype), (angles.sin() * scale).to(hidden.dtype)
 
 
-def _our_logits(source: ModelSource, tokens: torch.Tensor) -> torch.Tensor:
-    import torch
-
+def _our_logits(source: ModelSource, sample: torch.Tensor) -> torch.Tensor:
     with single_process():
         # Imports Megatron-Core, for which the process is prepared only now.
+        from megalong.attention.layout import TokenLayout
         from megalong.evaluation.measure import load_model
-        from megalong.model.batch import AttentionInputs
+        from megalong.model.batch import shard_samples
 
         model = load_model(source)[0].eval()
-        logits = model(
-            input_ids=tokens,
-            position_ids=None,
-            attention_mask=None,
-            packed_seq_params=AttentionInputs(positions=torch.arange(tokens.shape[1])),
-        )
+        batch = shard_samples(sample, TokenLayout(1), context_rank=0)
+        logits = model(batch.tokens, None, None, packed_seq_params=batch.attention_inputs())
         return logits[0, :, : source.architecture.vocab_size].float()
