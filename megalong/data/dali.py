@@ -1,0 +1,119 @@
+"""Tokens through NVIDIA DALI: processes read ahead, and on a GPU the tokens travel there ahead of the step as well.
+
+    samples of micro-batch i ──▶ Reader in `workers` processes ──▶ external_source, `depth` batches queued ──▶ [GPU]
+
+DALI hands the reader a number and gets bytes. The reader is a function of that number, so the position in the data
+stays what it is without DALI: the number of samples consumed. DALI's own checkpoint would say the same in other words,
+and a run could then not go on without DALI.
+
+The processes are spawned, never forked: a forked one would inherit a CUDA context that it must not touch. They open the
+data themselves. Token types that torch knows only half (uint16) travel as bytes.
+
+The one file that imports nvidia.dali, and only where a loader is made: it is optional (`pip install megalong[dali]`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megalong.data.order import SampleOrder
+from megalong.data.sample import SampleSource
+from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+ReadOne = Callable[[SampleSource, int], np.ndarray]
+
+
+def check_installed() -> None:
+    """Refuse `data.loader: dali` where DALI is missing.
+
+    Raises:
+        UserError: it is.
+    """
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        raise UserError(
+            "data.loader: dali needs the package nvidia-dali, which is not installed; pip install megalong[dali], or "
+            "write data.loader: torch, which reads the same samples in the same order"
+        )
+
+
+class Reader:
+    """What a DALI process runs: the bytes of one sample.
+
+    Args:
+        open_source: opens the samples; called once in each process.
+        read: what to read of sample k; both must be picklable.
+        order: which samples make up which batch.
+    """
+
+    def __init__(self, open_source: Callable[[], SampleSource], read: ReadOne, order: SampleOrder) -> None:
+        self._open, self._read, self._order = open_source, read, order
+        self._source: SampleSource | None = None
+
+    def __call__(self, info: Any) -> np.ndarray:
+        """The bytes that `read` gives for the sample DALI asks for: uint8."""
+        if self._source is None:
+            self._source = self._open()
+        sample = self._order.samples(info.iteration)[info.idx_in_batch]
+        return self._read(self._source, sample).view(np.uint8)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_source": None}
+
+
+class DaliTokens:
+    """What `reader` reads, batch after batch.
+
+    Args:
+        batch_size: samples of a batch.
+        workers: processes that read.
+        depth: batches read ahead, at least 1.
+        device: where the tokens go.
+    """
+
+    def __init__(self, reader: Reader, batch_size: int, workers: int, depth: int, device: torch.device) -> None:
+        from nvidia.dali import fn, pipeline_def, types
+
+        on_gpu = device.type == "cuda"
+
+        @pipeline_def
+        def tokens() -> Any:
+            read = fn.external_source(
+                source=reader,
+                batch=False,
+                parallel=True,
+                prefetch_queue_depth=depth,
+                dtype=types.UINT8,
+                ndim=1,
+            )
+            return read.gpu() if on_gpu else read
+
+        self._on_gpu = on_gpu
+        self._pipeline = tokens(
+            batch_size=batch_size,
+            num_threads=1,
+            device_id=(device.index or 0) if on_gpu else None,
+            py_num_workers=workers,
+            py_start_method="spawn",
+            prefetch_queue_depth=2,
+        )
+        self._pipeline.build()
+
+    def next(self) -> list[torch.Tensor]:
+        """The next batch: uint8 of each of its samples. Its memory is used again by the call after."""
+        import torch
+
+        (batch,) = self._pipeline.run()
+        if self._on_gpu:
+            return [torch.from_dlpack(batch[row]) for row in range(len(batch))]
+        return [torch.from_numpy(np.array(batch.at(row))) for row in range(len(batch))]
+
+    def close(self) -> None:
+        """End the processes."""
+        del self._pipeline

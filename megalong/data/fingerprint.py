@@ -1,0 +1,123 @@
+"""What decides the order of samples, as a few words that are saved with every checkpoint.
+
+A run's position in its data is one number. It means something only as long as sample k is the same sample: another
+weight, length, seed, or a dataset written anew deals out other samples under the same numbers, so that some documents
+are seen twice and others never, and no curve shows it. A resume therefore compares what decides the order:
+
+    {"run.seed": 1234, "data.seq_length": 65536, "data.mixture": ["books"], "data.mixture.books.files": "3fa1…", …}
+
+Every key of `data` counts except those that only say how samples are read. Defaults are left out, so a key that a later
+version adds does not look like a change. Batch size and number of steps are not in it: they change how many samples a
+step takes, not which one comes next. A dataset counts by the size and time of change of its files and by what its
+sidecar says, not by its path: moved with its times (`mv`, `cp -p`) it is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megalong.data.indexed import data_path, index_path, sidecar_path
+from megalong.data.sources import find_files
+from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    from megalong.config.schema import Config
+
+READING = {
+    "separator",
+    "allow_change",
+    "loader",
+    "prefetch",
+    "workers",
+}  # keys of `data` that do not decide which sample comes next
+Fingerprint = dict[str, Any]
+
+
+def fingerprint(config: Config) -> Fingerprint:
+    """What decides the order of `config`'s samples, as values of JSON under the names of their keys."""
+    data = config.data.model_dump(mode="json", exclude_defaults=True, exclude=READING)
+    found: Fingerprint = {"run.seed": config.run.seed}
+    mixture = data.pop("mixture", [])
+    found.update(_flat("data", data))
+    found["data.mixture"] = [domain["name"] for domain in mixture]
+    for domain in mixture:
+        where = f"data.mixture.{domain['name']}"
+        rest = {key: value for key, value in domain.items() if key not in ("name", "path")}
+        found.update(_flat(where, rest))
+        if (named := f"{where}.synthetic.tokenizer") in found:  # by what it is: it may move
+            found[named] = _tokenizer(found[named])
+        if "path" in domain:
+            found[f"{where}.files"] = _files(domain["path"])
+    if config.task == "sft":
+        sft = config.sft.model_dump(mode="json", exclude_defaults=True, exclude={"loss_average"})
+        found["sft.sources"] = [source.name for source in config.sft.sources]
+        for source in sft.pop("sources"):
+            found[f"sft.sources.{source['name']}.files"] = _conversations(source.pop("path"))
+            found.update(_flat(f"sft.sources.{source.pop('name')}", source))
+        found.update(_flat("sft", sft))
+    return found
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, key by key: `data.seq_length 4096 → 8192`; nothing where `before` is empty (an old checkpoint)."""
+    if not before:
+        return []
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    gone = {key for key in keys if key not in now or key not in before}
+    listed = "data.mixture" in keys  # domains that came or went tell of their keys by that
+    named = set(before.get("data.mixture", [])) ^ set(now.get("data.mixture", []))
+    return [
+        _change(key, before, now)
+        for key in keys
+        if not (listed and key in gone and any(key.startswith(f"data.mixture.{name}.") for name in named))
+    ]
+
+
+def _change(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if key.endswith(".files"):
+        return f"{key.removesuffix('.files')}: its files are others (size, time of change or sidecar)"
+    return f"{key} {_shown(before, key)} → {_shown(now, key)}"
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    value = values.get(key, "default")
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
+def _flat(where: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(f"{where}.{key}", value)
+        else:
+            yield f"{where}.{key}", value
+
+
+def _conversations(path: str) -> str:
+    """Digest of a source's files; one that is missing is told when it is read."""
+    try:
+        files = find_files([path])
+    except UserError:
+        return ""
+    listed = "".join(f"{Path(file.path).name} {file.size} {file.mtime_ns}\n" for file in files)
+    return hashlib.sha256(listed.encode()).hexdigest()[:16]
+
+
+def _files(prefix: str) -> str:
+    """Digest of a dataset's files; one that is missing is told when the dataset is opened."""
+    digest = hashlib.sha256()
+    for path in (index_path(prefix), data_path(prefix), Path(prefix)):
+        if path.is_file():
+            status = path.stat()
+            digest.update(f"{path.suffix} {status.st_size} {status.st_mtime_ns}\n".encode())
+    if sidecar_path(prefix).is_file():
+        digest.update(sidecar_path(prefix).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _tokenizer(folder: str) -> str:
+    """Digest of a tokenizer; one that is missing is told when it is read."""
+    file = Path(folder) / "tokenizer.json" if Path(folder).is_dir() else Path(folder)
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""

@@ -1,0 +1,194 @@
+"""`megalong data inspect CONFIG.yaml`: training samples as text, with all that decides what is learnt from them.
+
+    sample 0 of books: 4,096 tokens to read and one more, 2 documents, masked, 4,095 targets
+      document 0: tokens 0 to 17, positions 0 to 17, 17 targets
+      | ⟨The⟩ rest of a document that began in another sample.⟦<s>⟧
+      document 1: tokens 18 to 4,096, positions 0 to 4,077, 4,078 targets
+      | ⟨Call⟩ me Ishmael. Some years ago⟦… 3,839 tokens …⟧and there is all his might before you.
+
+Of a document with notes in its text, or a question at its end (`synthetic`), these are shown too, between « and ».
+Separators stand between ⟦ and ⟧; tokens that do not count when they are predicted (loss mask) between ⟨ and ⟩.
+Positions are those the model is given. The sample is what training reads, from the same code; no torch is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from megalong.config.load import load_config
+from megalong.config.schema import Config
+from megalong.data.inspect import HEAD, TAIL, decoder_for, printable, shown
+from megalong.data.sample import Sample
+from megalong.data.sampler import PackedSamples
+from megalong.data.tokenizer import TextTokenizer
+
+AROUND = 12  # tokens shown to either side of what was planted
+RUNS = 3  # runs of positions told of one document
+
+
+Blocks = Callable[[Config, int, str | None], Iterator[str]]
+
+
+def inspect_samples(
+    config: str,
+    overrides: Sequence[str] = (),
+    samples: int = 3,
+    tokenizer: str | None = None,
+    conversations: Blocks | None = None,
+) -> None:
+    """Print the first `samples` training samples of every stage.
+
+    Args:
+        tokenizer: folder to decode with; else the one the datasets were made with if it is still there, else ids.
+        conversations: what shows a stage of task sft, which is not this floor's.
+
+    Raises:
+        UserError: the configuration or a dataset is wrong, or the tokenizer is not the one it was made with.
+    """
+    stages = load_config(config, list(overrides))
+    for stage in stages:
+        if len(stages) > 1:
+            print(f"stage {stage.run.name}")
+        blocks = conversations if conversations is not None and stage.task == "sft" else _blocks
+        for block in blocks(stage, samples, tokenizer):
+            print(block + "\n")
+
+
+def _blocks(config: Config, count: int, tokenizer: str | None) -> Iterator[str]:
+    data = config.data
+    packed = PackedSamples(
+        data.mixture,
+        data.seq_length,
+        config.run.seed,
+        data.split,
+        separator=data.separator,
+        packing=data.packing,
+        pose=data.pose,
+    )
+    streams = dict(zip(packed.names, packed.streams, strict=True))
+    decoders = {name: decoder_for(stream.dataset, tokenizer) or stream.tokenizer for name, stream in streams.items()}
+    for k in range(count):
+        name = packed.domain_of(k)
+        separator = (streams[name].dataset.sidecar or {}).get("separator") or {"ids": [], "text": ""}
+        title, planted = f"sample {k} of {name}", packed.planted(k)
+        sample = packed.read(k)
+        if data.packing == "naive" and data.masked:
+            inside = len(packed.documents(k)[packed.documents(k) < sample.filled])
+            title += f" ({inside:,} documents in masked packs, shown as one each)"
+        yield describe(sample, title, data.masked, decoders[name], separator, planted)
+
+
+def describe(
+    sample: Sample,
+    title: str,
+    masked: bool,
+    decoder: TextTokenizer | None,
+    separator: dict[str, Any],
+    planted: Sequence[tuple[int, int]] = (),
+) -> str:
+    """One sample, document by document, as in the module's docstring.
+
+    Args:
+        planted: (first token, end) of what was put into its text, rising.
+    """
+    targets, positions = targets_of(sample, masked), positions_of(sample, masked)
+    bounds = np.append(sample.documents[sample.documents < sample.filled], sample.filled).tolist()
+    length = len(sample.tokens) - 1
+    lines = [
+        f"{title}: {length:,} tokens to read and one more, {len(bounds) - 1:,} documents"
+        f"{', masked' if masked else ' that see each other'}, {int(targets.sum()):,} targets"
+    ]
+    for number, (first, end) in enumerate(pairwise(bounds)):
+        lines.append(
+            f"  document {number}: tokens {first:,} to {end - 1:,}, "
+            f"positions {_spans(positions[first:end])}, {int(targets[first:end].sum()):,} targets"
+        )
+        marked = [(begin - first, stop - first) for begin, stop in planted if first <= begin and stop <= end]
+        text = _text(sample.tokens[first:end].tolist(), targets[first:end], decoder, separator, marked)
+        lines += [f"  | {line}" for line in text.split("\n")]
+    if sample.filled <= length:
+        lines.append(f"  padding: tokens {sample.filled:,} to {length:,}")
+    return "\n".join(lines)
+
+
+def targets_of(sample: Sample, masked: bool) -> np.ndarray:
+    """bool [S + 1]: the tokens that count when they are predicted; the first never does."""
+    targets = np.arange(len(sample.tokens)) < sample.filled
+    targets[0] = False
+    if masked:
+        targets[sample.documents] = False
+    return targets if sample.targets is None else targets & sample.targets
+
+
+def positions_of(sample: Sample, masked: bool) -> np.ndarray:
+    """int64 [S]: the position of every token that is read."""
+    if sample.positions is not None:
+        return sample.positions
+    places = np.arange(len(sample.tokens) - 1)
+    if not masked:
+        return places
+    return places - sample.documents[np.searchsorted(sample.documents, places, side="right") - 1]
+
+
+def _spans(positions: np.ndarray) -> str:
+    """`0 to 17`, or where positions were skipped `0 to 9, 700 to 707`."""
+    if len(positions) == 0:
+        return "none"
+    cuts = np.flatnonzero(np.diff(positions) != 1) + 1
+    spans = [f"{run[0]:,} to {run[-1]:,}" for run in np.split(positions, cuts[:RUNS])[:RUNS]]
+    return ", ".join([*spans, "…"] if len(cuts) >= RUNS else spans)
+
+
+def _text(
+    ids: list[int],
+    targets: np.ndarray,
+    decoder: TextTokenizer | None,
+    separator: dict[str, Any],
+    planted: Sequence[tuple[int, int]],
+) -> str:
+    """Head and tail of a document, and what was planted between with a little around it."""
+    kept = np.ones(len(ids), bool)
+    kept[HEAD : max(HEAD, len(ids) - TAIL)] = False
+    for begin, end in planted:
+        kept[max(0, begin - AROUND) : end + AROUND] = True
+    cuts = {bound for span in planted for bound in span} | set((np.flatnonzero(np.diff(kept)) + 1).tolist())
+    text = ""
+    for begin, end in pairwise(sorted({0, len(ids), *cuts})):
+        if not kept[begin]:
+            text += f"⟦… {end - begin:,} tokens …⟧"
+            continue
+        part = _marked(ids[begin:end], targets[begin:end], decoder, separator)
+        text += f"«{part}»" if any(first <= begin < last for first, last in planted) else part
+    return text
+
+
+def _marked(ids: list[int], targets: np.ndarray, decoder: TextTokenizer | None, separator: dict[str, Any]) -> str:
+    """Text of `ids` with separators and tokens that are no targets between their marks."""
+    kind = np.where(targets, 0, 1)
+    for place in _places(ids, separator["ids"]):
+        kind[place : place + len(separator["ids"])] += 2
+    parts = []
+    for run in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(kind)) + 1):
+        these = [ids[i] for i in run]
+        text = shown(these, decoder)
+        if kind[run[0]] >= 2:
+            repeats = max(1, len(these) // len(separator["ids"]))
+            text = f"⟦{printable(separator['text'])}⟧" * repeats if decoder else f"⟦{text}⟧"
+        parts.append(f"⟨{text}⟩" if kind[run[0]] % 2 else text)
+    return ("" if decoder else " ").join(parts)
+
+
+def _places(ids: list[int], wanted: list[int]) -> list[int]:
+    """Where `wanted` stands in `ids`, without overlaps."""
+    found, place = [], 0
+    while wanted and place <= len(ids) - len(wanted):
+        if ids[place : place + len(wanted)] == wanted:
+            found.append(place)
+            place += len(wanted)
+        else:
+            place += 1
+    return found

@@ -1,0 +1,198 @@
+"""Samples that are tasks: real text of the dataset, something planted in it, a question and its answer at the end.
+
+    sample j → its length T → text of piece j of the dataset's stream, as much as leaves room for the rest
+             → notes planted at random depths → [text … note … text, question, answer, separator, padding]
+
+Each sample is one document of T tokens, T evenly spread over `min_length` … S: every SPREAD samples hold the same
+lengths in another order, so that shares of tokens are exact and known without making a sample. What stands between
+documents of the haystack becomes a line break. Sample j follows from (seed, domain, part, j) alone.
+
+The text is that of the dataset's own stream, so length rules and held-out documents are as for any domain.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from megalong.data.stream import DomainStream
+from megalong.data.synthetic.planting import Planter, Span
+from megalong.data.synthetic.tasks import Task, TaskSettings, draw_task
+from megalong.data.synthetic.vocabulary import find_tokenizer
+from megalong.data.tokenizer import TextTokenizer
+from megalong.errors import UserError
+
+SPREAD = 1000
+TOKENS_OF_A_WORD = 6  # set aside for each word of an answer, so that a text is rarely counted twice
+KEPT = 8  # samples that are kept for who asks for their tokens, targets and bounds one after the other
+LOOKED_AT = 16  # tasks that are drawn beforehand to see how much room they take
+Built = tuple[np.ndarray, Span, list[Span]]
+
+
+class TaskDocuments(DomainStream):
+    """A domain whose samples are tasks in its text; the methods of its base.
+
+    Args:
+        settings: `synthetic` of the domain.
+        seq_length: tokens of a sample, to refuse tasks that do not fit.
+        arguments, named: those of the base.
+
+    Raises:
+        UserError: also for a tokenizer that is gone or another one, and for tasks that do not fit.
+    """
+
+    def __init__(self, settings: TaskSettings, seq_length: int, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._settings = settings
+        self.name = self._where.rpartition("/")[0]
+        self.tokenizer: TextTokenizer = find_tokenizer(self.dataset, settings.tokenizer, self.name)
+        self._planter = Planter(self.tokenizer)
+        self._lengths = lru_cache(maxsize=2)(self._lengths_of)
+        self._build = lru_cache(maxsize=KEPT)(self._built)
+        self._refuse_too_short(seq_length)
+
+    @property
+    def made_with(self) -> dict[str, str] | None:
+        """`name` and `sha256` of the tokenizer."""
+        return {"name": self.tokenizer.name, "sha256": self.tokenizer.sha256}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Highest id + 1."""
+        return super().vocabulary_size or self.tokenizer.vocabulary_size
+
+    def copy_of_sample(self, j: int, seq_length: int, first: int, out: np.ndarray) -> None:
+        """Fill `out` with the tokens of sample j from `first` on, zeros behind its document."""
+        tokens = self._build(j, seq_length)[0][first : first + len(out)]
+        out[: len(tokens)] = tokens
+        out[len(tokens) :] = 0
+
+    def targets_of_sample(self, j: int, seq_length: int) -> np.ndarray | None:
+        """bool [seq_length + 1]: the answer's tokens; None where all tokens count."""
+        if not self._settings.answer_only:
+            return None
+        first, end = self._build(j, seq_length)[1]
+        targets = np.zeros(seq_length + 1, bool)
+        targets[first:end] = True
+        return targets
+
+    def planted_in_sample(self, j: int, seq_length: int) -> list[Span]:
+        """(first token, end) of every note, and of question and answer, in sample j."""
+        return self._build(j, seq_length)[2]
+
+    def documents_of_sample(self, j: int, seq_length: int) -> np.ndarray:
+        """int64: 0, and where padding begins."""
+        return np.array([0, self.filled_of_sample(j, seq_length)], np.int64)
+
+    def filled_of_sample(self, j: int, seq_length: int) -> int:
+        """Tokens of sample j's document, at most seq_length."""
+        block, place = divmod(j, SPREAD)
+        return int(self._lengths(block, seq_length)[place])
+
+    def cuts_of_sample(self, j: int, seq_length: int) -> tuple[bool, bool]:
+        """A task is whole, whatever its haystack is a part of."""
+        return False, False
+
+    def tokens_of_samples(self, samples: int, seq_length: int) -> int:
+        """Tokens of documents in the first `samples` samples."""
+        blocks, rest = divmod(samples, SPREAD)
+        return blocks * int(self._lengths(0, seq_length).sum()) + int(self._lengths(blocks, seq_length)[:rest].sum())
+
+    def lengths_by_class(self, seq_length: int) -> list[tuple[np.ndarray, float]]:
+        """Tokens of the tasks, with the times as many tokens as an epoch of the haystack hold them."""
+        lengths = self._lengths(0, seq_length)
+        return [(lengths, self.tokens_per_epoch / int(lengths.sum()))]
+
+    def _random(self, number: int, seq_length: int, purpose: int) -> np.random.RandomState:
+        """A seed of eight numbers, apart from those of the base."""
+        return np.random.RandomState(
+            [*self._seed, number & 0xFFFFFFFF, number >> 32, seq_length & 0xFFFFFFFF, purpose, 0]
+        )
+
+    def _lengths_of(self, block: int, seq_length: int) -> np.ndarray:
+        """int64 [SPREAD]: tokens of the documents of one block of samples."""
+        shortest = self._settings.min_length or seq_length
+        steps = 2 * self._random(block, seq_length, 0).permutation(SPREAD) + 1
+        return shortest + steps * (seq_length - shortest + 1) // (2 * SPREAD)
+
+    def _built(self, j: int, seq_length: int) -> Built:
+        """(tokens of sample j's document, where its answer stands, what to show of it)."""
+        random = self._random(j, seq_length, 1)
+        task = draw_task(self._settings, random)
+        depths = np.sort(random.random_sample(len(task.planted))).tolist()
+        before, after = self._around
+        notes = [self.tokenizer.encode(f"\n{sentence}\n") for sentence in task.planted]
+        question = self.tokenizer.encode(f"\n\n{task.question}\nAnswer:")
+        room = self.filled_of_sample(j, seq_length) - len(before) - len(question) - len(after) - sum(map(len, notes))
+        text, answer = self._text_and_answer(task, self.piece(j, seq_length) * seq_length, room)
+        text, spans = self._planter.plant(text, notes, depths)
+        first = len(before) + len(text) + len(question)
+        tokens = np.concatenate([np.array(before, np.int64), text, np.array([*question, *answer, *after], np.int64)])
+        shown = [(begin + len(before), end + len(before)) for begin, end in spans]
+        return (
+            tokens.astype(self.dataset.dtype),
+            (first, first + len(answer)),
+            [*shown, (first - len(question), len(tokens))],
+        )
+
+    def _text_and_answer(self, task: Task, start: int, room: int) -> tuple[np.ndarray, list[int]]:
+        """Haystack and answer that together take `room` tokens.
+
+        Where the answer follows from the text, its length does too: room is set aside for it, more where it does not
+        fit, and what it leaves is filled with line breaks.
+        """
+        aside = TOKENS_OF_A_WORD * self._settings.words if task.reads_text else len(self._answer(task, ""))
+        while True:
+            text = self._haystack(start, room - aside)
+            answer = self._answer(task, self.tokenizer.decode(text.tolist()) if task.reads_text else "")
+            if len(answer) <= aside:
+                break
+            aside = len(answer)
+        return np.append(text, np.full(aside - len(answer), self._line_break)), answer
+
+    def _answer(self, task: Task, text: str) -> list[int]:
+        return self.tokenizer.encode(f" {task.answer(text)}")
+
+    def _haystack(self, start: int, length: int) -> np.ndarray:
+        """int64 [length]: tokens of the stream, separators between documents turned into line breaks."""
+        tokens = self.tokens(start, length)
+        ids = self._separator["ids"]
+        if ids and length >= len(ids):
+            found = np.ones(length - len(ids) + 1, bool)
+            for offset, id in enumerate(ids):
+                found &= tokens[offset : offset + len(found)] == id
+            for offset in range(len(ids)):
+                tokens[np.flatnonzero(found) + offset] = self._line_break
+        return tokens
+
+    @property
+    def _separator(self) -> dict[str, Any]:
+        return (self.dataset.sidecar or {}).get("separator") or {"ids": []}
+
+    @property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What a document of this dataset begins and ends with."""
+        ids = list(self._separator["ids"])
+        return (ids, []) if self._separator.get("position") == "before" else ([], ids)
+
+    @cached_property
+    def _line_break(self) -> int:
+        return self.tokenizer.encode("\n")[-1]
+
+    def _refuse_too_short(self, seq_length: int) -> None:
+        shortest = self._settings.min_length or seq_length
+        most = max(self._room_taken(number, seq_length) for number in range(LOOKED_AT))
+        if shortest < 2 * most:
+            key = "synthetic.min_length" if self._settings.min_length else "data.seq_length"
+            raise UserError(
+                f"data.mixture: {self.name}: {key} {shortest}: notes, question and answer of task "
+                f"{self._settings.task} take {most} tokens and must be less than half of it; write {2 * most} or more"
+            )
+
+    def _room_taken(self, j: int, seq_length: int) -> int:
+        task = draw_task(self._settings, self._random(j, seq_length, 1))
+        written = "".join(f"\n{sentence}\n" for sentence in task.planted) + f"\n\n{task.question}\nAnswer:"
+        answer = " strawberries," * self._settings.words if task.reads_text else f" {task.answer('')}"
+        return len(self.tokenizer.encode(written + answer)) + len(self._separator["ids"])

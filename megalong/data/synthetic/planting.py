@@ -1,0 +1,65 @@
+"""Where sentences go into a text of tokens, without breaking what stands there.
+
+A place is drawn as a share of the text. The sentence goes to the nearest token after which a line or a sentence ends,
+within WINDOW tokens; where there is none, to the nearest one between whole characters (a byte-level vocabulary cuts
+characters in two). It stands on a line of its own.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from megalong.data.tokenizer import TextTokenizer
+
+WINDOW = 64
+ENDS = (".", "!", "?", "。", "！", "？")
+BROKEN = "\ufffd"
+Span = tuple[int, int]
+
+
+class Planter:
+    """Puts sentences into texts written with `tokenizer`."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._decode = tokenizer.decode
+        self._spelled = cache(lambda id: tokenizer.decode([id]))
+
+    def plant(self, text: np.ndarray, sentences: list[list[int]], depths: list[float]) -> tuple[np.ndarray, list[Span]]:
+        """`text` with each of `sentences` at its depth.
+
+        Args:
+            text: int64 [tokens]; sentences: ids of each, in the order in which they are to stand.
+            depths: shares of the text, in rising order: 0 its beginning, 1 its end.
+
+        Returns:
+            (int64 [tokens of all], (first token, end) of each sentence in it).
+        """
+        places = sorted(self.place(text, round(depth * len(text))) for depth in depths)
+        parts, spans, before, length = [], [], 0, 0
+        for place, sentence in zip(places, sentences, strict=True):
+            length += place - before
+            parts += [text[before:place], np.array(sentence, np.int64)]
+            spans.append((length, length + len(sentence)))
+            length += len(sentence)
+            before = place
+        return np.concatenate([*parts, text[before:]]), spans
+
+    def place(self, text: np.ndarray, wanted: int) -> int:
+        """The number of tokens before the place nearest to `wanted` at which a sentence may stand."""
+        low, high = max(0, wanted - WINDOW), min(len(text), wanted + WINDOW)
+        near = sorted(range(low, high + 1), key=lambda place: (abs(place - wanted), place))
+        for good in (self._between_sentences, self._between_characters):
+            for place in near:
+                if place in (0, len(text)) or good(text, place):
+                    return place
+        return wanted
+
+    def _between_sentences(self, text: np.ndarray, place: int) -> bool:
+        last, first = self._spelled(int(text[place - 1])), self._spelled(int(text[place]))
+        return last.endswith("\n") or (last.rstrip(" ").endswith(ENDS) and not first[:1].strip())
+
+    def _between_characters(self, text: np.ndarray, place: int) -> bool:
+        """Whether a character begins here: of the bytes in its middle none can be spelled, and it has at most four."""
+        return not self._decode(text[place : place + 4].tolist()).startswith(BROKEN)

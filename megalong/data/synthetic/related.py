@@ -1,0 +1,61 @@
+"""Samples that are related documents joined to one, which a model can then read across.
+
+    S = 7     documents  a a a, b b b b, a' a' a', c c c c c c c c c c
+    samples   [a a a a' a' a' · ·]  [b b b b · · · ·]  [c c c c c c c c]  [c c c …]
+
+An epoch holds every document once, or as often as `lengths` says. Documents longer than S + 1 tokens become pieces, as
+in best-fit packing; whole pieces of S + 1 tokens stand alone, all others are joined by likeness (sketch.py,
+joining.py). The result is one document: its parts see each other and positions run on, whatever the packing; separators
+stay between them. Which documents meet changes from epoch to epoch, since another one comes first.
+
+Likeness is taken from the tokens, so no column need name what belongs together. Where one does, such as a repository,
+`megalong data preprocess --group-by` joins by it, and `related` then joins what resembles each other among those.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from megalong.data.synthetic.joining import AT_ONCE, joined
+from megalong.data.synthetic.sketch import looked_at, sketches
+from megalong.data.whole_documents import Packed, WholeDocuments, pieces
+
+
+class RelatedDocuments(WholeDocuments):
+    """A domain whose samples are joined documents; the same arguments and methods as its base."""
+
+    STORED_AS = "related"
+    ALIKE = False  # other documents meet, and fill their samples otherwise
+
+    def _pack(self, epoch: int, seq_length: int) -> Packed:
+        order = self.order(epoch)
+        documents, firsts, lengths = pieces(order, self.lengths[order], seq_length)
+        groups = [np.array([alone]) for alone in np.flatnonzero(lengths > seq_length)]
+        rest = np.flatnonzero(lengths <= seq_length)
+        for part in np.array_split(rest, max(1, -(-len(rest) // AT_ONCE))):
+            found = sketches(len(part), partial(self._looked_at, documents[part], firsts[part], lengths[part]))
+            groups += [part[members] for members in joined(lengths[part], found, seq_length + 1)]
+        # A seed of seven numbers, apart from those of circles, epochs, blocks and best-fit samples.
+        random = np.random.RandomState([*self._seed, epoch, seq_length & 0xFFFFFFFF, 0, 0])
+        groups = [groups[number] for number in random.permutation(len(groups))]
+        by_sample = np.concatenate(groups)
+        ends = np.cumsum([len(group) for group in groups])
+        return documents[by_sample], firsts[by_sample], lengths[by_sample].astype(np.int32), ends
+
+    def _looked_at(self, documents: np.ndarray, firsts: np.ndarray, lengths: np.ndarray, number: int) -> np.ndarray:
+        start = self.dataset.start_of(int(documents[number])) + int(firsts[number])
+        parts = [self.dataset.read(start + first, count) for first, count in looked_at(int(lengths[number]))]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def documents_of_sample(self, j: int, seq_length: int) -> np.ndarray:
+        """int64: 0, and where padding begins."""
+        filled = self.filled_of_sample(j, seq_length)
+        return np.array([0, filled] if filled <= seq_length else [0], np.int64)
+
+    def lengths_by_class(self, seq_length: int) -> list[tuple[np.ndarray, float]]:
+        """Tokens of the joined documents of the first epoch, with the times an epoch holds them on average."""
+        lengths, ends = self._samples(0, seq_length)[2:]
+        tokens = np.diff(np.cumsum(lengths)[ends - 1], prepend=0)
+        return [(tokens, self.tokens_per_epoch / max(1, int(tokens.sum())))]

@@ -1,0 +1,42 @@
+"""What a run reads, by its task: packed documents of datasets, or packed conversations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megalong.config.schema import Config
+from megalong.data.sampler import PackedSamples
+from megalong.errors import UserError
+from megalong.sft.samples import ConversationSamples
+
+Samples = PackedSamples | ConversationSamples
+
+
+def open_samples(config: Config, part: str, assets: Path | None, index_folder: Path | None) -> Samples:
+    """Samples of "train" or "validation".
+
+    Args:
+        assets: folder with the model's tokenizer, which conversations are read with unless `sft.tokenizer` names one.
+        index_folder: where orders and tokenized conversations are kept for other ranks and the next start.
+
+    Raises:
+        UserError: an unreadable dataset or source, an empty part, no tokenizer.
+    """
+    data = config.data
+    if config.task == "pretrain":
+        return PackedSamples(
+            data.mixture,
+            data.seq_length,
+            config.run.seed,
+            data.split,
+            part,
+            separator=data.separator,
+            index_folder=index_folder,
+            packing=data.packing,
+            pose=data.pose if part == "train" else None,  # held-out samples are measured at plain positions
+        )
+    folder = config.sft.tokenizer or assets
+    if folder is None:
+        raise UserError("sft.tokenizer: the model to start from brings none; write sft.tokenizer: DIR")
+    assert index_folder is not None
+    return ConversationSamples.open(config, part, folder, index_folder)
