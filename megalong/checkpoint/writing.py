@@ -1,0 +1,179 @@
+"""From a state in memory to a published checkpoint, in two halves.
+
+    begin      collective over the world, on the thread that trains: what is to be written, copied where asked
+    complete   collective over any group of the same ranks, on any thread: write aside, checksums, rename
+
+Whatever a disk says on one rank is raised on all of them, so that none waits for one that has given up; then nothing
+of the unfinished folder is left, and checkpoints before it are as they were.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megalong.checkpoint.checksum import checksum, covered
+from megalong.checkpoint.folder import ASSETS, META, SEAL, Meta, copy_assets, file_sizes, publish, write_meta
+from megalong.checkpoint.strategy import HeldBack, Staging
+from megalong.errors import UserError
+from megalong.runtime.distributed import is_main_rank
+
+T = TypeVar("T")
+Group = dist.ProcessGroup | None
+
+# What torch's zip writer says when the disk does not take what it writes.
+_ZIP_WRITER = ("inline_container", "iostream error")
+_MEMORY = Path("/dev/shm")
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written, on some rank; raised on all of them."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A checkpoint that is in memory.
+
+    Attributes:
+        small: Megatron-Core's files beside the tensors, by name; rank 0's.
+    """
+
+    checkpoint: Path
+    meta: Meta
+    assets: Path | None
+    strategy: HeldBack
+    small: dict[str, bytes]
+
+
+def begin(
+    checkpoint: Path,
+    state: dict[str, Any],
+    meta: Meta,
+    assets: Path | None,
+    staging: Staging | None = None,
+    checked: bool = False,
+    **options: Any,
+) -> Begun:
+    """Let Megatron-Core say what of `state` is to be written.
+
+    Args:
+        checked: that ranks agree on who writes what was checked by an earlier save of the same state.
+        options: further arguments of `dist_checkpointing.save`.
+    """
+    strategy = HeldBack(staging)
+    # It writes its small files at once, between collectives: where no disk can fail in the middle of them.
+    folder = Path(tempfile.mkdtemp(prefix="megalong-", dir=_MEMORY if _MEMORY.is_dir() else None))
+    try:
+        dist_checkpointing.save(state, str(folder), strategy, validate_access_integrity=not checked, **options)
+        small = {path.name: path.read_bytes() for path in folder.iterdir()} if is_main_rank() else {}
+    except (OSError, RuntimeError) as error:
+        reason = _disk_failure(error)
+        if reason is None:
+            raise
+        raise SaveError(_told(checkpoint, reason)) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Begun(checkpoint, meta, assets, strategy, small)
+
+
+def complete(begun: Begun, group: Group = None) -> None:
+    """Write what `begin` left, and publish it.
+
+    Raises:
+        SaveError: a disk did not take it.
+    """
+    checkpoint = begun.checkpoint
+    aside = checkpoint.with_name(checkpoint.name + ".tmp")
+    try:
+        _on_main(lambda: _make_empty(aside), group)
+        mine = begun.strategy.write(aside, group)
+        checksums = {name: value for part in gathered(mine, group) for name, value in part.items()}
+        _on_main(lambda: _publish(begun, aside, checksums), group)
+    except (_FailedError, CheckpointException) as error:
+        reason = str(error) if isinstance(error, _FailedError) else _disk_failure(error)
+        if reason is None:
+            raise
+        if is_main_rank():
+            shutil.rmtree(aside, ignore_errors=True)
+        raise SaveError(_told(checkpoint, reason)) from error
+
+
+def gathered(mine: T, group: Group = None) -> list[T]:
+    """`mine` of every rank."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine, group=group)
+    return parts
+
+
+class _FailedError(Exception):
+    """What a disk said on some rank."""
+
+
+def _told(checkpoint: Path, reason: str) -> str:
+    return (
+        f"checkpoint {checkpoint} could not be written ({reason}); checkpoints before it are untouched: make room "
+        "or mend the disk, and start again"
+    )
+
+
+def _together(work: Callable[[], T], group: Group) -> list[T]:
+    """What `work` returns on every rank; where a disk fails it on one, all raise."""
+    result, reason = None, None
+    try:
+        result = work()
+    except (OSError, RuntimeError) as error:
+        reason = _disk_failure(error)
+        if reason is None:
+            raise
+    parts = gathered((result, reason), group)
+    for _, told in parts:
+        if told is not None:
+            raise _FailedError(told)
+    return [value for value, _ in parts]  # type: ignore[misc]
+
+
+def _on_main(work: Callable[[], None], group: Group) -> None:
+    _together(work if is_main_rank() else lambda: None, group)
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_small(begun: Begun, folder: Path) -> None:
+    for name, content in begun.small.items():
+        (folder / name).write_bytes(content)
+    if begun.assets is not None and begun.assets.is_dir():
+        copy_assets(begun.assets, folder / ASSETS)
+
+
+def _publish(begun: Begun, aside: Path, checksums: dict[str, str]) -> None:
+    """Add what rank 0 writes and everything's checksums, those of the tensors' files being known; then rename."""
+    _write_small(begun, aside)
+    sums = {name: checksums.get(name) or checksum(aside / name) for name in covered(aside, (META, SEAL))}
+    write_meta(aside, begun.meta.model_copy(update={"files": file_sizes(aside), "checksums": sums}))
+    publish(aside, begun.checkpoint)
+
+
+def _disk_failure(error: BaseException) -> str | None:
+    """What the disk said if that is why a save failed, None for anything else.
+
+    Torch passes every rank's exceptions on in a CheckpointException; its zip writer turns what the disk says into a
+    RuntimeError of its own.
+    """
+    causes = [one for one, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    for cause in causes:
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause).splitlines()[0]
+        if isinstance(cause, RuntimeError) and any(part in str(cause) for part in _ZIP_WRITER):
+            return "the disk took only a part: is it full?"
+    return None

@@ -1,0 +1,75 @@
+"""One stage of a run, from set-up to its end, over as many lives as its guard makes of it.
+
+Going back to the last checkpoint is done by starting anew within the same processes: whatever a restart would read from
+disk is read, so nothing of the bad step can stay behind, and before the first save it is the first start that is
+repeated. What the guard has learnt is carried over.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from megalong.config.schema import Config
+from megalong.runtime import signals
+from megalong.runtime.distributed import is_main_rank
+from megalong.training import events
+from megalong.training.guard import Guard
+from megalong.training.loop import GUARDED, Outcome, Trainer, make_metrics
+from megalong.training.metrics import Metrics
+from megalong.training.setup import Session, set_up
+
+log = logging.getLogger("megalong")
+
+
+class MetricsMaker(Protocol):
+    """Makes what a life is told of."""
+
+    def __call__(self, session: Session, world_size: int) -> Metrics: ...
+
+
+def live(config: Config, device: torch.device, make: MetricsMaker = make_metrics) -> Outcome:
+    """Run a stage until it is finished, or interrupted by a signal.
+
+    Raises:
+        UserError: the guard stops the run, or the world, machine, model or checkpoint does not fit the configuration.
+    """
+    guard: Guard | None = None
+    while True:
+        outcome, guard = _life(config, device, make, guard)
+        if outcome != "rolled back":
+            return outcome
+
+
+def _life(config: Config, device: torch.device, make: MetricsMaker, before: Guard | None) -> tuple[Outcome, Guard]:
+    """A function of its own, so that nothing holds the model while the next life builds its own."""
+    run = Path(config.run.dir)
+    session = set_up(config, device)
+    if before is not None:
+        session.guard.carry_over(before)
+    if session.step >= config.training.train_iters:
+        log.info("run %s is complete at step %d", config.run.name, session.step)
+        return "finished", session.guard
+    if before is None:
+        events.record(run, session.step, "resume" if session.step else "start", world_size=dist.get_world_size())
+    signals.listen_to_all()
+    metrics = make(session, dist.get_world_size())
+    _tell_again(metrics, run, session.step)
+    try:
+        outcome = Trainer(session, metrics).run()
+    finally:
+        metrics.close()
+    if outcome == "finished":
+        events.record(run, session.step, "finish")
+    return outcome, session.guard
+
+
+def _tell_again(metrics: Metrics, run: Path, step: int) -> None:
+    """Curves forget what earlier lives wrote beyond `step`; what the guard did there is to stay."""
+    for event in events.read(run) if is_main_rank() else ():
+        if event["kind"] in GUARDED and event.get("at", 0) > step:
+            metrics.log_event(event["at"], event["kind"], event["what"])
