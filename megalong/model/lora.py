@@ -1,0 +1,248 @@
+"""Adapters beside Megatron-Core's parallel linear layers, one A and B for each Hugging Face module (LoRA).
+
+Megatron fuses q, k, v and gate, up; `peft` has an adapter for each. So a fused layer carries several, and puts their
+outputs where the fused layer's rows of that module are (hf/layout.py):
+
+    linear_qkv, per query group  [ q heads | k head | v head ]        linear_fc1  [ gate | up ]
+
+Under tensor parallelism the large side is cut, the side of width `rank` is exchanged:
+
+                     A                    B                    what travels
+    column-parallel  whole on every rank  rows of the rank     A x: gathered over tokens, with sequence parallelism
+    row-parallel     columns of the rank  whole on every rank  A x: summed over ranks
+
+With sequence parallelism the whole matrix sees a rank's tokens only; marked `sequence_parallel`, its gradient is summed
+over the tensor-parallel group by Megatron-Core, as the norms' are.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from megalong.config.lora import ATTENTION, is_adapter
+from megalong.model.config import LlamaConfig
+from megalong.runtime.megatron import mark_as_slice
+
+Weights = tuple[torch.Tensor, torch.Tensor]
+
+
+def module_rows(place: str, config: LlamaConfig) -> tuple[int, dict[str, int]]:
+    """(blocks, rows in a block by module) that a rank's share of a fused layer is made of.
+
+    `place` is linear_qkv (a block is a query group) or linear_fc1 (one block).
+    """
+    ranks = config.tensor_model_parallel_size
+    if place == "linear_fc1":
+        share = (config.ffn_hidden_size or 0) // ranks
+        return 1, {"gate_proj": share, "up_proj": share}
+    groups, head = config.num_query_groups or 1, config.kv_channels or 1
+    queries = config.num_attention_heads // groups * head
+    return groups // ranks, {"q_proj": queries, "k_proj": head, "v_proj": head}
+
+
+class LoraColumnParallelLinear(ColumnParallelLinear):
+    """`linear_qkv` or `linear_fc1` with adapters.
+
+    Args:
+        place: which of the two it is.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config: LlamaConfig, place: str, **options: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **options)
+        lora = config.lora
+        assert lora is not None
+        assert lora.rank is not None
+        self.blocks, self.rows = module_rows(place, config)
+        self.scale = lora.scale
+        self.targets = [name for name in self.rows if name in lora.target_modules]
+        self.lora_A = torch.nn.ParameterDict({name: _empty(config, lora.rank, input_size) for name in self.targets})
+        self.lora_B = torch.nn.ParameterDict(
+            {name: _empty(config, self.blocks * self.rows[name], lora.rank) for name in self.targets}
+        )
+        for name in self.targets:
+            self.lora_A[name].sequence_parallel = self.sequence_parallel
+            mark_as_slice(self.lora_B[name], 0)
+
+    def forward(self, input_: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, Any]:
+        """See the parent; [s, b, in] (s a rank's tokens with sequence parallelism) to [s, b, out/TP]."""
+        out, bias = super().forward(input_, *arguments, **options)
+        down = torch.matmul(input_, torch.cat([self.lora_A[name] for name in self.targets]).t()) * self.scale
+        if self.sequence_parallel:
+            down = gather_from_sequence_parallel_region(down, group=self.tp_group)
+        else:
+            down = copy_to_tensor_model_parallel_region(down, group=self.tp_group)
+        narrow = dict(zip(self.targets, down.chunk(len(self.targets), -1), strict=True))
+        parts = [
+            torch.matmul(narrow[name], self.lora_B[name].t()).unflatten(-1, (self.blocks, rows))
+            if name in narrow
+            else out.new_zeros(*out.shape[:-1], self.blocks, rows)
+            for name, rows in self.rows.items()
+        ]
+        return out + torch.cat(parts, -1).flatten(-2), bias
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> Any:
+        """Weight and every B are cut along their rows."""
+        cut = {"weight": 0, **{f"lora_B.{name}": 0 for name in self.targets}}
+        return _sharded(self, prefix, cut, sharded_offsets, metadata)
+
+    def merged(self) -> torch.Tensor:
+        """The weight with its adapters added, computed in float32."""
+        total = self.weight.detach().float()
+        blocks = total.view(self.blocks, -1, total.shape[-1])
+        first = 0
+        for name, rows in self.rows.items():
+            if name in self.targets:
+                update = self.scale * (self.lora_B[name].detach().float() @ self.lora_A[name].detach().float())
+                blocks[:, first : first + rows] += update.unflatten(0, (self.blocks, rows))
+            first += rows
+        return total
+
+
+class LoraRowParallelLinear(RowParallelLinear):
+    """`linear_proj` (o_proj) or `linear_fc2` (down_proj) with an adapter.
+
+    Args:
+        target: the Hugging Face name.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config: LlamaConfig, target: str, **options: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **options)
+        lora = config.lora
+        assert lora is not None
+        assert lora.rank is not None
+        self.target, self.scale = target, lora.scale
+        self.lora_A = torch.nn.ParameterDict({target: _empty(config, lora.rank, self.input_size_per_partition)})
+        self.lora_B = torch.nn.ParameterDict({target: _empty(config, output_size, lora.rank)})
+        mark_as_slice(self.lora_A[target], 1)
+        self.lora_B[target].sequence_parallel = self.sequence_parallel
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """See the parent; [s, b, in/TP] to [s, b, out] (s a rank's tokens with sequence parallelism)."""
+        out, bias = super().forward(input_)
+        down = torch.matmul(input_, self.lora_A[self.target].t()) * self.scale
+        if self.sequence_parallel:
+            down = reduce_scatter_to_sequence_parallel_region(down, group=self.tp_group)
+        else:
+            down = reduce_from_tensor_model_parallel_region(down, group=self.tp_group)
+        return out + torch.matmul(down, self.lora_B[self.target].t()), bias
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> Any:
+        """Weight and A are cut along their columns."""
+        return _sharded(self, prefix, {"weight": 1, f"lora_A.{self.target}": 1}, sharded_offsets, metadata)
+
+    def merged(self) -> torch.Tensor:
+        """The weight with its adapter added, computed in float32."""
+        a, b = (table[self.target].detach().float() for table in (self.lora_A, self.lora_B))
+        return self.weight.detach().float() + self.scale * (b @ a)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One module's adapter as a rank holds it.
+
+    `module` is its Hugging Face name (`model.layers.3.self_attn.q_proj`), A `[rank, in]`, B `[out, rank]`; with
+    `columns` A's columns are cut over tensor-parallel ranks, else B's rows.
+    """
+
+    module: str
+    a: torch.nn.Parameter
+    b: torch.nn.Parameter
+    columns: bool
+
+    def fill(self, source: Callable[[str, tuple[int, int], tuple[int, int]], Weights]) -> None:
+        """Take this rank's share of what `source(module, shape of A, shape of B)` gives."""
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        (depth, width), height = self.a.shape, self.b.shape[0]
+        whole = (width * ranks, height) if self.columns else (width, height * ranks)
+        a, b = source(self.module, (depth, whole[0]), (whole[1], depth))
+        with torch.no_grad():
+            self.a.copy_(a.chunk(ranks, 1)[rank] if self.columns else a)
+            self.b.copy_(b if self.columns else b.chunk(ranks, 0)[rank])
+
+
+def adapters(chunk: Any) -> Iterator[Adapter]:
+    """Every adapter of a `LlamaModel`, in the order of the forward pass."""
+    for number, layer in enumerate(chunk.decoder.layers):
+        for linear in layer.modules():
+            if not isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear):
+                continue
+            columns = isinstance(linear, LoraRowParallelLinear)
+            for name, a in linear.lora_A.items():
+                part = "self_attn" if name in ATTENTION else "mlp"
+                module = f"model.layers.{chunk.first_layer + number}.{part}.{name}"
+                yield Adapter(module, a, linear.lora_B[name], columns)
+
+
+def random_adapters(seed: int) -> Callable[[str, tuple[int, int], tuple[int, int]], Weights]:
+    """A source of fresh adapters: A uniform within 1/√in as `peft` draws it, B zero; the same under any layout."""
+
+    def draw(module: str, a_shape: tuple[int, int], b_shape: tuple[int, int]) -> Weights:
+        generator = torch.Generator().manual_seed(zlib.crc32(module.encode(), seed))
+        bound = 1 / math.sqrt(a_shape[1])
+        return torch.empty(a_shape).uniform_(-bound, bound, generator=generator), torch.zeros(b_shape)
+
+    return draw
+
+
+def freeze_base(chunk: torch.nn.Module) -> None:
+    """Train nothing but adapters.
+
+    The embedding's output is made to ask for a gradient, though the embedding does not: a recomputed layer whose inputs
+    ask for none would have none to hand to the adapters inside it.
+    """
+    for name, parameter in chunk.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+    embedding = getattr(chunk, "embedding", None)
+    if embedding is not None:
+        embedding.register_forward_hook(_ask_for_gradient)
+
+
+def merged_parameters(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All weights of a model by their local names, adapters added to what they stand beside; in the weights' type."""
+    found = {name: parameter.detach() for name, parameter in chunk.named_parameters() if not is_adapter(name)}
+    for name, module in chunk.named_modules():
+        if isinstance(module, LoraColumnParallelLinear | LoraRowParallelLinear):
+            weight = found[f"{name}.weight"]
+            found[f"{name}.weight"] = module.merged().to(weight.dtype)
+    return found
+
+
+def _ask_for_gradient(module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+def _empty(config: LlamaConfig, rows: int, columns: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty(rows, columns, dtype=config.params_dtype, device=torch.cuda.current_device()))
+
+
+def _sharded(
+    linear: Any, prefix: str, cut: dict[str, int], offsets: tuple[Any, ...], metadata: dict[str, Any] | None
+) -> Any:
+    return make_sharded_tensors_for_checkpoint(
+        linear.state_dict(prefix="", keep_vars=True),
+        prefix,
+        cut,
+        offsets,
+        tp_group=linear.tp_group,
+        dp_cp_group=(metadata or {})["dp_cp_group"],
+    )

@@ -1,0 +1,203 @@
+"""Conversations tokenized once, into a folder that every rank and every later start maps.
+
+    DIR/sft-KEY/ids.bin      int32, all conversations end to end
+    DIR/sft-KEY/targets.bin  bool, those that are learnt
+    DIR/sft-KEY/ends.npy     int64, where each conversation ends
+    DIR/sft-KEY/sources.npy  int32, which source each is of
+    DIR/sft-KEY/report.json  what was read, kept and left out of each source, by reason, with examples
+    DIR/sft-KEY/left_out.jsonl  every record that was left out or cut: source, place, reason, and what is bad about it
+
+KEY is a digest of all they follow from: files (size, time of change), tokenizer and template, rules. The folder is
+written aside and renamed, so a half of one is never read. Tokens go to their files as they come: memory holds
+digests, for duplicates, and lengths, but of tokens only a few chunks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from megalong.config.sft import ConversationSource, Sft
+from megalong.data.decontaminate import Benchmarks
+from megalong.data.sources import Source, find_files
+from megalong.errors import UserError
+from megalong.sft.mask import Tokens
+from megalong.sft.reading import Read, Reader, read_all
+from megalong.sft.template import ChatTemplate
+
+IDS, TARGETS, LEFT_OUT = "ids.bin", "targets.bin", "left_out.jsonl"
+VERSION = 4  # of what the folder holds and how it was made
+EXAMPLES = 20  # places told of each reason
+NOT_PREPARED = {"tokenizer", "max_length", "loss_average"}  # keys that count otherwise, or not at all
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All usable conversations: those of source `sources[i]` are ids[ends[i - 1] : ends[i]]."""
+
+    ids: np.ndarray
+    targets: np.ndarray
+    ends: np.ndarray
+    sources: np.ndarray
+    report: dict[str, Any]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [conversations]: tokens of each."""
+        return np.diff(self.ends, prepend=0)
+
+
+def prepare(sft: Sft, seq_length: int, tokenizer: str | Path, folder: Path) -> Prepared:
+    """Tokenize what `sft` names, or map what an earlier call has left in `folder`.
+
+    Raises:
+        UserError: a source is missing, has no usable conversation, or a conversation's rule is `error`.
+    """
+    files = {source.name: _files(source) for source in sft.sources}
+    template = ChatTemplate(tokenizer)
+    limit = sft.max_length or seq_length
+    benchmarks = _benchmarks(sft)
+    what = (VERSION, limit, template.fingerprint, sft.model_dump_json(exclude=NOT_PREPARED), files)
+    key = hashlib.sha256(repr((what, benchmarks.fingerprint if benchmarks else None)).encode()).hexdigest()[:32]
+    place = folder / f"sft-{key}"
+    if not place.is_dir():
+        _make(sft, files, Reader(template, sft, limit, benchmarks), place)
+    ids, targets = np.memmap(place / IDS, np.int32, "r"), np.memmap(place / TARGETS, bool, "r")
+    ends, sources = (np.load(place / f"{name}.npy", mmap_mode="r") for name in ("ends", "sources"))
+    return Prepared(ids, targets, ends, sources, json.loads((place / "report.json").read_text()))
+
+
+def told(report: dict[str, Any]) -> list[str]:
+    """The report, a line for each source."""
+    return [
+        f"{name}: {one['kept']:,} conversations of {one['read']:,}, {one['tokens']:,} tokens, {one['targets']:,} learnt"
+        + "".join(f"; {reason}: {count:,}" for reason, count in one["counts"].items())
+        for name, one in report.items()
+    ]
+
+
+class _Work:
+    """What has been kept so far: tokens in files of the folder `aside`, everything else here."""
+
+    def __init__(self, reader: Reader, aside: Path) -> None:
+        self.report: dict[str, Any] = {}
+        self._reader, self._rules, self._aside = reader, reader.rules, aside
+        self._ids, self._targets = (aside / IDS).open("wb"), (aside / TARGETS).open("wb")
+        self._left_out = (aside / LEFT_OUT).open("wb")
+        self._seen: set[bytes] = set()
+        self._lengths: list[int] = []
+        self._sources: list[int] = []
+
+    def read(self, source: ConversationSource, files: Sequence[Source]) -> None:
+        """All of one source.
+
+        Raises:
+            UserError: a conversation whose rule is `error`, or none is left.
+        """
+        counts: Counter[str] = Counter()
+        examples: dict[str, list[str]] = {}
+        before, read, targets = len(self._lengths), 0, 0
+        with closing(read_all(self._reader, files, source.format)) as found:
+            for one in found:
+                read += 1
+                reason, detail = self._verdict(source, one)
+                if reason is not None:
+                    counts[reason] += 1
+                    told = {"source": source.name, "place": one.place, "reason": reason, "detail": detail}
+                    self._left_out.write(orjson.dumps(told) + b"\n")
+                    if len(examples.setdefault(reason, [])) < EXAMPLES:
+                        examples[reason].append(f"{one.place}: {detail}")
+                if one.tokens is not None and reason in (None, "truncated"):
+                    self._keep(one.tokens)
+                    targets += int(one.tokens.targets.sum())
+                if source.max_samples is not None and len(self._lengths) - before == source.max_samples:
+                    break
+        kept = self._lengths[before:]
+        if not kept:
+            why = ", ".join(f"{reason}: {count}" for reason, count in counts.items()) or "it is empty"
+            raise UserError(
+                f"sft.sources: {source.name}: none of its {read} conversations can be used ({why}); first: "
+                f"{next(iter(examples.values()))[0] if examples else source.path}"
+            )
+        self._sources += [len(self.report)] * len(kept)
+        self.report[source.name] = {
+            "read": read,
+            "kept": len(kept),
+            "tokens": sum(kept),
+            "targets": targets,
+            "counts": dict(counts),
+            "examples": examples,
+        }
+
+    def _verdict(self, source: ConversationSource, one: Read) -> tuple[str | None, str]:
+        """Why a record is not kept, or not whole (truncated), and what is bad about it; None where it is as it is."""
+        if one.tokens is None:
+            if getattr(self._rules, f"on_{one.reason}") == "error":
+                raise UserError(
+                    f"sft.sources: {source.name}: {one.place}: {one.detail}; mend it, or write sft.on_{one.reason}: "
+                    "drop"
+                )
+            return one.reason, one.detail
+        if self._rules.deduplicate:
+            digest = hashlib.sha256(one.tokens.ids.tobytes()).digest()
+            if digest in self._seen:
+                return "duplicate", "seen before"
+            self._seen.add(digest)
+        if one.contaminated is not None:
+            return "contaminated", one.contaminated
+        return one.reason, one.detail
+
+    def _keep(self, tokens: Tokens) -> None:
+        self._ids.write(tokens.ids.astype(np.int32).tobytes())
+        self._targets.write(tokens.targets.tobytes())
+        self._lengths.append(len(tokens.ids))
+
+    def close(self) -> None:
+        """Write what is not in files yet."""
+        self._ids.close()
+        self._targets.close()
+        self._left_out.close()
+        np.save(self._aside / "ends.npy", np.cumsum(self._lengths, dtype=np.int64))
+        np.save(self._aside / "sources.npy", np.array(self._sources, np.int32))
+        (self._aside / "report.json").write_text(json.dumps(self.report, indent=2, ensure_ascii=False))
+
+
+def _make(sft: Sft, files: dict[str, list[Source]], reader: Reader, place: Path) -> None:
+    """Tokenize all sources and publish them as the folder `place`."""
+    aside = place.with_name(f"{place.name}.tmp-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        work = _Work(reader, aside)
+        for source in sft.sources:
+            work.read(source, files[source.name])
+        work.close()
+        with suppress(OSError):  # another process was first
+            aside.rename(place)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _benchmarks(sft: Sft) -> Benchmarks | None:
+    try:
+        return Benchmarks(sft.decontaminate, sft.decontaminate_ngram) if sft.decontaminate else None
+    except UserError as error:
+        raise UserError(str(error).replace("--input", "sft.decontaminate")) from None
+
+
+def _files(source: ConversationSource) -> list[Source]:
+    try:
+        return find_files([source.path])
+    except UserError as error:
+        raise UserError(str(error).replace("--input", f"sft.sources: {source.name}")) from None

@@ -1,0 +1,138 @@
+"""Files to tokenized conversations, on all cores this process may use; the outcome is that of one.
+
+    files ─ records.py ─▶ chunks of records ─ a worker each ─▶ Read, Read, … ─ in the order of the files ─▶ prepare.py
+
+Workers decide what depends on a conversation alone: format, template, mask, length, benchmarks. What depends on those
+before it (duplicates, `max_samples`) and what ends the run is decided by who takes their results, in order. Small files
+are read here: a process would take longer to start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megalong.config.sft import Sft
+from megalong.data.decontaminate import Benchmarks
+from megalong.data.progress import Progress
+from megalong.data.sources import Source
+from megalong.data.workers import available_cores, map_in_order
+from megalong.errors import UserError
+from megalong.sft.formats import BadSampleError, Conversation, read_conversation
+from megalong.sft.mask import Tokens, shorten, tokenize
+from megalong.sft.records import NotJson, records
+from megalong.sft.template import ChatTemplate
+
+CHUNK = 128  # conversations a worker gets at a time
+BYTES_PER_WORKER = 1 << 20
+
+
+@dataclass(frozen=True)
+class Read:
+    """One record: `tokens`, or why there are none.
+
+    Attributes:
+        place: file and line or row.
+        reason: the rule a bad one falls under; "truncated" for one that was cut; None for one as it should be.
+        detail: what is bad about it.
+        contaminated: the benchmark and the words of it that were found.
+    """
+
+    place: str
+    reason: str | None
+    detail: str
+    tokens: Tokens | None
+    contaminated: str | None = None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What every record of every source is held against."""
+
+    template: ChatTemplate
+    rules: Sft
+    limit: int
+    benchmarks: Benchmarks | None
+
+    def read(self, place: str, record: Any, format: str) -> Read:
+        """Tokenize one record; never raises for a bad one."""
+        reason, detail = None, ""
+        try:
+            if isinstance(record, NotJson):
+                raise BadSampleError(
+                    "malformed", f"not valid JSON ({record.why}); every line must be an object of its own"
+                )
+            conversation = read_conversation(record, format)
+            tokens = tokenize(self.template, conversation)
+            if len(tokens.ids) > self.limit:
+                detail = f"{len(tokens.ids)} tokens, above the limit of {self.limit}"
+                if self.rules.on_too_long != "truncate":
+                    raise BadSampleError("too_long", detail)
+                tokens, reason = shorten(self.template, conversation, self.limit), "truncated"
+        except BadSampleError as error:
+            return Read(place, error.reason, str(error), None)
+        return Read(place, reason, detail, tokens, self._benchmark(conversation))
+
+    def _benchmark(self, conversation: Conversation) -> str | None:
+        if self.benchmarks is None:
+            return None
+        texts = [message.get("content", "") for message in conversation.messages]
+        hit = self.benchmarks.find(texts) or self.benchmarks.find_whole(texts)
+        return None if hit is None else f"{hit.benchmark}: {hit.words}"
+
+
+def read_all(
+    reader: Reader, files: Sequence[Source], format: str, cores: int | None = None
+) -> Generator[Read, None, None]:
+    """Every record of `files`, in order; tells how far it has come.
+
+    Args:
+        cores: processes to use at most; None: all there are.
+
+    Raises:
+        UserError: a broken file, or a worker was killed.
+    """
+    size = sum(file.size for file in files)
+    workers = min(cores or available_cores(), size // BYTES_PER_WORKER)
+    progress, done = Progress(size, what="conversations"), 0
+
+    def task(chunk: _Chunk) -> list[Read]:
+        return [reader.read(place, record, format) for place, record in chunk.records]
+
+    chunks = _chunks(files)
+    try:
+        for chunk, found in map_in_order(task, chunks, workers) if workers > 1 else _here(task, chunks):
+            done += len(found)
+            progress.update(chunk.position, done)
+            yield from found
+    except UserError as error:
+        raise UserError(str(error).replace(f"--workers {workers}", "sft.sources")) from None
+    finally:
+        progress.finish()
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Records, and how many bytes of all files have been read with them; packed files count when they end."""
+
+    records: list[tuple[str, Any]]
+    position: int
+
+
+def _here(task: Any, chunks: Iterable[_Chunk]) -> Iterator[tuple[_Chunk, list[Read]]]:
+    for chunk in chunks:
+        yield chunk, task(chunk)
+
+
+def _chunks(files: Sequence[Source]) -> Iterator[_Chunk]:
+    before, pending = 0, []
+    for file in files:
+        for place, record, share in records(file):
+            pending.append((place, record))
+            if len(pending) == CHUNK:
+                yield _Chunk(pending, before + round(share * file.size))
+                pending = []
+        before += file.size
+    if pending:
+        yield _Chunk(pending, before)

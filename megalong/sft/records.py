@@ -1,0 +1,60 @@
+"""Records of a source's files: one object a line of JSON, one row of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from megalong.data import parquet
+from megalong.data.records import BYTE_ORDER_MARK
+from megalong.data.sources import LINES, TABLE, Source
+from megalong.data.unpack import unpacked
+from megalong.errors import UserError
+
+
+@dataclass(frozen=True)
+class NotJson:
+    """A line that is no JSON, and why."""
+
+    why: str
+
+
+def records(source: Source) -> Iterator[tuple[str, Any, float]]:
+    """(place as a message names it, record, share of the file read); what is no JSON comes as `NotJson`.
+
+    How far a packed file has been read cannot be told: its share is 0.
+
+    Raises:
+        UserError: a broken file, or one of another kind.
+    """
+    if source.kind == TABLE:
+        names = parquet.columns(source.path)
+        groups = len(parquet.row_group_sizes(source.path))
+        total = parquet.number_of_rows(source.path)
+        for row, values in parquet.rows(source.path, 0, groups, names):
+            record = {name: _text(v) for name, v in zip(names, values, strict=True)}
+            yield f"{source.path}, row {row}", record, row / total
+    elif source.kind == LINES:
+        read, size = 0, 0 if source.packing else source.size
+        with unpacked(source.path, source.packing) as stream:
+            for number, line in enumerate(stream, 1):
+                read += len(line)
+                line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+                if not line.isspace():
+                    yield f"{source.path}, line {number}", _object(line), read / size if size else 0.0
+    else:
+        raise UserError(f"sft.sources: {source.path} is plain text; write conversations as .jsonl or .parquet")
+
+
+def _text(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _object(line: bytes) -> Any:
+    try:
+        return orjson.loads(line)
+    except ValueError as error:
+        return NotJson(str(error))

@@ -1,0 +1,120 @@
+"""The tokenizer's own chat template: a conversation as the text and tokens the model is trained to expect.
+
+transformers renders it (a sandboxed Jinja). Content that spells out one of the special tokens is refused: as text of a
+turn it would be tokenized as the real one, and could end the turn or open another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from megalong.errors import UserError
+from megalong.sft.formats import BadSampleError, Conversation, Message
+
+# What a template raises besides jinja's own errors where a turn has not the keys or types it is written for.
+_REFUSALS = (TypeError, KeyError, ValueError, AttributeError)
+
+
+class ChatTemplate:
+    """The tokenizer and template of a folder.
+
+    Attributes:
+        tokenizer: transformers' fast tokenizer.
+        marked: whether the template marks the assistant's tokens with `{% generation %}`.
+        fingerprint: of vocabulary and template.
+
+    Raises:
+        UserError: the folder has no fast tokenizer, or that has no chat template.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from transformers import AutoTokenizer
+
+        if not (Path(folder) / "tokenizer.json").is_file():
+            raise UserError(f"sft.tokenizer: {folder} holds no tokenizer.json; write sft.tokenizer: DIR that has one")
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"sft.tokenizer: {folder} cannot be read ({' '.join(str(error).split())})") from None
+        template = self.tokenizer.chat_template
+        if isinstance(template, dict):
+            raise UserError(
+                f"sft.tokenizer: {folder} has several chat templates ({', '.join(template)}); leave one, as its "
+                "chat_template.jinja"
+            )
+        if not isinstance(template, str):
+            raise UserError(
+                f"sft.tokenizer: {folder} has no chat template; put a chat_template.jinja beside its tokenizer.json, "
+                "or write sft.tokenizer: DIR of the instruction-tuned model"
+            )
+        self.marked = "endgeneration" in template
+        self._check_syntax(folder)
+        self._special = sorted(self.tokenizer.all_special_tokens)
+        content = (Path(folder) / "tokenizer.json").read_bytes() + template.encode() + repr(self._special).encode()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def _check_syntax(self, folder: str | Path) -> None:
+        from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+        try:
+            self.tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"sft.tokenizer: the chat template of {folder} is broken at line {error.lineno}: {error.message}; mend "
+                "it"
+            ) from None
+        except (TemplateError, *_REFUSALS):
+            pass  # it may refuse this conversation; those of the sources are told one by one
+
+    def text(self, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
+        """The conversation as text; with `prompt` up to where the assistant's next answer begins.
+
+        Raises:
+            BadSampleError: the template refuses it.
+        """
+        return str(self._apply(messages, tools, tokenize=False, add_generation_prompt=prompt))
+
+    def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a rendered text, and for each the characters it stands for."""
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(found["input_ids"]), list(found["offset_mapping"])
+
+    def marked_tokens(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
+        """Ids of the conversation, and those the template's `{% generation %}` marks.
+
+        Raises:
+            BadSampleError: the template refuses it.
+        """
+        found = self._apply(
+            conversation.messages,
+            conversation.tools,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
+
+    def refuse_special(self, conversation: Conversation) -> None:
+        """Refuse content that would turn into a special token.
+
+        Raises:
+            BadSampleError: naming it.
+        """
+        for message in conversation.messages:
+            for token in self._special:
+                if token in message.get("content", ""):
+                    raise BadSampleError("malformed", f"a turn of role {message['role']} spells the token {token!r}")
+
+    def ends_with_special(self, text: str) -> bool:
+        """Whether `text` ends with a special token."""
+        return text.endswith(tuple(self._special))
+
+    def _apply(self, messages: list[Message], tools: list[Any] | None, **how: Any) -> Any:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, **how)
+        except (TemplateError, *_REFUSALS) as error:
+            raise BadSampleError("malformed", f"the chat template refuses it ({error})") from None
