@@ -1,0 +1,72 @@
+"""`slurm`: what `megalong slurm` asks a cluster for, and how its jobs end and start.
+
+Before the time limit SLURM tells the job, which saves and goes back into the queue. A signal is noticed between two
+steps, so the lead must hold one step and one save: a 4M-token step of UltraLong's layout lasts five minutes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from megalong.config.section import Section
+
+# They stand in a script's #SBATCH lines, where a space or a quote would begin another option.
+Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:@+=/-]+$")]
+Time = Annotated[str, StringConstraints(pattern=r"^(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})$")]
+Option = Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[^\n]*)?$")]
+Text = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\n]*$")]
+
+
+class Slurm(Section):
+    """Resources of a job and its ends.
+
+    `time`: SLURM's own spelling (`minutes`, `hours:minutes:seconds`, `days-hours`). `lead_minutes`: how long before it
+    the job is told to save. `gpus_per_node: 0` trains on CPUs, with `processes_per_node` processes. `options`: further
+    lines of `#SBATCH`, such as `--constraint=h100`. `preflight`: check the nodes before training; a network slower than
+    `min_gb_per_s` (GB/s a GPU sends to the next node) is then refused, and without it one half as fast as the others'.
+    """
+
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    time: Time = "08:00:00"
+    lead_minutes: float = Field(default=20.0, gt=0, le=1092)
+    gpus_per_node: int = Field(default=8, ge=0)
+    processes_per_node: int = Field(default=1, ge=1)
+    cpus_per_node: int = Field(default=64, ge=1)
+    container: Text | None = None
+    container_mounts: Text | None = None
+    options: tuple[Option, ...] = Field((), strict=False)
+    preflight: bool = True
+    min_gb_per_s: float | None = Field(default=None, gt=0)
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Processes that torchrun starts on a node."""
+        return self.gpus_per_node or self.processes_per_node
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.lead_minutes * 60 >= seconds(self.time):
+            raise ValueError(
+                f"lead_minutes {self.lead_minutes:g} is not below time {self.time}: the job would be told to save as "
+                "soon as it starts; write a longer time or a shorter lead"
+            )
+        if self.container_mounts is not None and self.container is None:
+            raise ValueError(f"container_mounts {self.container_mounts} without container: name the image, or drop it")
+        return self
+
+
+def seconds(time: str) -> int:
+    """SLURM's `minutes`, `minutes:seconds`, `hours:minutes:seconds`, `days-hours[:minutes[:seconds]]` in seconds."""
+    days, dash, rest = time.rpartition("-")
+    numbers = [int(number) for number in re.findall(r"\d+", rest)]
+    if dash:
+        hours, minutes, last = [*numbers, 0, 0][:3]
+        return ((int(days) * 24 + hours) * 60 + minutes) * 60 + last
+    if len(numbers) == 3:
+        return (numbers[0] * 60 + numbers[1]) * 60 + numbers[2]
+    return numbers[0] * 60 + (numbers[1] if len(numbers) == 2 else 0)

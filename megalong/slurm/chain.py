@@ -1,0 +1,88 @@
+"""Jobs one behind the other: pretrain → SFT … → export, each started when the one before has ended well (`afterok`).
+
+A job that saves and goes back into the queue keeps its number and has not ended, so what waits for it goes on waiting.
+All configurations are checked before the first job is submitted: a mistake in the last must not show after days.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from megalong.config.load import load_config
+from megalong.errors import UserError
+from megalong.slurm.script import Job, export_job, training_job
+
+_END = "END_OF_MEGALONG_JOB"
+
+
+def slurm(
+    config: str,
+    overrides: Sequence[str],
+    nodes: int,
+    submit: bool = False,
+    chain: Sequence[str] = (),
+    output: str | None = None,
+) -> None:
+    """Print, or submit, the jobs of `config` and of what follows it.
+
+    Args:
+        overrides: `section.key=value`, for `config` alone.
+        nodes: of every training job.
+        chain: further configurations, each starting from the run before; an export follows the last one.
+        output: the export's folder, `hf` in the last run's folder where not given; it may follow a single run too.
+
+    Raises:
+        UserError: a configuration is wrong, does not fit, or does not start from the run before it; no SLURM here.
+    """
+    jobs = [training_job(config, overrides, nodes)]
+    last, last_overrides = config, list(overrides)
+    for following in chain:
+        _refuse_other_start(following, jobs[-1].result)
+        jobs.append(training_job(following, (), nodes))
+        last, last_overrides = following, []
+    if chain or output is not None:
+        result = jobs[-1].result
+        jobs.append(export_job(last, last_overrides, result, Path(output) if output else result / "hf"))
+    if submit:
+        _submit(jobs)
+    else:
+        print(jobs[0].script if len(jobs) == 1 else _driver(jobs), end="")
+
+
+def _refuse_other_start(config: str, before: Path) -> None:
+    load = load_config(config)[0].model.load
+    found = Path(load.checkpoint) if load is not None and load.checkpoint is not None else None
+    if found is None or (found != before and before not in found.parents):
+        said = found if found is not None else "something else"
+        raise UserError(
+            f"--chain {config}: it starts from {said}, but the run before it ends in {before}; write model: {{load: "
+            f"{{checkpoint: {before}}}}}"
+        )
+
+
+def _driver(jobs: Sequence[Job]) -> str:
+    """A shell script that submits the jobs."""
+    parts = ["#!/usr/bin/env bash\n# Written by megalong slurm: run it to submit these jobs.\nset -euo pipefail\n"]
+    for number, job in enumerate(jobs):
+        after = f" --dependency=afterok:$job{number - 1} --kill-on-invalid-dep=yes" if number else ""
+        parts.append(f"\njob{number}=$(sbatch --parsable{after} <<'{_END}'\n{job.script}{_END}\n)\n")
+        parts.append(f'job{number}=${{job{number}%%;*}}\necho {shlex.quote(job.name)}: job "$job{number}"\n')
+    return "".join(parts)
+
+
+def _submit(jobs: Sequence[Job]) -> None:
+    if shutil.which("sbatch") is None:
+        raise UserError("--submit: no sbatch on this machine's PATH; leave --submit out to see the script")
+    before: str | None = None
+    for job in jobs:
+        after = [] if before is None else [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"]
+        done = subprocess.run(["sbatch", "--parsable", *after], input=job.script, capture_output=True, text=True)
+        if done.returncode:
+            told = " ".join(done.stderr.split())
+            raise UserError(f"--submit: sbatch refused {job.name}: {told}")
+        before = done.stdout.strip().split(";")[0]
+        print(f"{job.name}: job {before}")

@@ -1,0 +1,57 @@
+"""What a job asks before it starts anything: is the configuration right for this many processes, and where does it run.
+
+    eval "$(python -m megalong.slurm.job 256 run.yaml optimizer.lr=1e-5)"
+
+The answer is shell assignments: `run_dir` (of all stages together), `run_dirs` (of each), `preflight`. A mistake is one
+line on stderr and status 2, before any node has started.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from megalong.config.checks import check_world
+from megalong.config.load import load_config
+from megalong.config.schema import Config
+from megalong.errors import UserError
+
+
+def run_folder(stages: list[Config]) -> Path:
+    """The folder of a run: that of its only stage, or the one its stages lie in."""
+    folder = Path(stages[0].run.dir)
+    return folder if len(stages) == 1 else folder.parent
+
+
+def checked(config: str, overrides: list[str], world: int) -> list[Config]:
+    """The stages of a configuration that `world` processes can run.
+
+    Raises:
+        UserError: the configuration is wrong, or does not fit that many processes.
+    """
+    stages = load_config(config, overrides)
+    for stage in stages:
+        check_world(stage, world)
+    return stages
+
+
+def assignments(stages: list[Config]) -> str:
+    """The answer, for bash's `eval`."""
+    dirs = " ".join(shlex.quote(stage.run.dir) for stage in stages)
+    preflight = str(stages[0].slurm.preflight).lower()
+    return f"run_dir={shlex.quote(str(run_folder(stages)))}\nrun_dirs=({dirs})\npreflight={preflight}\n"
+
+
+def main(words: list[str]) -> int:
+    """Answer for `WORLD CONFIG [section.key=value …]`; returns the exit status."""
+    try:
+        print(assignments(checked(words[1], words[2:], int(words[0]))), end="")
+    except UserError as error:
+        print(f"megalong: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,204 @@
+"""Is the run healthy: which rank is slow, what saving costs, and what share of its time the run makes use of.
+
+All ranks end a step together, so a step's length tells nothing about who was slow. What tells is how long a rank takes
+by itself: from the start of its step, reading data included, to the moment its gradients are ready to be added up over
+replicas. Until then it has waited for the ranks of its own replica only, so a slow rank shows as a slow replica, and a
+rank that is slow to read its data shows by itself.
+
+    straggler: own seconds > 1.25 x m  and  > m + 5 sigma      m the (low) median of its pipeline stage's ranks,
+                                                               sigma = 1.48 x their median deviation from m
+
+Stages are compared with themselves because they are unequal by design (the last has the loss). A rank is named in the
+log when it has been one for three log intervals and a minute on end: a hiccup is no straggler.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median_low
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from megalong.runtime.distributed import from_all_ranks, is_main_rank
+from megalong.runtime.node_report import node_name
+from megalong.training.console import duration
+from megalong.training.ledger import Ledger
+
+log = logging.getLogger("megalong")
+
+SHARE = 1.25
+SIGMAS = 5.0
+IN_A_ROW = 3
+LASTING_SECONDS = 60.0
+
+
+class StepClock:
+    """A rank's own seconds of a step: from `start` over `compute`, when its data is there, to `stop`."""
+
+    def __init__(self) -> None:
+        self._cuda = torch.cuda.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
+        self._began = self._loaded = self._stopped = 0.0
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+
+    def start(self) -> None:
+        """The step begins."""
+        self._began = self._loaded = self._stopped = time.perf_counter()
+
+    def compute(self) -> None:
+        """Its data has been read."""
+        self._loaded = self._stopped = time.perf_counter()
+        if self._cuda:
+            # The host runs ahead of the GPU: what the GPU takes is timed on the GPU, without waiting for it.
+            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events[0].record()
+
+    def stop(self) -> None:
+        """Gradients are ready to be added up over replicas."""
+        self._stopped = time.perf_counter()
+        if self._events is not None:
+            self._events[1].record()
+
+    @property
+    def seconds(self) -> float:
+        """Of the last step, once all of it has been computed."""
+        if self._events is None:
+            return self._stopped - self._began
+        first, last = self._events
+        last.synchronize()
+        return self._loaded - self._began + first.elapsed_time(last) / 1000
+
+
+@dataclass(frozen=True)
+class Health:
+    """What is told at a logged step, on rank 0.
+
+    Attributes:
+        scalars: curves by name.
+        own_seconds: a step's own seconds of every rank.
+    """
+
+    scalars: Mapping[str, float]
+    own_seconds: Sequence[float]
+
+
+class HealthWatch:
+    """Watches one life of a run; all ranks call `report` together."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        """A run that goes on from `step`."""
+        ranks: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
+        dist.all_gather_object(ranks, (node_name(), _pipeline_stage()))
+        self._nodes, self._stages = [node for node, _ in ranks], [stage for _, stage in ranks]
+        self._in_a_row = [0] * len(ranks)
+        self._since = [0.0] * len(ranks)
+        self._slow: tuple[int, ...] = ()
+        self._ledger = Ledger(run, step, psutil.Process().create_time()) if is_main_rank() else None
+
+    def report(
+        self, step: int, steps: int, seconds: Mapping[str, float], own: float, useful: float, skipped: int, told: bool
+    ) -> Health | None:
+        """Gather from all ranks, and say what there is to say.
+
+        Args:
+            steps: since the last report, which `seconds` (by what they went to) and the next two add up over.
+            own: this rank's own seconds.
+            useful: seconds of the steps that were learnt from.
+            skipped: steps that were not.
+            told: put a line into the log and the book on disk.
+
+        Returns:
+            On rank 0 what is to be drawn, else None.
+        """
+        found = from_all_ranks([own / max(steps, 1), seconds.get("data", 0.0) / max(steps, 1)])
+        if self._ledger is None:
+            return None
+        owns = [one for one, _ in found]
+        middle = [median_low([owns[r] for r in range(len(owns)) if self._stages[r] == stage]) for stage in self._stages]
+        self._name_stragglers(owns, middle, [data for _, data in found])
+        pause = seconds.get("checkpoint", 0.0)
+        self._ledger.add(step, useful, pause, skipped)
+        self._ledger.write(at_once=told)
+        worst = max(range(len(owns)), key=lambda rank: owns[rank] / max(middle[rank], 1e-9))
+        ratio = owns[worst] / max(middle[worst], 1e-9)
+        if told:
+            log.info("%s", self._line(worst, ratio))
+        return Health(self._scalars(owns, worst, ratio), owns)
+
+    def end(self) -> None:
+        """The life ends: its last moments, such as the last save, count too."""
+        if self._ledger is not None:
+            self._ledger.beat()
+            self._ledger.write()
+
+    def _scalars(self, owns: Sequence[float], worst: int, ratio: float) -> dict[str, float]:
+        assert self._ledger is not None
+        book = self._ledger.book
+        return {
+            "goodput": self._ledger.goodput,
+            "restarts": self._ledger.restarts,
+            "skipped_steps": book.skipped,
+            "checkpoint_pause_s": book.pauses,
+            "own_step_s_slowest": max(owns),
+            "own_step_s_median": median_low(owns),
+            "slowest_rank": worst,
+            "slowest_to_median": ratio,
+            "stragglers": len(self._slow),
+        }
+
+    def _line(self, worst: int, ratio: float) -> str:
+        assert self._ledger is not None
+        ledger, parts = self._ledger, []
+        parts.append(f"goodput {100 * ledger.goodput:.1f} % of {duration(ledger.wall)}")
+        waited = f" (and {duration(ledger.waited)} waiting between them)" if ledger.restarts else ""
+        parts.append(f"restarts {ledger.restarts}{waited}")
+        parts.append(f"skipped steps {ledger.book.skipped}")
+        parts.append(f"checkpoint pauses {ledger.book.pauses:.1f} s")
+        if len(self._nodes) > 1:
+            parts.append(f"slowest rank {worst} on {self._nodes[worst]}, {ratio:.2f} x the median")
+        return "health: " + " | ".join(parts)
+
+    def _name_stragglers(self, owns: Sequence[float], middle: Sequence[float], data: Sequence[float]) -> None:
+        now, moment = stragglers(owns, self._stages), time.monotonic()
+        for rank in range(len(owns)):
+            self._in_a_row[rank] = self._in_a_row[rank] + 1 if rank in now else 0
+            if self._in_a_row[rank] <= 1:
+                self._since[rank] = moment
+        lasting = [moment - since >= LASTING_SECONDS for since in self._since]
+        slow = tuple(rank for rank, times in enumerate(self._in_a_row) if times >= IN_A_ROW and lasting[rank])
+        if slow and slow != self._slow:
+            worst = max(slow, key=lambda rank: owns[rank])
+            nodes = ", ".join(dict.fromkeys(self._nodes[rank] for rank in slow))
+            log.warning(
+                "straggler: rank %s on %s takes %.2f s for its part of a step (%.2f s of it reading data), the median "
+                "rank %.2f s, %d log intervals on end",
+                ", ".join(map(str, slow)) if len(slow) < 9 else f"{slow[0]} and {len(slow) - 1} more",
+                nodes,
+                owns[worst],
+                data[worst],
+                middle[worst],
+                IN_A_ROW,
+            )
+        self._slow = slow
+
+
+def stragglers(seconds: Sequence[float], stages: Sequence[int]) -> list[int]:
+    """Ranks that are slow beside those of their own pipeline stage, by the rule above."""
+    slow = []
+    for stage in set(stages):
+        ranks = [rank for rank, its in enumerate(stages) if its == stage]
+        middle = median_low([seconds[rank] for rank in ranks])
+        sigma = 1.4826 * median_low([abs(seconds[rank] - middle) for rank in ranks])
+        slow += [rank for rank in ranks if seconds[rank] > max(SHARE * middle, middle + SIGMAS * sigma)]
+    return sorted(slow)
+
+
+def _pipeline_stage() -> int:
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_pipeline_model_parallel_rank())

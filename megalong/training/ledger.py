@@ -1,0 +1,128 @@
+"""Goodput of a run over all its lives: the share of its time that went into steps it still has.
+
+    goodput = useful seconds / wall seconds
+    useful    data, forward, backward and optimizer of steps whose weights are in the run now
+    wall      from each life's process start to the last sign of it; waiting in a queue in between is told apart
+
+A run killed at step 170 that resumes from step 150 does 151-170 again: the first life's 20 steps are taken off, as are
+those a guard goes back over and those it skips. For that the book keeps the useful seconds by step, and going on from
+a step means going on from that step's entry. It lies in RUN/health.json, written by rank 0; a file that is lost or torn
+starts the count anew and ends no run.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+log = logging.getLogger("megalong")
+
+FILE = "health.json"
+WRITE_SECONDS = 10.0  # between two writes that nothing special asks for
+_MOST_MARKS = 4000
+_SAME_LIFE = 1.0  # seconds by which a process's start time may be told differently
+
+
+@dataclass
+class Book:
+    """What is kept. `lives`: [start, last sign] in seconds since 1970; `marks`: [step, useful seconds up to it]."""
+
+    lives: list[list[float]] = field(default_factory=list)
+    marks: list[list[float]] = field(default_factory=list)
+    skipped: int = 0
+    pauses: float = 0.0
+
+
+class Ledger:
+    """The book of one run, open for one life (or one more in the same process, after going back)."""
+
+    def __init__(self, run: Path, step: int, started: float, now: float | None = None) -> None:
+        """Go on from `step`; `started`: when this process was, in seconds since 1970."""
+        self._file = run / FILE
+        self.book = _read(self._file)
+        now = time.time() if now is None else now
+        if not self.book.lives or abs(self.book.lives[-1][0] - started) > _SAME_LIFE:
+            self.book.lives.append([started, now])
+        useful = self._useful_at(step)
+        self.book.marks = [mark for mark in self.book.marks if mark[0] < step]
+        self.book.marks.append([step, useful])
+        self._written = 0.0
+
+    def add(self, step: int, useful: float, pause: float, skipped: int, now: float | None = None) -> None:
+        """Steps up to `step` took `useful` seconds; saving held training up for `pause`; `skipped` were not learnt."""
+        book = self.book
+        book.marks.append([step, book.marks[-1][1] + useful])
+        book.pauses += pause
+        book.skipped += skipped
+        if len(book.marks) > _MOST_MARKS:
+            book.marks = [*book.marks[:-1:2], book.marks[-1]]
+        self.beat(now)
+
+    def beat(self, now: float | None = None) -> None:
+        """Still alive."""
+        self.book.lives[-1][1] = time.time() if now is None else now
+
+    def write(self, at_once: bool = True) -> None:
+        """Put the book on disk, unless that was done a moment ago and nothing asks for it."""
+        if not at_once and time.monotonic() - self._written < WRITE_SECONDS:
+            return
+        self._written = time.monotonic()
+        aside = self._file.with_suffix(".tmp")
+        try:
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps({**asdict(self.book), "goodput": round(self.goodput, 4)}) + "\n")
+            aside.replace(self._file)
+        except OSError as error:
+            log.warning("%s: %s; goodput is not kept", self._file, error.strerror)
+
+    @property
+    def wall(self) -> float:
+        """Seconds of all lives."""
+        return sum(last - first for first, last in self.book.lives)
+
+    @property
+    def waited(self) -> float:
+        """Seconds between lives."""
+        lives = self.book.lives
+        return sum(max(0.0, after[0] - before[1]) for before, after in pairwise(lives))
+
+    @property
+    def goodput(self) -> float:
+        """Useful share of the wall seconds, 0 to 1."""
+        return min(1.0, self.book.marks[-1][1] / max(self.wall, 1e-9))
+
+    @property
+    def restarts(self) -> int:
+        """Lives after the first."""
+        return len(self.book.lives) - 1
+
+    def _useful_at(self, step: int) -> float:
+        """Useful seconds up to `step`, between two marks in proportion."""
+        marks = self.book.marks
+        place = bisect.bisect_left(marks, float(step), key=lambda mark: mark[0])
+        if place == len(marks):
+            return marks[-1][1] if marks and step else 0.0
+        high = marks[place]
+        if high[0] == step or place == 0:
+            return high[1] if high[0] == step else 0.0
+        low = marks[place - 1]
+        return low[1] + (high[1] - low[1]) * (step - low[0]) / (high[0] - low[0])
+
+
+def _read(file: Path) -> Book:
+    try:
+        values = json.loads(file.read_text())
+        book = Book(**{name: values[name] for name in ("lives", "marks", "skipped", "pauses")})
+        if all(len(pair) == 2 for pair in [*book.lives, *book.marks]):
+            return book
+    except FileNotFoundError:
+        return Book()
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    log.warning("%s cannot be read; goodput and restarts are counted anew", file)
+    return Book()
