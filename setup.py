@@ -2,7 +2,8 @@
 
 Requirements are ranges that are known to work; `constraints.txt` is the exact set that is tested. NVIDIA's apex is on
 no list: the package of that name on PyPI is a web toolkit, NVIDIA's own is built from source and is optional.
-Transformer Engine and DALI are extras, because they only install where there is a CUDA toolchain to match.
+Transformer Engine is an extra, because it only installs where there is a CUDA toolchain to match; so is DALI, which is
+600 MB, needs no GPU and is tested on CPUs.
 """
 
 import re
@@ -13,6 +14,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megalong/__init__.py").read_text(), re.MULTILINE)[1]
 README = HERE / "README.md"
+DALI = "nvidia-dali-cuda130>=2.0,<3"
 
 setup(
     name="megalong",
@@ -23,6 +25,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megalong", "megalong.*"]),
+    # Without a checkout beside it, `megalong slurm` finds its scripts here.
+    data_files=[("share/megalong/slurm", sorted(str(file.relative_to(HERE)) for file in HERE.glob("slurm/*.*")))],
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
@@ -42,9 +46,9 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.20,<3"],
-        "dali": ["nvidia-dali-cuda130>=2.0,<3"],
+        "dali": [DALI],
         "eval": ["lm-eval[hf,ruler]>=0.4.13,<0.5"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "peft", DALI],
     },
     entry_points={"console_scripts": ["megalong = megalong.cli:main"]},
 )

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole story on this machine, on CPU, without a download beyond the Python packages themselves:
-# corpus, tokenizer, dataset, import, pretraining, context extension, export, report.
+# corpus, tokenizer, dataset, import, pretraining, context extension, export, fine-tuning, report.
 #
 #     bash examples/quickstart.sh [--output DIR]      (default: quickstart-run)
 #

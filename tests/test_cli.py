@@ -13,6 +13,7 @@ from unittest.mock import create_autospec
 import pytest
 
 from megalong import cli
+from megalong.commands import checkpoint, data, evaluate, run
 from megalong.errors import UserError
 
 # Scripts rely on these names. Adding is fine; renaming or removing breaks somebody.
@@ -38,15 +39,31 @@ SURFACE = {
         "--workers",
     ],
     "data merge": ["--input", "--output-prefix"],
-    "data inspect": ["--documents", "--png", "--tokenizer", "PREFIX"],
+    "data inspect": ["--documents", "--png", "--samples", "--tokenizer", "PREFIX|CONFIG.yaml", "section.key=value"],
     "data balance": ["--png", "--samples", "CONFIG.yaml", "section.key=value"],
     "data plan": ["--png", "CONFIG.yaml", "section.key=value"],
     "checkpoint import": ["--hf", "--output"],
-    "checkpoint export": ["--checkpoint", "--dtype", "--output", "--step"],
+    "checkpoint verify": ["DIR"],
+    "checkpoint export": ["--adapter", "--checkpoint", "--dtype", "--output", "--step"],
     "import-hf": ["--hf", "--output"],
-    "export-hf": ["--checkpoint", "--dtype", "--output", "--step"],
+    "export-hf": ["--adapter", "--checkpoint", "--dtype", "--output", "--step"],
     "train": ["--nproc", "CONFIG.yaml", "section.key=value"],
     "evaluate perplexity": ["--checkpoint", "--data", "--hf", "--nproc", "--output", "--samples", "--seq-length"],
+    "generate": [
+        "--chat",
+        "--checkpoint",
+        "--hf",
+        "--max-new-tokens",
+        "--prefill-chunk",
+        "--prompt",
+        "--prompt-file",
+        "--seed",
+        "--temperature",
+        "--top-k",
+        "--top-p",
+    ],
+    "slurm": ["--chain", "--nodes", "--output", "--submit", "CONFIG.yaml", "section.key=value"],
+    "preflight": ["CONFIG.yaml", "section.key=value"],
     "doctor": [],
 }
 
@@ -72,7 +89,9 @@ def answers(monkeypatch):
     """Replace the function behind `command` by one that does `what` with the parsed options."""
 
     def install(command: str, what):
-        monkeypatch.setattr(cli, f"_run_{command}", what)
+        families = (checkpoint, data, evaluate, run)
+        (family,) = [family for family in families if hasattr(family, f"_run_{command}")]
+        monkeypatch.setattr(family, f"_run_{command}", what)
 
     return install
 
@@ -217,6 +236,11 @@ ANSWERS = {
         "export_hf",
         {"checkpoint": "c", "output": "o", "step": None, "dtype": "float32"},
     ),
+    "checkpoint export --checkpoint c --adapter --output o --step 3": (
+        "megalong.hf.convert",
+        "export_adapter",
+        {"checkpoint": "c", "output": "o", "step": 3, "dtype": None},
+    ),
     "train run.yaml a.b=1": (
         "megalong.training.launch",
         "train",
@@ -234,6 +258,40 @@ ANSWERS = {
             "nproc": None,
             "output": None,
         },
+    ),
+    "generate --hf h --prompt p --top-k 5": (
+        "megalong.evaluation.generate",
+        "generate",
+        {
+            "checkpoint": None,
+            "hf": "h",
+            "prompt": "p",
+            "prompt_file": None,
+            "chat": False,
+            "max_new_tokens": 128,
+            "temperature": 0.0,
+            "top_p": None,
+            "top_k": 5,
+            "seed": 1234,
+            "prefill_chunk": 4096,
+        },
+    ),
+    "slurm run.yaml a.b=1 --nodes 4 --chain sft.yaml": (
+        "megalong.slurm.chain",
+        "slurm",
+        {
+            "config": "run.yaml",
+            "overrides": ["a.b=1"],
+            "nodes": 4,
+            "submit": False,
+            "chain": ["sft.yaml"],
+            "output": None,
+        },
+    ),
+    "preflight run.yaml a.b=1": (
+        "megalong.training.preflight",
+        "preflight",
+        {"config_path": "run.yaml", "overrides": ["a.b=1"]},
     ),
     "doctor": ("megalong.runtime.doctor", "doctor", {}),
 }
@@ -274,8 +332,8 @@ def test_the_command_line_and_data_need_no_torch():
 
 def test_a_reader_that_leaves_early_is_no_error():
     code = (
-        "import sys; from megalong import cli\n"
-        "cli._run_doctor = lambda options: [print('x' * 80) for _ in range(100000)] and 0\n"
+        "import sys; from megalong import cli; from megalong.commands import run\n"
+        "run._run_doctor = lambda options: [print('x' * 80) for _ in range(100000)] and 0\n"
         "sys.exit(cli.main(['doctor']))"
     )
     command = f'set -o pipefail; "{sys.executable}" -c "$CODE" | head -n 1'

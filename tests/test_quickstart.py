@@ -17,7 +17,7 @@ import megalong
 from megalong.config.load import load_config
 from megalong.errors import UserError
 from megalong.evaluation.perplexity import PerplexityResult
-from megalong.quickstart import corpus, report, story
+from megalong.quickstart import chats, corpus, report, story
 from megalong.quickstart.steps import Commands, Step, StepFailed, published, run_steps
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "quickstart"
@@ -43,6 +43,33 @@ def test_the_corpus_is_this_pythons_own_text(tmp_path):
 
 def _texts(path):
     return [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
+
+
+SOURCE = '''
+"""Cats and mats,
+
+and more."""
+class Cat:
+    """One that sits
+    on a mat."""
+    def sit(self, mat, *, long=False):
+        """Sit down on it."""
+    def _hide(self): """Nobody asks for this one."""
+def feed(cat): pass
+async def call(cat): "Call it, loudly, until it comes."
+'''
+
+
+def test_questions_are_answered_by_docstrings():
+    assert chats.questions("zoo", SOURCE) == [
+        ("What is the class zoo.Cat?", "One that sits on a mat."),
+        ("What does the function zoo.call(cat) do?", "Call it, loudly, until it comes."),
+    ]
+    assert chats.questions("zoo", SOURCE.replace("Sit down", "Sit down for long"))[1] == (
+        "What does the method zoo.Cat.sit(mat, long) do?",
+        "Sit down for long on it.",
+    )
+    assert chats.questions("zoo", "print 'no Python of today'") == []
 
 
 def test_a_python_without_sources_is_told(monkeypatch, tmp_path):
@@ -93,11 +120,13 @@ def test_outside_a_checkout_it_says_so(monkeypatch, tmp_path):
 
 
 def test_the_configurations_agree_with_the_story():
-    pretrain, extend = (load_config(EXAMPLES / name)[0] for name in story.CONFIGS)
+    pretrain, extend, tune = (load_config(EXAMPLES / name)[0] for name in story.CONFIGS)
     rope = extend.model.rope
     assert rope.type == "yarn"
     assert extend.data.seq_length == rope.factor * pretrain.data.seq_length == 16 * story.model.ORIGINAL_LENGTH
     assert extend.parallel.context_parallel_size == int(story.PROCESSES) == extend.world_divisor
+    assert tune.model.load.checkpoint == extend.run.dir
+    assert (tune.task, tune.sft.sources[0].path) == ("sft", f"chats/{chats.CHATS}")
     assert pretrain.data.separator == extend.data.separator == story.model.SEPARATOR
 
 
@@ -106,11 +135,13 @@ def test_the_report_states_what_was_measured(tmp_path, capsys):
         return PerplexityResult(name, name, [], 512, 4, [0, 64, 256, 512], [math.log(v) for v in values], [1, 1, 1])
 
     results = [result("base", 40, 20, 80), result("extended", 41, 22, 11)]
-    report.write_report(tmp_path, results, "logits agree", 256, {"import": 3.0})
+    answers = report.Answers("What is it?", "A cat.", "def\n  it():", "")
+    report.write_report(tmp_path, results, "logits agree", answers, 256, {"import": 3.0})
     text = (tmp_path / "report.md").read_text()
     assert "- base: 20.0 just inside its 256 tokens, 80.0 at the end of 512: 4.0 times worse." in text
     assert "- extended: 22.0 and 11.0: 0.50 times." in text
     assert "logits agree" in text
+    assert "- the docstring: `A cat.`\n- before fine-tuning: `def it():`\n- after fine-tuning: `(nothing)`" in text
     assert f"tensorboard --logdir {tmp_path / 'runs'}" in text
     assert (tmp_path / "perplexity.png").stat().st_size > 10_000
     assert text in capsys.readouterr().out
@@ -147,11 +178,13 @@ def test_the_whole_story_stopped_once_and_taken_up_again(tmp_path):
     (folder / "pretrain.yaml").write_text(_small("pretrain.yaml", **few))
     few |= {"training": {"train_iters": 3}, "data": {"seq_length": 1024}}
     (folder / "extend.yaml").write_text(_small("extend.yaml", **few))
+    few |= {"data": {"seq_length": 512}}
+    (folder / "sft.yaml").write_text(_small("sft.yaml", **few))
     command = [sys.executable, "-m", "megalong", "quickstart", "--output", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parents[1])}
     started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in started.stdout:
-        if "step 6/12" in line:
+        if "step 6/12 " in line:
             started.send_signal(2)
             break
     started.communicate(timeout=60)
@@ -168,7 +201,12 @@ def test_the_whole_story_stopped_once_and_taken_up_again(tmp_path):
     assert float(re.search(r"with exact angles it is ([\d.e-]+)", text)[1]) < 1e-4
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0
-    assert again.stdout.count("done before") == 12
+    assert again.stdout.count("done before") == 16
+    asked = json.loads((folder / "chats" / chats.ASKED).read_text())
+    assert asked["question"] not in (folder / "chats" / chats.CHATS).read_text()
+    assert f"- the docstring: `{asked['docstring']}`" in text
+    assert "- after fine-tuning: `" in text
+    assert "docstrings: " in (folder / "runs" / "tuned" / "log.txt").read_text()
 
 
 def test_the_script_is_there_and_parses():

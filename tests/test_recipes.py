@@ -86,3 +86,47 @@ def test_every_number_says_where_it_comes_from(length):
         code, _, comment = line.partition(" #")
         if any(char.isdigit() for char in code) and not line.lstrip().startswith(("#", "-")):
             assert "published" in comment + above or "chosen" in comment + above, line
+
+
+def test_lora_recipes_hold():
+    folder = RECIPES.parent / "lora"
+    ((small,), (large,)) = (load_config(folder / name) for name in ("small.yaml", "8b-32k.yaml"))
+    assert sorted(path.name for path in folder.iterdir()) == ["8b-32k.yaml", "small.yaml"]
+    assert (small.lora.scale, large.lora.scale) == (2.0, 2.0)
+    check_world(small, 1)
+    check_world(large, 8)
+    check_model(large, LLAMA_31_8B)
+
+
+def test_the_prolong_recipe_holds():
+    """64K at base 8e6, then 512K at base 1.28e8 with 64K packs beside: 20 billion tokens each."""
+    first, second = load_config(RECIPES.parent / "prolong" / "cpt.yaml")
+    for config, base, batch, length in ((first, 8e6, 4, 64), (second, 1.28e8, 8, 512)):
+        check_world(config, 64)
+        check_model(config, LLAMA_31_8B)
+        assert (config.model.rope.rope_theta, config.data.seq_length) == (base, length * 1024)
+        assert config.tokens_per_iteration == batch * 2**20
+        assert 20e9 < config.tokens_per_iteration * config.training.train_iters < 21.1e9
+        assert config.optimizer.min_lr == pytest.approx(config.optimizer.lr / 10)
+        assert config.optimizer.warmup_iters == config.training.train_iters // 10
+        assert sum(domain.weight for domain in config.data.mixture) == pytest.approx(1)
+    assert {one.name: one.weight for one in second.data.mixture if one.seq_length is None} == {
+        "code-512k": 0.15,
+        "books-512k": 0.05,
+    }
+    assert {one.seq_length for one in second.data.mixture} == {None, 65536}
+
+
+def test_fine_tuning_recipes_hold():
+    """Published: batch 128, learning rate 5e-6, 8K tokens, TP 8 (UltraLong); 4M tokens x 250, 2e-5, 64K (ProLong)."""
+    for length in PUBLISHED:
+        (config,) = load_config(RECIPES / length / "sft.yaml")
+        check_world(config, WORLD)
+        check_model(config, LLAMA_31_8B)
+        assert (config.training.global_batch_size, config.optimizer.lr, config.sft.max_length) == (128, 5e-6, 8192)
+        assert config.model.load.checkpoint == recipe(length).run.dir
+    (prolong,) = load_config(RECIPES.parent / "prolong" / "sft.yaml")
+    check_world(prolong, 8)
+    check_model(prolong, LLAMA_31_8B)
+    assert prolong.tokens_per_iteration == 4 * 2**20
+    assert (prolong.training.train_iters, prolong.optimizer.lr, prolong.optimizer.min_lr) == (250, 2e-5, 2e-6)

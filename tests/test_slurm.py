@@ -1,4 +1,7 @@
-"""`slurm/pretrain.sbatch` under false `srun` and `scontrol`: the commands it would start on each node."""
+"""`slurm/pretrain.sbatch` under false `srun` and `scontrol`: the commands it would start on each node.
+
+`tests/slurm` runs the same scripts under a real SLURM.
+"""
 
 import json
 import os
@@ -24,13 +27,22 @@ training: {train_iters: 10, global_batch_size: 4}
 SRUN = """#!/usr/bin/env bash
 options=()
 while [[ $1 == --* ]]; do options+=("$1"); shift; done
-printf '%s\\n' "${options[@]}" >"$NOTES/srun"
+kind=srun
+for word; do if [ "$word" = preflight ]; then kind=preflight; fi; done
+printf '%s\\n' "${options[@]}" >"$NOTES/$kind"
+if [ "$kind" = preflight ]; then exit "${PREFLIGHT_STATUS:-0}"; fi
 for node in 0 1; do SLURM_NODEID=$node "$@" || exit; done
+"""
+SCONTROL = """#!/bin/sh
+case "$*" in
+"show hostnames n[3-4]") printf "n3\\nn4\\n" ;;
+requeue*) echo "$*" >"$NOTES/requeue" ;;
+esac
 """
 # python answers the script's own check truly, and notes what torchrun would have been given.
 PYTHON = """#!{python}
 import json, os, sys
-if sys.argv[1] == "-":
+if "megalong.slurm.job" in sys.argv:
     os.execv("{python}", sys.argv)
 names = ["MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "NCCL_DEBUG", "CUDA_DEVICE_MAX_CONNECTIONS"]
 noted = {{"words": sys.argv[1:], "env": {{name: os.environ.get(name) for name in names}}, "cwd": os.getcwd()}}
@@ -49,8 +61,10 @@ class Cluster:
         self.config = self.folder / "my run.yaml"
         for path in (self.folder / "bin", self.folder / "venv" / "bin", self.notes):
             path.mkdir(parents=True)
+        (self.folder / "slurm").symlink_to(SCRIPT.parent)
         self._program("bin/srun", SRUN)
-        self._program("bin/scontrol", '#!/bin/sh\n[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"\n')
+        self._program("bin/scontrol", SCONTROL)
+        self._program("bin/squeue", '#!/bin/sh\necho "${JOB_STATE:-RUNNING}"\n')
         self._program("venv/bin/python", PYTHON.format(python=sys.executable))
         self.config.write_text(CONFIG.replace("RUN_DIR", f'"{self.run_dir}"'))
 
@@ -90,8 +104,9 @@ def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
-def test_the_script_is_bash():
-    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+@pytest.mark.parametrize("script", sorted(SCRIPT.parent.iterdir()), ids=lambda path: path.name)
+def test_the_scripts_are_bash(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
 
 
 def test_each_node_starts_one_torchrun_with_every_word_intact(cluster):
@@ -108,6 +123,11 @@ def test_each_node_starts_one_torchrun_with_every_word_intact(cluster):
             "--nproc-per-node=8",
             "--master-addr=n3",
             "--master-port=22345",
+            "--no-python",
+            "bash",
+            str(cluster.folder / "slurm" / "rank.sh"),
+            str(cluster.run_dir / "logs" / "812345"),
+            str(cluster.folder / "venv" / "bin" / "python"),
             "-m",
             "megalong",
             "train",
@@ -130,6 +150,8 @@ def test_logs_lie_in_the_run_folder_a_file_a_node(cluster):
     assert logs.is_dir()
     options = (cluster.notes / "srun").read_text().splitlines()
     assert f"--output={logs}/node-%n.log" in options
+    assert "--open-mode=append" in options
+    assert not any(option.startswith("--container") for option in options)
     assert {"--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=96", "--kill-on-bad-exit=1"} <= set(options)
 
 
@@ -142,6 +164,20 @@ def test_stages_log_in_the_folder_above_theirs(cluster):
 def test_settings_of_the_user_win(cluster):
     assert cluster.submit("my run.yaml", NCCL_DEBUG="INFO").returncode == 0
     assert cluster.node(0)["env"]["NCCL_DEBUG"] == "INFO"
+
+
+def test_a_job_without_gpus_starts_as_many_processes_as_asked(cluster):
+    done = cluster.submit("my run.yaml", GPUS_PER_NODE="0", PROCESSES_PER_NODE="4")
+    assert done.returncode == 0, done.stderr
+    assert "--nproc-per-node=4" in cluster.node(1)["words"]
+    assert cluster.node(1)["env"]["OMP_NUM_THREADS"] == "24"
+
+
+def test_a_container_is_the_tasks_own(cluster):
+    done = cluster.submit("my run.yaml", CONTAINER="/images/a b.sqsh", CONTAINER_MOUNTS="/data:/data")
+    assert done.returncode == 0, done.stderr
+    options = (cluster.notes / "srun").read_text().splitlines()
+    assert {"--container-image=/images/a b.sqsh", "--container-mounts=/data:/data"} <= set(options)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +196,45 @@ def test_a_mistake_ends_the_job_before_any_node_starts(cluster, words, message):
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(cluster.notes.iterdir())
+
+
+def test_a_preflight_that_fails_keeps_training_from_starting(cluster):
+    done = cluster.submit("my run.yaml", PREFLIGHT_STATUS="2")
+    assert done.returncode == 2
+    assert "preflight failed: nothing was started" in done.stdout
+    assert not (cluster.notes / "srun").exists()
+    options = (cluster.notes / "preflight").read_text().splitlines()
+    assert {"--ntasks-per-node=8", "--ntasks=16", "--cpus-per-task=12", "--kill-on-bad-exit=1"} <= set(options)
+
+
+def test_it_may_be_left_out(cluster):
+    assert cluster.submit("my run.yaml", "slurm.preflight=false").returncode == 0
+    assert not (cluster.notes / "preflight").exists()
+
+
+def test_a_job_is_requeued_by_its_marker_and_only_while_it_is_its_own(cluster):
+    cluster.run_dir.mkdir(parents=True)
+    assert cluster.submit("my run.yaml").returncode == 0
+    assert not (cluster.notes / "requeue").exists()
+    (cluster.run_dir / "REQUEUE").write_text('{"step": 7, "signal": "SIGUSR1"}')
+    assert cluster.submit("my run.yaml", JOB_STATE="COMPLETING").returncode == 0
+    assert not (cluster.notes / "requeue").exists()
+    assert cluster.submit("my run.yaml").returncode == 0
+    assert (cluster.notes / "requeue").read_text() == "requeue 812345\n"
+
+
+def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(cluster):
+    cluster.run_dir.mkdir(parents=True)
+    (cluster.run_dir / "REQUEUE").write_text('{"step": 7, "signal": "SIGUSR1"}')
+    assert cluster.submit("my run.yaml").returncode == 0
+    (cluster.notes / "requeue").unlink()
+    again = cluster.submit("my run.yaml")
+    assert again.returncode == 1
+    assert "no step was done since the last requeue" in again.stdout
+    assert not (cluster.notes / "requeue").exists()
+    (cluster.run_dir / "REQUEUE").write_text('{"step": 8, "signal": "SIGUSR1"}')
+    assert cluster.submit("my run.yaml").returncode == 0
+    assert (cluster.notes / "requeue").exists()
 
 
 def test_the_job_asks_for_the_recipes_256_gpus():

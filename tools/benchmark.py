@@ -18,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 BENCHMARKS = {
     "attention": "context-parallel attention against one process with as many threads; document masks; rotary",
+    "checkpoint": "saving and loading beside plain files on the same disk; the pause of a save in the background",
     "fp8": "200 steps of a small Llama in bf16 and in emulated FP8: loss ratios, curves in fp8-loss.png",
     "gpu": "attention on one GPU by backend: TFLOP/s beside torch's SDPA and the chip's matmul rate",
     "index": "the sample index of ten million documents, built and opened, beside Megatron-Core's steps",
+    "loader": "samples of a million tokens against memcpy; how long training waits for its batches",
     "preprocess": "tokenizing 125 MB and 2 GB of JSON lines against one `tokenizers` process a worker",
     "step": "one training step against transformers (SDPA) on the same small Llama, one CPU process each",
 }

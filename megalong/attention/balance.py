@@ -88,13 +88,13 @@ def _window(config: Config) -> int | None:
 
 
 def _documents(config: Config, samples: int) -> list[np.ndarray]:
-    if config.data.packing == "naive":
+    if not config.data.masked:
         return [np.zeros(1, np.int64)] * samples
     data = config.data
     packed = PackedSamples(
         data.mixture, data.seq_length, config.run.seed, data.split, separator=data.separator, packing=data.packing
     )
-    rows = [packed.documents(k) for k in range(samples)]
+    rows = [packed.bounds(k) for k in range(samples)]
     return [starts[starts < data.seq_length] for starts in rows]
 
 

@@ -1,7 +1,8 @@
 """How checkpoints lie in a run folder, and what each says about itself.
 
     RUN/checkpoints/step-00000050/
-        megalong.json      the model's shape, the step, the position in the data, the layout it was saved under
+        megalong.json      checksums of the other files, the model's shape, the step, the position in the data, the
+                           layout it was saved under
         tokenizer/         tokenizer, generation config and original config.json, so that an export is complete
         *.distcp .metadata Megatron-Core's sharded tensors
 
@@ -15,22 +16,29 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from megalong.checkpoint.checksum import checksum, damages
 from megalong.config.architecture import Architecture
+from megalong.config.lora import Lora
 from megalong.errors import UserError
 from megalong.runtime import megatron
 from megalong.runtime.folders import sync
 
 FOLDER = "checkpoints"
 META = "megalong.json"
+SEAL = "megalong.json.crc32"
 ASSETS = "tokenizer"
 # What travels with the weights: text and tokenizer models. No weights, no code.
 _ASSET_SUFFIXES = {".json", ".jinja", ".model", ".txt"}
 _MEND = "copy it again, or delete that folder to use the step before it"
 _STEP = re.compile(r"step-(\d{8,})")
+
+
+class DamagedError(UserError):
+    """A checkpoint is not as it was written."""
 
 
 class SavedLayout(BaseModel):
@@ -50,8 +58,13 @@ class Meta(BaseModel):
 
     `optimizer` is the format of the optimizer's state, None where there are only weights.
     `consumed_samples` is the position in the data: samples 0 … consumed_samples - 1 have been trained on.
+    `lora` is what its adapters are, None where it has none; base weights are in the checkpoint in any case.
     `files` are the bytes of each tensor file, which tell a truncated or half-copied checkpoint before it is read; an
     earlier checkpoint has none.
+    `checksums` are those of every file but `megalong.json`, likewise.
+    `data` is what decided the order of samples (`data.fingerprint`); empty where an
+    earlier version saved it, or nothing was trained on.
+    `guard` is what the guard knows: samples left out, losses and gradient norms of the last good steps.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,9 +74,13 @@ class Meta(BaseModel):
     consumed_samples: int = 0
     architecture: Architecture
     layout: SavedLayout = SavedLayout()
+    lora: Lora | None = None
     optimizer: Literal["fully_reshardable", "dp_reshardable"] | None = None
     versions: dict[str, str] = {}
     files: dict[str, int] = {}
+    checksums: dict[str, str] = {}
+    data: dict[str, Any] = {}
+    guard: dict[str, Any] = {}
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -78,6 +95,25 @@ def whole_checkpoints(run: Path) -> list[Path]:
         return []
     found = {int(match[1]): path for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))}
     return [found[step] for step in sorted(found)]
+
+
+def newest_good(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint of a run that is whole as far as sizes tell, and those after it with what is wrong.
+
+    Raises:
+        DamagedError: there are checkpoints, and all are damaged; what is wrong with the newest.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(whole_checkpoints(run)):
+        try:
+            read_meta(path)
+        except DamagedError as error:
+            damaged.append((path, str(error)))
+            continue
+        return path, damaged
+    if damaged:
+        raise DamagedError(damaged[0][1])
+    return None, damaged
 
 
 def find_checkpoint(path: Path | str, step: int | None = None) -> Path:
@@ -107,23 +143,27 @@ def read_meta(checkpoint: Path) -> Meta:
     """Read `megalong.json`.
 
     Raises:
-        UserError: it is missing, damaged, of a later format, or a later Megatron-Core's than the installed one reads;
-            or a file of the checkpoint is missing or has another size than when it was written.
+        DamagedError: it is missing or damaged, or a file of the checkpoint is missing or has another size than when it
+            was written.
+        UserError: it is of a later format, or a later Megatron-Core's than the installed one reads.
     """
     file = checkpoint / META
     try:
         values = json.loads(file.read_text())
         if values.get("format") != 1:
+            if (checkpoint / SEAL).exists():  # a later version's, or damaged in this place
+                _compare_seal(checkpoint)
             raise UserError(
                 f"{file}: format {values.get('format')!r}, but this version reads format 1; update megalong"
             )
         meta = Meta.model_validate(values)
     except FileNotFoundError:
-        raise UserError(f"{checkpoint} is not a whole checkpoint: it has no {META}; {_MEND}") from None
+        raise DamagedError(f"{checkpoint} is not a whole checkpoint: it has no {META}; {_MEND}") from None
     except (ValueError, AttributeError) as error:  # not UTF-8, not JSON, not these keys
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file} is damaged ({str(error).splitlines()[0]}); {_MEND}") from None
+        raise DamagedError(f"{file} is damaged ({str(error).splitlines()[0]}); {_MEND}") from None
+    _check_seal(checkpoint, meta)
     _check_files(checkpoint, meta)
     if "megatron-core" in meta.versions:
         megatron.check_readable(checkpoint, meta.versions["megatron-core"])
@@ -135,17 +175,56 @@ def file_sizes(checkpoint: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.is_file() and path.name != META}
 
 
+def write_meta(checkpoint: Path, meta: Meta) -> None:
+    """Write `megalong.json` and, beside it, its own checksum."""
+    (checkpoint / META).write_text(meta.model_dump_json(indent=2) + "\n")
+    (checkpoint / SEAL).write_text(checksum(checkpoint / META) + "\n")
+
+
+def verify(checkpoint: Path) -> list[str]:
+    """Read all of a checkpoint and say what is damaged, one line each; empty where it is as written.
+
+    Of one that an earlier version wrote without checksums (`Meta.checksums` is empty), sizes alone are compared.
+    """
+    try:
+        meta = read_meta(checkpoint)
+    except UserError as error:
+        return [str(error)]
+    return [f"{checkpoint} is damaged: {told}" for told in damages(checkpoint, meta.checksums)]
+
+
+def _check_seal(checkpoint: Path, meta: Meta) -> None:
+    if meta.checksums or (checkpoint / SEAL).exists():  # else an earlier version's
+        _compare_seal(checkpoint)
+
+
+def _compare_seal(checkpoint: Path) -> None:
+    try:
+        wanted = (checkpoint / SEAL).read_bytes()
+    except OSError:
+        raise DamagedError(f"{checkpoint} is damaged: {SEAL} is missing; {_MEND}") from None
+    if f"{checksum(checkpoint / META)}\n".encode() != wanted:
+        raise DamagedError(f"{checkpoint} is damaged: {META} is not what {SEAL} says; {_MEND}")
+
+
 def _check_files(checkpoint: Path, meta: Meta) -> None:
     found = file_sizes(checkpoint)
     for name, size in meta.files.items():
         if found.get(name) != size:
             told = f"has {found[name]} bytes instead of {size}" if name in found else "is missing"
-            raise UserError(f"{checkpoint} is damaged: {name} {told}; {_MEND}")
+            raise DamagedError(f"{checkpoint} is damaged: {name} {told}; {_MEND}")
 
 
-def remove_old(run: Path, keep_last: int) -> list[Path]:
-    """Delete all but the newest `keep_last` checkpoints, and what unfinished saves left; returns what went."""
-    gone = whole_checkpoints(run)[:-keep_last]
+def remove_old(run: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
+    """Delete all but the newest `keep_last` checkpoints and those of every `keep_every`-th step; returns what went.
+
+    So does what unfinished saves left.
+    """
+    gone = [
+        path
+        for path in whole_checkpoints(run)[:-keep_last]
+        if keep_every is None or int(path.name.removeprefix("step-")) % keep_every
+    ]
     gone += list((run / FOLDER).glob("step-*.tmp"))
     for path in gone:
         shutil.rmtree(path, ignore_errors=True)

@@ -7,11 +7,8 @@ lets any layout load any other's checkpoint. `dp_reshardable` skips the gatherin
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import pickle
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,53 +19,64 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalong import __version__
-from megalong.checkpoint.folder import ASSETS, META, Meta, SavedLayout, copy_assets, file_sizes, publish
-from megalong.checkpoint.strategy import DirectSave
+from megalong.checkpoint.checksum import damages
+from megalong.checkpoint.data_only import refusal
+from megalong.checkpoint.folder import Meta, SavedLayout, read_meta
+from megalong.checkpoint.strategy import Staging
+from megalong.checkpoint.writing import Begun, begin, complete, gathered
+from megalong.config.lora import is_adapter
 from megalong.errors import UserError
 from megalong.model.build import unwrap
-from megalong.runtime.distributed import is_main_rank
 from megalong.runtime.megatron import version as megatron_version
+from megalong.runtime.random_states import random_states, restore
 
 log = logging.getLogger("megalong")
-
-# What torch's zip writer says when the disk does not take what it writes.
-_ZIP_WRITER = ("inline_container", "iostream error")
 
 
 def save_weights(checkpoint: Path, chunks: list[torch.nn.Module], meta: Meta, assets: Path | None = None) -> None:
     """Write a checkpoint that holds weights only: what an import makes and a first start reads."""
-    with _published(checkpoint, meta, assets) as folder:
-        dist_checkpointing.save({"model": _model_state(chunks)}, str(folder), DirectSave())
+    complete(begin(checkpoint, {"model": _model_state(chunks)}, meta, assets))
 
 
-def save_training(
+def begin_training(
     checkpoint: Path,
     chunks: list[torch.nn.Module],
     optimizer: Any,
     scheduler: Any,
     meta: Meta,
     assets: Path | None = None,
-) -> None:
-    """Write everything a run needs to go on as if it had never stopped."""
-    with _published(checkpoint, meta, assets) as folder:
-        model, metadata = _model_state(chunks), _metadata(meta)
-        state = {
-            "model": model,
-            "optimizer": optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata),
-            "scheduler": scheduler.state_dict(),
-            "random": _random_state(),
-        }
-        dist_checkpointing.save(state, str(folder), DirectSave(), content_metadata=metadata)
+    staging: Staging | None = None,
+    checked: bool = False,
+) -> Begun:
+    """Everything a run needs to go on as if it had never stopped, for `complete` to write; see `begin`."""
+    model, metadata = _model_state(chunks), _metadata(meta)
+    state = {
+        "model": model,
+        "optimizer": optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata),
+        "scheduler": scheduler.state_dict(),
+        "random": _random_state(),
+    }
+    return begin(checkpoint, state, meta, assets, staging, checked, content_metadata=metadata)
 
 
 def load_weights(checkpoint: Path, chunks: list[torch.nn.Module]) -> None:
-    """Fill the model's weights; the layout may differ from the one that saved them."""
-    state = _load({"model": _model_state(chunks)}, checkpoint)
-    _set_model_state(chunks, state["model"])
+    """Fill the model's weights; the layout may differ from the one that saved them.
+
+    Adapters are filled only if the checkpoint has some.
+    """
+    _refuse_damaged(checkpoint)
+    model = _model_state(chunks)
+    with_adapters = read_meta(checkpoint).lora is not None
+    if not with_adapters:
+        model = {index: {k: v for k, v in part.items() if not is_adapter(k)} for index, part in model.items()}
+    state = _load({"model": model}, checkpoint)
+    _set_model_state(chunks, state["model"], with_adapters)
 
 
 def load_training(checkpoint: Path, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any, meta: Meta) -> None:
     """Put model, optimizer, schedule and, where the layout is the same, random states back.
+
+    That the files are as they were written is the caller's to ask (`damage`).
 
     Raises:
         UserError: the optimizer's state is bound to another layout, or missing.
@@ -90,7 +98,7 @@ def load_training(checkpoint: Path, chunks: list[torch.nn.Module], optimizer: An
     scheduler.num_steps = 0
     scheduler.load_state_dict(state["scheduler"])
     if same_layout:
-        _set_random_state(state["random"])
+        restore(state["random"])
 
 
 def current_layout() -> SavedLayout:
@@ -129,51 +137,31 @@ def versions() -> dict[str, str]:
     return {"megalong": __version__, "megatron-core": megatron_version(), "torch": str(torch.__version__)}
 
 
-@contextlib.contextmanager
-def _published(checkpoint: Path, meta: Meta, assets: Path | None) -> Iterator[Path]:
-    """A folder to write into, which becomes `checkpoint` once every rank has written and nothing was raised."""
-    aside = checkpoint.with_name(checkpoint.name + ".tmp")
-    try:
-        if is_main_rank():
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        dist.barrier()
-        yield aside
-        dist.barrier()
-        if is_main_rank():
-            if assets is not None and assets.is_dir():
-                copy_assets(assets, aside / ASSETS)
-            described = meta.model_copy(update={"files": file_sizes(aside)})
-            (aside / META).write_text(described.model_dump_json(indent=2) + "\n")
-            publish(aside, checkpoint)
-        dist.barrier()
-    except (OSError, RuntimeError, CheckpointException) as error:
-        reason = _disk_failure(error)
-        if reason is None:
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, of which every rank reads a share; None where nothing is."""
+    wanted = sorted(read_meta(checkpoint).checksums.items())
+    told = damages(checkpoint, dict(wanted[dist.get_rank() :: dist.get_world_size()]))
+    found = [one for part in gathered(told) for one in part]
+    return found[0] if found else None
+
+
+def _refuse_damaged(checkpoint: Path) -> None:
+    told = damage(checkpoint)
+    if told is not None:
         raise UserError(
-            f"checkpoint {checkpoint} could not be written ({reason}); checkpoints before it are untouched: make room "
-            "or mend the disk, and start again"
-        ) from error
+            f"{checkpoint} is damaged: {told}; copy it again, or delete that folder to use the step before it"
+        )
 
 
-def _disk_failure(error: BaseException) -> str | None:
-    """What the disk said if that is why a save failed, None for anything else.
-
-    Torch passes every rank's exceptions on in a CheckpointException; its zip writer turns what the disk says into a
-    RuntimeError of its own.
-    """
-    causes = [one for one, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-    for cause in causes:
-        if isinstance(cause, OSError):
-            return cause.strerror or str(cause).splitlines()[0]
-        if isinstance(cause, RuntimeError) and any(part in str(cause) for part in _ZIP_WRITER):
-            return "the disk took only a part: is it full?"
-    return None
+def _refuse_code(checkpoint: Path) -> None:
+    """Refuse a checkpoint that is more than data; every rank looks at a share of it."""
+    for told in gathered(refusal(checkpoint, dist.get_rank(), dist.get_world_size())):
+        if told is not None:
+            raise UserError(told)
 
 
 def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    _refuse_code(checkpoint)
     try:
         return dist_checkpointing.load(wanted, str(checkpoint))
     except dist_checkpointing.core.CheckpointingException as error:
@@ -193,30 +181,17 @@ def _model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:
     return {str(index): dict(unwrap(chunk).sharded_state_dict()) for index, chunk in enumerate(chunks)}
 
 
-def _set_model_state(chunks: list[torch.nn.Module], state: dict[str, Any]) -> None:
+def _set_model_state(chunks: list[torch.nn.Module], state: dict[str, Any], adapters: bool = True) -> None:
     # Not strict: Megatron-Core's modules list empty `_extra_state` entries that only Transformer Engine fills.
     for index, chunk in enumerate(chunks):
         missing, unexpected = unwrap(chunk).load_state_dict(state[str(index)], strict=False)
         wrong = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
+        if not adapters:
+            wrong = [name for name in wrong if not is_adapter(name)]
         if wrong:
             raise RuntimeError(f"checkpoint and model disagree on {wrong[:3]}")
 
 
 def _random_state() -> ShardedObject:
     """This rank's generators as one object; ranks do not share it."""
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    rank, world = dist.get_rank(), dist.get_world_size()
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return ShardedObject("random", state, (world,), (rank,))
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    torch.set_rng_state(state["torch"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    return ShardedObject("random", random_states(), (dist.get_world_size(),), (dist.get_rank(),))

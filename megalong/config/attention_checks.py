@@ -114,10 +114,12 @@ def _check_fp8_on_gpu(config: "Config", machine: Machine, capability: tuple[int,
             f"precision.fp8_dot_product_attention: this GPU (compute capability {name}) has no FP8 attention, which "
             "begins with 9.0; write fp8_dot_product_attention: false, which keeps FP8 in the linear layers"
         )
-    if config.data.packing != "naive":
+    if config.data.masked:
+        packs = config.data.packing == "naive"
         raise UserError(
-            f"precision.fp8_dot_product_attention with data.packing {config.data.packing}: FP8 kernels take whole "
-            "sequences only, not documents; write fp8_dot_product_attention: false, or packing: naive"
+            f"precision.fp8_dot_product_attention with {'seq_length in data.mixture' if packs else 'data.packing '}"
+            f"{'' if packs else config.data.packing}: FP8 kernels take whole sequences only, not documents; write "
+            f"fp8_dot_product_attention: false, or {'leave it out there' if packs else 'packing: naive'}"
         )
     _check_engine_length(config, "precision.fp8_dot_product_attention")
     delayed = precision.fp8_recipe == "delayed" or machine.engine_recipe == "DelayedScaling"

@@ -19,9 +19,16 @@ def check_config(config: "Config") -> None:
 
     `sequence_parallel` with one tensor-parallel rank is refused rather than ignored: what a file says is what runs.
     """
+    _check_task(config)
     _check_sequence(config)
     _check_pipeline(config)
     check_attention(config)
+    if config.lora.rank is not None and config.precision.fp8 is not None:
+        raise UserError(
+            f"lora.rank {config.lora.rank} with precision.fp8 {config.precision.fp8}: adapters stand beside bf16 and "
+            "fp32 layers only; write fp8: null"
+        )
+    _check_faults(config)
     optimizer, training = config.optimizer, config.training
     if optimizer.warmup_iters >= training.train_iters:
         raise UserError(
@@ -37,6 +44,47 @@ def check_config(config: "Config") -> None:
         raise UserError(
             f"evaluation.interval {config.evaluation.interval} needs held-out data, but data.split "
             f'"{config.data.split}" gives validation nothing; write data.split: "99,1", or evaluation.interval: 0'
+        )
+
+
+def _check_task(config: "Config") -> None:
+    data, sft = config.data, config.sft
+    if config.task == "pretrain":
+        if not data.mixture:
+            raise UserError("data.mixture: is missing; write at least one {name: …, path: …, weight: 1}")
+        if sft.sources:
+            raise UserError("sft.sources are not read by task pretrain: write task: sft, or leave sft out")
+        return
+    if not sft.sources:
+        raise UserError("sft.sources: is missing; write at least one {name: …, path: chats.jsonl}")
+    if data.pose is not None:
+        raise UserError("data.pose is not read by task sft: leave it out, or write task: pretrain")
+    if data.mixture:
+        raise UserError("data.mixture is not read by task sft: leave it out, or write task: pretrain")
+    if data.packing != "best_fit":
+        raise UserError(
+            f"data.packing {data.packing} with task sft: conversations are kept whole and apart from each other; write "
+            "packing: best_fit"
+        )
+    if sft.max_length is not None and sft.max_length > data.seq_length:
+        raise UserError(
+            f"sft.max_length {sft.max_length} is above data.seq_length {data.seq_length}, which no conversation may "
+            "exceed; write a longer seq_length or a smaller max_length"
+        )
+
+
+def _check_faults(config: "Config") -> None:
+    runtime = config.runtime
+    if runtime.watchdog_minutes is not None and runtime.watchdog_minutes >= runtime.timeout_minutes:
+        raise UserError(
+            f"runtime.watchdog_minutes {runtime.watchdog_minutes:g} is not below runtime.timeout_minutes "
+            f"{runtime.timeout_minutes:g}, when a collective gives up and there is no stack left to see; write a "
+            "smaller one, or 0 for no watchdog"
+        )
+    if config.guard.replay and config.precision.fp8 is not None and config.precision.fp8_recipe == "delayed":
+        raise UserError(
+            "guard.replay true with precision.fp8_recipe delayed: its scales change with every pass, so a second one "
+            "differs on sound hardware too; write fp8_recipe: tensorwise, or replay: false"
         )
 
 

@@ -142,11 +142,9 @@ def _needs(section: type[BaseModel] | None) -> str:
 
 
 def _unknown_key(name: str, section: type[BaseModel], root: type[BaseModel]) -> str:
-    """Name the nearest key of the same section; else the place where this very key belongs; else what is known here."""
-    near = nearest(name, list(section.model_fields))
-    if near is None:
-        elsewhere = [key for key in _all_keys(root) if key.rpartition(".")[2] == name]
-        near = elsewhere[0] if elsewhere else None
+    """Name the place where this very key belongs; else the nearest key of the same section; else what is known here."""
+    elsewhere = [key for key in _all_keys(root) if key.rpartition(".")[2] == name]
+    near = elsewhere[0] if elsewhere else nearest(name, list(section.model_fields))
     if near is not None:
         return f"unknown key; did you mean {near}?"
     return f"unknown key; known here: {', '.join(section.model_fields)}"

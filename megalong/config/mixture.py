@@ -13,6 +13,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from megalong.config.architecture import Positive
 from megalong.config.section import Section
+from megalong.config.synthetic import Synthetic
 
 DomainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 EXAMPLE = "{below: 4096, keep: 0.1, above: 8192, repeat: 2}"
@@ -62,9 +63,22 @@ class Lengths(Section):
 
 
 class Domain(Section):
-    """One dataset: `path` is the prefix of its .bin and .idx, `weight` its share of the tokens."""
+    """One dataset: `path` is the prefix of its .bin and .idx, `weight` its share of the tokens.
+
+    `seq_length`: its samples are packs of that many tokens side by side, masked from each other, which fill the run's
+    `data.seq_length`.
+    """
 
     name: DomainName
     path: Annotated[str, StringConstraints(min_length=1)]
     weight: float = Field(gt=0)
+    seq_length: Annotated[int, Field(ge=2)] | None = None
     lengths: Lengths | None = None
+    synthetic: Synthetic | None = None
+
+
+class Pose(Section):
+    """Positions that skip ahead (PoSE): each sample is cut into `chunks` whose positions rise to `target_length`."""
+
+    target_length: Positive
+    chunks: Annotated[int, Field(ge=2, le=64)] = 2

@@ -14,9 +14,13 @@ from pydantic import Field, StringConstraints, model_validator
 
 from megalong.config import checks
 from megalong.config.architecture import NO_WINDOW, Architecture, LayerPattern, Positive
-from megalong.config.mixture import Domain
+from megalong.config.guard import Guard
+from megalong.config.lora import Lora
+from megalong.config.mixture import Domain, Pose
 from megalong.config.rope import RopeSettings
 from megalong.config.section import Section
+from megalong.config.sft import Sft
+from megalong.config.slurm import Slurm
 from megalong.config.split import split_weights
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -70,13 +74,22 @@ class Data(Section):
 
     `packing`: `naive` lays documents end to end and lets them see each other; `masked` keeps them apart; so does
     `best_fit`, which cuts none that fits into a sample, and pads; `whole` leaves out those that do not fit, too.
+    `pose`: positions of training samples skip ahead; held-out samples keep plain ones.
+    `allow_change`: a resume that finds other data than the checkpoint was trained on says so and goes on.
+    `loader`: threads of this process (`torch`), or NVIDIA's DALI; both read the same samples in the same order,
+    `prefetch` steps ahead of training (0: when they are needed), with `workers` threads or processes a rank.
     """
 
     seq_length: Positive
     packing: Literal["naive", "masked", "best_fit", "whole"] = "naive"
     separator: Text | None = None
-    mixture: tuple[Domain, ...] = Field(min_length=1, strict=False)
+    mixture: tuple[Domain, ...] = Field((), min_length=1, strict=False, validate_default=False)
     split: Text = "99,1"
+    allow_change: bool = False
+    pose: Pose | None = None
+    loader: Literal["torch", "dali"] = "torch"
+    prefetch: Count = 2
+    workers: Positive = 1
 
     @property
     def split_weights(self) -> tuple[float, float]:
@@ -85,8 +98,13 @@ class Data(Section):
 
     @property
     def masked(self) -> bool:
-        """Whether documents are kept from seeing each other."""
-        return self.packing != "naive"
+        """Whether documents, or packs side by side, are kept from seeing each other."""
+        return self.packing != "naive" or any(domain.seq_length is not None for domain in self.mixture)
+
+    @property
+    def positions(self) -> int:
+        """Positions of training samples are below this."""
+        return self.seq_length if self.pose is None else self.pose.target_length
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -95,7 +113,38 @@ class Data(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"mixture names {name} twice: every dataset needs a name of its own")
+        if self.pose is not None and self.pose.target_length <= self.seq_length:
+            raise ValueError(
+                f"pose.target_length {self.pose.target_length} is not above data.seq_length {self.seq_length}, so "
+                "there is nothing to skip to; write a longer one, or leave pose out"
+            )
+        if self.pose is not None and self.pose.chunks > self.seq_length:
+            raise ValueError(
+                f"pose.chunks {self.pose.chunks} is above data.seq_length {self.seq_length}, and every chunk holds a "
+                f"token; write {self.seq_length} or less"
+            )
+        for domain in self.mixture:
+            if domain.seq_length is not None and self.seq_length % domain.seq_length:
+                raise ValueError(
+                    f"mixture: {domain.name}: seq_length {domain.seq_length} does not divide data.seq_length "
+                    f"{self.seq_length}, so its packs do not fill a sample; write a divisor, such as "
+                    f"{divisor_near(self.seq_length, domain.seq_length)}"
+                )
+            length = domain.seq_length or self.seq_length
+            shortest = domain.synthetic.min_length if domain.synthetic is not None else None
+            if shortest is not None and shortest > length:
+                where = "its seq_length" if domain.seq_length is not None else "data.seq_length"
+                raise ValueError(
+                    f"mixture: {domain.name}: synthetic.min_length {shortest} is above {where} "
+                    f"{length}, which no document may exceed; write {length} or less"
+                )
         return self
+
+
+def divisor_near(total: int, wanted: int) -> int:
+    """The largest divisor of `total` up to `wanted`, or where that is 1, `total` itself."""
+    found = next(divisor for divisor in range(min(wanted, total), 0, -1) if total % divisor == 0)
+    return found if found > 1 else total
 
 
 class Parallel(Section):
@@ -215,12 +264,19 @@ class Training(Section):
 class Checkpoint(Section):
     """When to save (in iterations), how many to keep, and the format of the optimizer's state.
 
+    The newest `keep_last` are kept, and those of steps that `keep_every` divides. With `async_save` training goes on
+    while a copy of the state is written; it takes as much host memory as a rank writes. `on_save_failure`: a save that
+    the disk does not take ends the run (`stop`), or is told and tried again at the next one (`continue`).
+
     `fully_reshardable` gathers the optimizer's state over data-parallel ranks at each save, and any layout can load it;
     `dp_reshardable` writes what each rank holds, which is faster, and only data and context parallelism may change.
     """
 
     save_interval: Positive = 50
     keep_last: Positive = 3
+    keep_every: Positive | None = None
+    async_save: bool = True
+    on_save_failure: Literal["stop", "continue"] = "stop"
     optimizer: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
 
 
@@ -243,20 +299,32 @@ class Runtime(Section):
     """Where it runs, and how long a collective may take before the run is given up.
 
     On GPUs the last `flight_recorder_events` collectives of every group are dumped to RUN/nccl when that happens.
+    `watchdog_minutes` without a finished step end the run with every rank's stack in RUN/stacks: half of
+    `timeout_minutes` unless set, 0 for never. After SIGTERM or SIGUSR1 the step at work is finished, or dropped if it
+    would take more than `signal_grace_seconds`.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_minutes: float = Field(default=60.0, gt=0)
     flight_recorder_events: Count = 2000
+    watchdog_minutes: float | None = Field(default=None, ge=0)
+    signal_grace_seconds: float = Field(default=20.0, ge=0)
+
+    @property
+    def hang_minutes(self) -> float:
+        """Minutes without a finished step that are taken for a hang; 0: none are."""
+        return self.timeout_minutes / 2 if self.watchdog_minutes is None else self.watchdog_minutes
 
 
 class Config(Section):
     """A whole run, or one stage of it."""
 
-    task: Literal["pretrain"] = "pretrain"
+    task: Literal["pretrain", "sft"] = "pretrain"
     run: Run
     model: Model
+    lora: Lora = Lora()
     data: Data
+    sft: Sft = Sft()
     parallel: Parallel = Parallel()
     attention: Attention = Attention()
     precision: Precision = Precision()
@@ -264,9 +332,11 @@ class Config(Section):
     optimizer: Optimizer
     training: Training
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
     runtime: Runtime = Runtime()
+    slurm: Slurm = Slurm()
 
     @property
     def world_divisor(self) -> int:

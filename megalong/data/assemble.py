@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megalong.data.indexed_writer import IndexedDatasetWriter, State
+from megalong.data.indexed_writer import IndexedDatasetWriter, State, holds
 from megalong.data.part_files import Finished, PartFolder
 from megalong.data.records import lines_before
 from megalong.errors import UserError
@@ -49,7 +49,7 @@ class Assembly:
         self._folder, self._fingerprints, self._acceptable = folder, fingerprints, acceptable
         self._waiting: list[Finished] = []
         self._bytes = 0
-        journal = self._journal(prefixes)
+        journal = self._journal(prefixes, dtype)
         self.done: int = journal["parts"]
         self.counts: Counts = journal["counts"]
         states: list[State | None] = journal["states"] or [None] * len(prefixes)
@@ -86,22 +86,36 @@ class Assembly:
             self._folder.remove(part)
         self._waiting, self._bytes = [], 0
 
-    def _journal(self, prefixes: Sequence[str]) -> dict[str, Any]:
-        """What an earlier run of the same work left; nothing otherwise."""
+    def _journal(self, prefixes: Sequence[str], dtype: np.dtype[Any]) -> dict[str, Any]:
+        """What an earlier run of the same work left; nothing otherwise, and then its journal is deleted.
+
+        A run killed while it published has moved datasets away that its journal still speaks of. Left where it is,
+        that journal would be believed by the run after the next, over the first few bytes of a new dataset.
+        """
         nothing: dict[str, Any] = {"parts": 0, "counts": {}, "states": None}
+        path = self._folder.path / "journal"
         try:
-            journal: dict[str, Any] = json.loads((self._folder.path / "journal").read_bytes())
+            journal: dict[str, Any] = json.loads(path.read_bytes())
         except (OSError, ValueError):
             return nothing
         same = journal["identity"] == self._identity(journal["parts"]) and len(journal["states"]) == len(prefixes)
-        here = all((self._folder.path / f"{Path(prefix).name}.bin").is_file() for prefix in prefixes)
-        return journal if same and here and self._acceptable(journal["counts"]) else nothing
+        if same and self._hold(journal["states"], prefixes, dtype) and self._acceptable(journal["counts"]):
+            return journal
+        path.unlink()
+        return nothing
+
+    def _hold(self, states: Sequence[State], prefixes: Sequence[str], dtype: np.dtype[Any]) -> bool:
+        """Whether the files of the growing datasets are here, with all that `states` say of them."""
+        return all(
+            holds(state, self._folder.path / Path(prefix).name, dtype)
+            for state, prefix in zip(states, prefixes, strict=True)
+        )
 
     def _identity(self, parts: int) -> str:
         return sha256("".join(self._fingerprints[:parts]).encode()).hexdigest()
 
 
-def publish_rejected(folders: Iterable[PartFolder], path: Path) -> int:
+def publish_rejected(folders: Sequence[PartFolder], path: Path) -> int:
     """Gather what was set aside into `path`, one JSON object a record, with the line's number in its file.
 
     Returns how many; without any there is no file, and one of an earlier run is deleted.
@@ -109,7 +123,7 @@ def publish_rejected(folders: Iterable[PartFolder], path: Path) -> int:
     Raises:
         UserError: the disk is full.
     """
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside = folders[0].path / f"{path.name}.tmp"  # where a killed run's is cleared away
     count = 0
     try:
         with aside.open("wb") as file:

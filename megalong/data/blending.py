@@ -10,6 +10,8 @@ The choice depends on all choices before it, so a table is kept and extended as 
 sample, about a second for a million samples, and then any k costs one look-up. Every rank builds the same one.
 """
 
+from threading import Lock
+
 import numpy as np
 
 
@@ -26,6 +28,7 @@ class Blend:
         self._counts = [0] * len(weights)
         self._domains = np.empty(0, np.int16)
         self._indices = np.empty(0, np.int64)
+        self._extending = Lock()
 
     def of(self, k: int) -> tuple[int, int]:
         """(domain, number within the domain) of sample k >= 0."""
@@ -38,13 +41,15 @@ class Blend:
         return np.bincount(self._domains[:samples], minlength=len(self.shares)).astype(np.int64)
 
     def _extend(self, wanted: int) -> None:
-        have = len(self._domains)
-        if wanted <= have:
-            return
-        size = max(wanted, 2 * have, 1024)
-        domains, indices = self._choose(have, size)
-        self._domains = np.concatenate([self._domains, np.asarray(domains, np.int16)])
-        self._indices = np.concatenate([self._indices, np.asarray(indices, np.int64)])
+        with self._extending:  # a loader asks from several threads
+            have = len(self._domains)
+            if wanted <= have:
+                return
+            size = max(wanted, 2 * have, 1024)
+            domains, indices = self._choose(have, size)
+            # In this order: `of` looks at both as soon as the first is long enough.
+            self._indices = np.concatenate([self._indices, np.asarray(indices, np.int64)])
+            self._domains = np.concatenate([self._domains, np.asarray(domains, np.int16)])
 
     def _choose(self, first: int, end: int) -> tuple[list[int], list[int]]:
         shares, counts = self.shares, self._counts

@@ -27,6 +27,7 @@ from megalong.data.unpack import unpacked
 from megalong.errors import UserError
 
 NGRAM = 13
+SHORTEST_WHOLE = 4  # words of a text that is looked for as a whole: "yes" and "a cat" would be found everywhere
 ACTIONS = ("drop", "report")
 _WORDS = re.compile(r"[^\W_]+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
@@ -54,6 +55,7 @@ class Benchmarks:
         self.ngram = ngram
         self._numbers: dict[str, int] = {}
         self._runs: dict[tuple[int, ...], str] = {}
+        self._wholes: dict[str, str] = {}
         self._spelling: list[str] = [""]
         content = sha256(str(ngram).encode())
         for source in find_files(files):
@@ -83,6 +85,14 @@ class Benchmarks:
                     return Hit(self._runs[run], " ".join(self._spelling[id] for id in run))
         return None
 
+    def find_whole(self, texts: Sequence[str]) -> Hit | None:
+        """The first of `texts` that is, word for word, a benchmark's text of four words or more, below `ngram`."""
+        for text in texts:
+            whole = " ".join(_WORDS.findall(text.lower()))
+            if whole in self._wholes:
+                return Hit(self._wholes[whole], whole)
+        return None
+
     def _candidates(self, ids: np.ndarray) -> np.ndarray:
         """Where runs without unknown words start whose hash a benchmark has."""
         unknown = np.concatenate([[0], np.cumsum(ids == 0)])
@@ -97,6 +107,8 @@ class Benchmarks:
     def _learn(self, path: str, text: str) -> None:
         words = _WORDS.findall(text.lower())
         if len(words) < self.ngram:
+            if len(words) >= SHORTEST_WHOLE:
+                self._wholes.setdefault(" ".join(words), path)
             return
         for word in words:
             if word not in self._numbers:

@@ -73,9 +73,9 @@ class IndexedDatasetWriter:
         self.histogram = LengthHistogram(state["histogram"])
         self._folder = folder
         self._targets = (data_path(prefix), sidecar_path(prefix), index_path(prefix))
-        self._data = _opened(self._aside(".bin"), self.num_tokens * self.dtype.itemsize)
-        self._lengths = _opened(self._aside(".lengths"), 4 * self.num_sequences)
-        self._bounds = _opened(self._aside(".bounds"), 8 * self.num_documents)  # each document's end
+        self._data, self._lengths, self._bounds = (
+            _opened(self._aside(ending), size) for ending, size in _sizes(state, self.dtype).items()
+        )
 
     def add_document(self, tokens: np.ndarray, lengths: list[int] | None = None) -> None:
         """One document: `tokens` [n], cut into sequences of `lengths` (one sequence unless told otherwise).
@@ -224,6 +224,12 @@ class IndexedDatasetWriter:
                 yield entries
 
 
+def holds(state: State, path: Path, dtype: np.dtype[Any]) -> bool:
+    """Whether the files of a writer in a folder, `path` and an ending, are as long as its `settle` said."""
+    files = {Path(f"{path}{ending}"): size for ending, size in _sizes(state, dtype).items()}
+    return all(file.is_file() and file.stat().st_size >= size for file, size in files.items())
+
+
 def refuse_too_long(lengths: np.ndarray) -> None:
     """Refuse sequences (tokens of each) that the index cannot hold.
 
@@ -234,6 +240,15 @@ def refuse_too_long(lengths: np.ndarray) -> None:
         raise UserError(
             f"a document of {lengths.max()} tokens: the format holds 2,147,483,647 at most; cut it into several"
         )
+
+
+def _sizes(state: State, dtype: np.dtype[Any]) -> dict[str, int]:
+    """Bytes of each file that grows: tokens, lengths of sequences, end of each document."""
+    return {
+        ".bin": state["tokens"] * dtype.itemsize,
+        ".lengths": 4 * state["sequences"],
+        ".bounds": 8 * state["documents"],
+    }
 
 
 def _opened(path: Path, size: int) -> IO[bytes]:

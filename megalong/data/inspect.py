@@ -30,7 +30,7 @@ def inspect(prefix: str, documents: int = 3, tokenizer: str | None = None, png: 
         UserError: the dataset cannot be read, or the tokenizer is not the one it was made with.
     """
     dataset = IndexedDataset(prefix)
-    decoder = _decoder(dataset, tokenizer)
+    decoder = decoder_for(dataset, tokenizer)
     blocks = [_facts(dataset), _histogram(dataset)]
     blocks += [_document(dataset, number, decoder) for number in range(min(documents, dataset.num_documents))]
     print("\n\n".join(blocks))
@@ -41,7 +41,12 @@ def inspect(prefix: str, documents: int = 3, tokenizer: str | None = None, png: 
         print(f"\n{png}")
 
 
-def _decoder(dataset: IndexedDataset, tokenizer: str | None) -> TextTokenizer | None:
+def decoder_for(dataset: IndexedDataset, tokenizer: str | None) -> TextTokenizer | None:
+    """The tokenizer that turns ids of `dataset` into text: `tokenizer`, else the recorded one; None where it is gone.
+
+    Raises:
+        UserError: `tokenizer` is not the one the dataset was made with.
+    """
     made_with = (dataset.sidecar or {}).get("tokenizer")
     if tokenizer is not None:
         given = TextTokenizer(tokenizer)
@@ -100,25 +105,26 @@ def _document(dataset: IndexedDataset, number: int, decoder: TextTokenizer | Non
     body = (ids[size:] if first else ids[: len(ids) - size]) if stands else ids
     if len(body) > HEAD + TAIL:
         parts = [
-            _shown(body[:HEAD], decoder),
+            shown(body[:HEAD], decoder),
             f"⟦… {len(body) - HEAD - TAIL:,} tokens …⟧",
-            _shown(body[-TAIL:], decoder),
+            shown(body[-TAIL:], decoder),
         ]
     else:
-        parts = [_shown(body, decoder)]
+        parts = [shown(body, decoder)]
     if stands:
-        mark = f"⟦{_printable(separator['text'])}⟧" if decoder else f"⟦{_shown(found, None)}⟧"
+        mark = f"⟦{printable(separator['text'])}⟧" if decoder else f"⟦{shown(found, None)}⟧"
         parts.insert(0 if first else len(parts), mark)
     lines = (" " if decoder is None else "").join(parts).split("\n")
     return "\n".join([f"document {number}: {len(ids):,} tokens"] + [f"| {line}" for line in lines])
 
 
-def _shown(ids: list[int], decoder: TextTokenizer | None) -> str:
+def shown(ids: list[int], decoder: TextTokenizer | None) -> str:
+    """Ids as text that is safe to print, or as numbers."""
     if decoder is None:
         return " ".join(str(id) for id in ids)
-    return "\n".join(_printable(line) for line in decoder.decode(ids).split("\n"))
+    return "\n".join(printable(line) for line in decoder.decode(ids).split("\n"))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Control characters spelled out: a document must not drive the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -25,6 +25,16 @@ def row_group_sizes(path: str) -> list[int]:
         return [sum(group.column(c).total_compressed_size for c in range(group.num_columns)) for group in groups]
 
 
+def number_of_rows(path: str) -> int:
+    """Rows of the whole file.
+
+    Raises:
+        UserError: not a parquet file, or a truncated one.
+    """
+    with _told(path):
+        return int(_opened(path).metadata.num_rows)
+
+
 def text_columns(path: str) -> list[str]:
     """Columns of text.
 
@@ -36,6 +46,16 @@ def text_columns(path: str) -> list[str]:
     with _told(path):
         texts = (pyarrow.string(), pyarrow.large_string())
         return [field.name for field in _opened(path).schema_arrow if field.type in texts]
+
+
+def columns(path: str) -> list[str]:
+    """All columns.
+
+    Raises:
+        UserError: not a parquet file, or a truncated one.
+    """
+    with _told(path):
+        return list(_opened(path).schema_arrow.names)
 
 
 def rows(path: str, first: int, end: int, keys: Sequence[str]) -> Iterator[tuple[int, list[bytes | Any]]]:

@@ -19,8 +19,8 @@ import numpy as np
 from megalong.config.load import load_config
 from megalong.config.schema import Config
 from megalong.data.lengths import LengthHistogram
+from megalong.data.rows import Rows
 from megalong.data.sampler import DomainShare, PackedSamples
-from megalong.data.stream import DomainStream
 
 LOOKED_AT = 5000
 
@@ -116,13 +116,13 @@ def plan_stage(config: Config) -> StagePlan:
     packed.refuse_repeats(samples)
     total = sum(entry.weight for entry in packed.mixture)
     domains = [
-        _domain(stream, share, entry.weight / total, config.data.seq_length)
-        for entry, stream, share in zip(packed.mixture, packed.streams, packed.describe(samples), strict=True)
+        _domain(rows, share, entry.weight / total)
+        for entry, rows, share in zip(packed.mixture, packed.rows, packed.describe(samples), strict=True)
     ]
     looked_at = np.linspace(0, samples - 1, min(samples, LOOKED_AT)).round().astype(int).tolist()
-    longest = np.array([_longest(packed, k) for k in looked_at], np.int64)
-    cut = np.mean([packed.cuts(k) for k in looked_at])
-    filled = np.mean([packed.filled(k) for k in looked_at])
+    longest = np.array([packed.pieces(k).max() for k in looked_at], np.int64)
+    cut = np.mean([cut for k in looked_at for cut in packed.cuts(k)])
+    filled = np.mean([packed.held(k) for k in looked_at])
     padding = 1 - float(filled) / (packed.seq_length + 1)
     return StagePlan(config, samples, domains, longest, float(cut), padding)
 
@@ -134,20 +134,20 @@ def _opened(config: Config, part: str) -> PackedSamples:
     )
 
 
-def _domain(stream: DomainStream, share: DomainShare, weight: float, seq_length: int) -> DomainPlan:
+def _domain(rows: Rows, share: DomainShare, weight: float) -> DomainPlan:
+    stream = rows.stream
     given = stream.given
     held = _by_length(stream.lengths[given])
-    seen, documents, tokens = held.times(0), 0, 0
-    for lengths, ratio in stream.lengths_by_class():
+    seen, (documents, tokens) = held.times(0), stream.taken
+    for lengths, ratio in rows.lengths_by_class():
         seen += _by_length(lengths).times(ratio * share.epochs)
-        documents, tokens = documents + len(lengths), tokens + int(lengths.sum())
     return DomainPlan(
         share=share,
         weight=weight,
         held=held,
         seen=seen,
         dropped=(int(held.documents.sum()) - documents, int(held.tokens.sum()) - tokens),
-        most_repeats=stream.most_repeats(share.samples, seq_length),
+        most_repeats=rows.most_repeats(share.samples),
         held_out=stream.dataset.num_documents - len(given),
     )
 
@@ -157,8 +157,3 @@ def _by_length(lengths: np.ndarray) -> Lengths:
     histogram.add(lengths)
     state = histogram.state()
     return Lengths(np.array(state["documents"], np.float64), np.array(state["tokens"], np.float64))
-
-
-def _longest(packed: PackedSamples, k: int) -> int:
-    starts, end = packed.documents(k), min(packed.filled(k), packed.seq_length)
-    return int(np.diff(np.append(starts[starts < end], end)).max())

@@ -47,7 +47,7 @@ def plot_plan(stage: StagePlan, path: Path) -> None:
 
 
 def _lengths(axes: Axes, stage: StagePlan) -> None:
-    met = np.flatnonzero(sum(domain.held.documents for domain in stage.domains))
+    met = np.flatnonzero(sum(domain.held.documents + domain.seen.documents for domain in stage.domains))
     doublings = np.arange(met[0], met[-1] + 1)
     colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
     for offset, pale, what in ((-0.21, True, "held"), (0.21, False, "seen")):

@@ -7,6 +7,7 @@ from operator import add
 
 import numpy as np
 
+from megalong.config.synthetic import Synthetic
 from megalong.data.plan import DomainPlan, Lengths, StagePlan
 
 BAR = 24
@@ -45,7 +46,7 @@ def _by_length(domains: list[DomainPlan]) -> str:
     seen = reduce(add, (domain.seen for domain in domains))
     lines = [f"{'':>21}   {'training documents':>29}   {'as the run shows them':>29}"]
     lines.append(f"{'tokens of a document':>21}   " + "   ".join([f"{'documents':>15} {'of tokens':>13}"] * 2))
-    met = np.flatnonzero(held.documents)
+    met = np.flatnonzero(held.documents + seen.documents)
     for doubling in range(int(met[0]), int(met[-1]) + 1):
         span = f"{2**doubling:,} to {2 ** (doubling + 1) - 1:,}"
         share = seen.tokens[doubling] / max(1.0, seen.tokens.sum())
@@ -79,6 +80,20 @@ def _losses(stage: StagePlan) -> str:
         f"cut: {stage.cut:.1%} of the beginnings and ends of samples cut a document",
         f"wasted: {stage.padding:.2%} of the tokens of samples are padding",
     ]
+    data = stage.config.data
+    if data.pose is not None:
+        lines.append(
+            f"positions: {data.pose.chunks} chunks of each {'document or pack' if data.masked else 'sample'} skip "
+            f"ahead to at most {data.pose.target_length - 1:,}; held-out samples keep plain ones"
+        )
+    for entry in data.mixture:
+        if entry.seq_length is not None:
+            lines.append(
+                f"packs: samples of {entry.name} are {data.seq_length // entry.seq_length:,} packs of "
+                f"{entry.seq_length:,} tokens, masked from each other"
+            )
+        if entry.synthetic is not None:
+            lines.append(_made_up(entry.name, entry.synthetic, entry.seq_length or data.seq_length))
     for domain in stage.domains:
         documents, tokens = domain.dropped
         if documents:
@@ -89,3 +104,12 @@ def _losses(stage: StagePlan) -> str:
         if domain.share.epochs < 1:
             lines.append(f"not reached: {1 - domain.share.epochs:.1%} of an epoch of {domain.share.name}")
     return "\n".join(lines)
+
+
+def _made_up(name: str, synthetic: Synthetic, seq_length: int) -> str:
+    if synthetic.task == "related":
+        return f"synthetic: samples of {name} are related documents joined to one"
+    shortest = synthetic.min_length or seq_length
+    span = f"{shortest:,} to {seq_length:,}" if shortest < seq_length else f"{seq_length:,}"
+    learnt = "answers are" if synthetic.answer_only else "all tokens are"
+    return f"synthetic: samples of {name} are {synthetic.task} tasks of {span} tokens in its text, {learnt} learnt"

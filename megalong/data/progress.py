@@ -17,10 +17,11 @@ class Progress:
 
     Args:
         stream: where to; standard error unless told otherwise.
+        what: what is counted.
     """
 
-    def __init__(self, total_bytes: int, stream: TextIO | None = None) -> None:
-        self._total = total_bytes
+    def __init__(self, total_bytes: int, stream: TextIO | None = None, what: str = "documents") -> None:
+        self._total, self._what = total_bytes, what
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._start = self._last = time.monotonic()
@@ -51,7 +52,7 @@ class Progress:
         remaining = (self._total - position) * seconds / position if position else 0.0
         return (
             f"{position / 1e6:,.1f} MB of {self._total / 1e6:,.1f} MB ({position / max(self._total, 1):.0%}) | "
-            f"{documents:,} documents | {documents / seconds:,.0f} documents/s | "
+            f"{documents:,} {self._what} | {documents / seconds:,.0f} {self._what}/s | "
             f"{position / 1e6 / seconds:,.1f} MB/s | ETA {timedelta(seconds=round(remaining))}"
         )
 

@@ -7,9 +7,9 @@ There is no iterator and no state: the data position of a run is k. Ranks of one
 k, ranks that share a sample for the same one, and a resumed run goes on with the next k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +18,12 @@ import numpy as np
 from megalong.data.blending import Blend
 from megalong.data.indexed import IndexedDataset
 from megalong.data.length_rules import LengthRules
+from megalong.data.pose import PoseSettings, skipped_positions
+from megalong.data.rows import Rows, inner_length
+from megalong.data.sample import Sample, StoredTokens
 from megalong.data.splitting import PARTS
 from megalong.data.stream import DomainStream
+from megalong.data.synthetic.related import RelatedDocuments
 from megalong.data.whole_documents import WholeDocuments
 from megalong.errors import UserError
 
@@ -59,14 +63,16 @@ class PackedSamples:
     """Packed samples of a mixture, endless and in a fixed order.
 
     Args:
-        mixture: domains with `name`, `path` (a dataset's prefix), `weight` and `lengths`.
+        mixture: domains with `name`, `path` (a dataset's prefix), `weight`, `lengths`, and `synthetic` if they have it.
         seq_length: tokens S a sample trains on.
         seed: the run's seed; it decides the order of documents.
         split: shares of documents for training and validation, as in "99,1".
         part: "train" or "validation".
         index_folder: where `prepare` leaves the shuffled orders for other ranks to read; None keeps them in memory.
         packing: `data.packing`. "naive" and "masked" read the same samples, documents laid end to end; with "best_fit"
-            and "whole" those hold whole documents and padding, and longer documents in pieces, or not at all.
+            and "whole" those hold whole documents and padding, and longer documents in pieces, or not at all. Packs
+            of an entry with a `seq_length` are masked from each other with any of them.
+        pose: `data.pose`: positions that skip ahead.
         separator: `data.separator`: what must stand between documents; None takes the datasets as they are.
 
     Raises:
@@ -83,6 +89,7 @@ class PackedSamples:
         separator: str | None = None,
         index_folder: Path | None = None,
         packing: str = "naive",
+        pose: PoseSettings | None = None,
     ) -> None:
         if part not in PARTS:
             raise ValueError(f"part {part!r} is none of {PARTS}")
@@ -90,42 +97,105 @@ class PackedSamples:
         self.seq_length = seq_length
         self.names = [entry.name for entry in mixture]
         self.mixture = mixture
-        kind = WholeDocuments if packing in ("best_fit", "whole") else DomainStream
-        longest = seq_length + 1 if packing == "whole" else None
+        lengths = [_pack_length(entry, seq_length) for entry in mixture]
         self.streams = [
-            kind(entry.path, split, part, seed, entry.name, entry.lengths, longest, index_folder) for entry in mixture
+            _stream_kind(entry, packing, length or seq_length)(
+                entry.path,
+                split,
+                part,
+                seed,
+                entry.name,
+                entry.lengths,
+                inner_length(True, seq_length, length) + 1 if packing == "whole" else None,
+                index_folder,
+            )
+            for entry, length in zip(mixture, lengths, strict=True)
         ]
-        datasets = [stream.dataset for stream in self.streams]
-        self.tokenizer_sha256 = _common_tokenizer(self.names, datasets)
-        self.vocabulary_size = max((_told(d, "vocabulary_size", 0) for d in datasets), default=0) or None
-        _check_separators(self.names, datasets, separator)
+        self.rows = [Rows(stream, seq_length, length) for stream, length in zip(self.streams, lengths, strict=True)]
+        self._packing, self._seed, self._pose = packing, seed, pose
+        self.masked = packing != "naive" or any(length is not None for length in lengths)
+        self.tokenizer_sha256 = _common_tokenizer(self.names, self.streams)
+        self.vocabulary_size = max((stream.vocabulary_size for stream in self.streams), default=0) or None
+        _check_separators(self.names, [stream.dataset for stream in self.streams], separator)
+        # Rows of a batch are stacked: where one domain has targets of its own, every sample tells them.
+        self._tells_targets = any(_synthetic(entry) and _synthetic(entry).answer_only for entry in mixture) or any(
+            rows.packed for rows in self.rows
+        )
+
+    @property
+    def token_type(self) -> np.dtype[Any]:
+        """The narrowest type that holds the tokens of all datasets as they are stored."""
+        return np.result_type(*(stream.dataset.dtype for stream in self.streams))
 
     @cached_property
     def _blend(self) -> Blend:
         """Deals samples out such that weights are shares of tokens: a domain with more padding gets more samples."""
         known = 1000  # samples over which the tokens of a sample are averaged
-        fills = [stream.tokens_of_samples(known, self.seq_length) / known for stream in self.streams]
+        fills = [rows.tokens(known) / known for rows in self.rows]
         return Blend([entry.weight * self.seq_length / fill for entry, fill in zip(self.mixture, fills, strict=True)])
 
     def sample(self, k: int) -> np.ndarray:
         """int64 [seq_length + 1]: sample k; [:-1] are the inputs, [1:] the targets."""
+        out = np.empty(self.seq_length + 1, np.int64)
         domain, j = self._blend.of(k)
-        return self.streams[domain].sample(j, self.seq_length)
+        self.rows[domain].copy(j, 0, out)
+        return out
+
+    def read(self, k: int) -> Sample:
+        """Sample k with all that is known of it; tokens are read when they are asked for."""
+        domain, j = self._blend.of(k)
+        read = partial(self.rows[domain].copy, j)
+        bounds, positions = self.bounds(k), None
+        if self._pose is not None:
+            starts = bounds if self.masked else np.zeros(1, np.int64)
+            positions = skipped_positions(starts, self.seq_length, self._pose, self._seed, k)
+        stored = StoredTokens(self.seq_length + 1, read)
+        return Sample(stored, bounds, self.filled(k), positions, self._targets(k))
+
+    def bounds(self, k: int) -> np.ndarray:
+        """As `documents`; but where naive packing masks packs only, where these begin."""
+        domain, j = self._blend.of(k)
+        if self.masked and self._packing == "naive" and _synthetic(self.mixture[domain]) is None:
+            return self.rows[domain].bounds(j)
+        return self.documents(k)
 
     def documents(self, k: int) -> np.ndarray:
         """int64, ascending from 0: the tokens of sample k at which a document, or the rest of one, begins."""
         domain, j = self._blend.of(k)
-        return self.streams[domain].documents_of_sample(j, self.seq_length)
+        return self.rows[domain].documents(j)
 
     def filled(self, k: int) -> int:
         """Tokens of sample k that are documents', at most seq_length + 1; padding follows, the last of `documents`."""
         domain, j = self._blend.of(k)
-        return self.streams[domain].filled_of_sample(j, self.seq_length)
+        return self.rows[domain].filled(j)
 
-    def cuts(self, k: int) -> tuple[bool, bool]:
-        """Whether sample k begins, and whether it ends, inside a document."""
+    def pieces(self, k: int) -> np.ndarray:
+        """int64: tokens of each document, or piece of one, among the first seq_length tokens of sample k."""
         domain, j = self._blend.of(k)
-        return self.streams[domain].cuts_of_sample(j, self.seq_length)
+        return self.rows[domain].pieces(j)
+
+    def held(self, k: int) -> int:
+        """Tokens of documents in sample k, at most seq_length + 1, wherever its padding is."""
+        domain, j = self._blend.of(k)
+        return self.rows[domain].held(j)
+
+    def _targets(self, k: int) -> np.ndarray | None:
+        """bool [seq_length + 1]: the tokens of sample k that count when they are predicted; None: all of them."""
+        if not self._tells_targets:
+            return None
+        domain, j = self._blend.of(k)
+        targets = self.rows[domain].targets(j)
+        return np.ones(self.seq_length + 1, bool) if targets is None else targets
+
+    def planted(self, k: int) -> list[tuple[int, int]]:
+        """(first token, end) of what was put into the text of sample k: notes, and question with answer."""
+        domain, j = self._blend.of(k)
+        return self.rows[domain].planted(j)
+
+    def cuts(self, k: int) -> tuple[bool, ...]:
+        """Whether sample k begins, and whether it ends, inside a document; and so for each pack where it has some."""
+        domain, j = self._blend.of(k)
+        return self.rows[domain].cuts(j)
 
     def domain_of(self, k: int) -> str:
         """Name of the domain that sample k comes from."""
@@ -134,8 +204,8 @@ class PackedSamples:
     def prepare(self, first: int, last: int) -> None:
         """Shuffle the epochs that samples `first` up to `last` need, once, into the index folder."""
         counts = zip(self._blend.counts(first).tolist(), self._blend.counts(last).tolist(), strict=True)
-        for stream, (before, after) in zip(self.streams, counts, strict=True):
-            stream.prepare(before, after, self.seq_length)
+        for rows, (before, after) in zip(self.rows, counts, strict=True):
+            rows.prepare(before, after)
 
     def describe(self, samples: int) -> list[DomainShare]:
         """What the first `samples` samples take from each domain, in the mixture's order."""
@@ -148,21 +218,23 @@ class PackedSamples:
         Raises:
             UserError: a domain's documents would come more often.
         """
-        for entry, stream, count in zip(self.mixture, self.streams, self._blend.counts(samples), strict=True):
+        if not any(entry.lengths and entry.lengths.max_repeats for entry in self.mixture):
+            return  # what dealing samples out takes may have to be joined or packed first
+        for entry, rows, count in zip(self.mixture, self.rows, self._blend.counts(samples), strict=True):
             cap = entry.lengths.max_repeats if entry.lengths is not None else None
-            if cap is not None and (most := stream.most_repeats(int(count), self.seq_length)) > cap:
+            if cap is not None and (most := rows.most_repeats(int(count))) > cap:
                 raise UserError(
                     f"data.mixture: {entry.name}: this run shows documents up to {most} times, lengths.max_repeats "
                     f"allows {cap}: {count * self.seq_length:,} tokens are asked of "
-                    f"{stream.tokens_per_epoch:,} an epoch; lower its weight or repeat, or train fewer steps"
+                    f"{rows.stream.tokens_per_epoch:,} an epoch; lower its weight or repeat, or train fewer steps"
                 )
 
     def _share(self, domain: int, samples: int) -> DomainShare:
         stream = self.streams[domain]
-        tokens = stream.tokens_of_samples(samples, self.seq_length)
+        tokens = self.rows[domain].tokens(samples)
         return DomainShare(
             name=self.names[domain],
-            documents=sum(len(one.documents) for one in stream.epochs.classes),
+            documents=stream.taken[0],
             tokens_per_epoch=stream.tokens_per_epoch,
             samples=samples,
             tokens=tokens,
@@ -172,7 +244,10 @@ class PackedSamples:
 
 def _check_mixture(mixture: Sequence[MixtureEntry]) -> None:
     if not mixture:
-        raise UserError("data.mixture: empty; list at least one domain as {name: …, path: …, weight: 1}")
+        raise UserError(
+            "data.mixture: empty; list at least one domain as {name: …, path: …, weight: 1} (what task sft reads is "
+            "shown by megalong data inspect)"
+        )
     names = [entry.name for entry in mixture]
     for entry in mixture:
         if not 0 < entry.weight < float("inf"):
@@ -181,16 +256,39 @@ def _check_mixture(mixture: Sequence[MixtureEntry]) -> None:
             raise UserError(f"data.mixture: the name {entry.name!r} stands twice; give every domain a name of its own")
 
 
-def _told(dataset: IndexedDataset, key: str, default: Any) -> Any:
-    """What the sidecar says about `key`; a dataset of another tool has none and says nothing."""
-    return (dataset.sidecar or {}).get(key, default)
+def _synthetic(entry: MixtureEntry) -> Any:
+    """`synthetic` of an entry; None where its samples are the dataset's own documents."""
+    return getattr(entry, "synthetic", None)
 
 
-def _common_tokenizer(names: list[str], datasets: list[IndexedDataset]) -> str | None:
+def _pack_length(entry: MixtureEntry, seq_length: int) -> int | None:
+    """`seq_length` of an entry."""
+    length = getattr(entry, "seq_length", None)
+    if length is not None and (length < 2 or seq_length % length):
+        raise UserError(
+            f"data.mixture: {entry.name}: seq_length {length} does not divide data.seq_length {seq_length}; write a "
+            "divisor of 2 or more"
+        )
+    return length
+
+
+def _stream_kind(entry: MixtureEntry, packing: str, seq_length: int) -> Callable[..., DomainStream]:
+    """What makes samples of an entry's dataset."""
+    synthetic = _synthetic(entry)
+    if synthetic is None:
+        return WholeDocuments if packing in ("best_fit", "whole") else DomainStream
+    if synthetic.task == "related":
+        return RelatedDocuments
+    from megalong.data.synthetic.documents import TaskDocuments  # `tokenizers` takes a moment to import
+
+    return partial(TaskDocuments, synthetic, seq_length)
+
+
+def _common_tokenizer(names: list[str], streams: Sequence[DomainStream]) -> str | None:
     """Fingerprint of the tokenizer all datasets were made with; None where no dataset tells."""
     first: tuple[str, dict[str, str]] | None = None
-    for name, dataset in zip(names, datasets, strict=True):
-        tokenizer = _told(dataset, "tokenizer", None)
+    for name, stream in zip(names, streams, strict=True):
+        tokenizer = stream.made_with
         if tokenizer is None:
             continue
         if first is None:
@@ -207,7 +305,7 @@ def _check_separators(names: list[str], datasets: list[IndexedDataset], wanted: 
     for name, dataset in zip(names, datasets, strict=True):
         if wanted is None or dataset.sidecar is None:
             continue
-        found = (_told(dataset, "separator", None) or {}).get("text")
+        found = (dataset.sidecar.get("separator") or {}).get("text")
         if found != wanted:
             raise UserError(
                 f"data.separator: {wanted!r} asked for, but {name!r} was written with {found!r}; "

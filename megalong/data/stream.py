@@ -18,9 +18,12 @@ function of (seed, domain name, part, rules, epoch), so any rank computes any sa
 number.
 """
 
+from __future__ import annotations
+
 import zlib
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +33,9 @@ from megalong.data.indexed import IndexedDataset
 from megalong.data.length_rules import LengthClass, LengthRules, from_arrays, length_classes, to_arrays
 from megalong.data.splitting import documents_of_part
 from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    from megalong.data.tokenizer import TextTokenizer
 
 
 class DomainStream:
@@ -48,6 +54,8 @@ class DomainStream:
         UserError: an unreadable dataset; an empty part, no token in it, or rules that leave none: told at once where
             there is no index, else by the first use.
     """
+
+    tokenizer: TextTokenizer | None = None  # of a domain whose samples need one to be made
 
     def __init__(
         self,
@@ -113,15 +121,25 @@ class DomainStream:
     def tokens(self, start: int, length: int) -> np.ndarray:
         """int64 [length]: tokens `start` up to `start + length` of the stream."""
         out = np.empty(length, np.int64)
+        self._copy(start, out)
+        return out
+
+    def _copy(self, start: int, out: np.ndarray) -> None:
+        """Tokens of the stream from `start` on, as many as `out` holds."""
         filled = 0
-        while filled < length:
+        while filled < len(out):
             epoch = self.epochs.at(start + filled)
             filled += self._fill(out[filled:], epoch, start + filled - self.epochs.start(epoch))
-        return out
 
     def sample(self, j: int, seq_length: int) -> np.ndarray:
         """int64 [seq_length + 1]: packed sample j of this domain."""
-        return self.tokens(self.piece(j, seq_length) * seq_length, seq_length + 1)
+        out = np.empty(seq_length + 1, np.int64)
+        self.copy_of_sample(j, seq_length, 0, out)
+        return out
+
+    def copy_of_sample(self, j: int, seq_length: int, first: int, out: np.ndarray) -> None:
+        """Fill `out`, of any type that holds the ids, with the tokens of packed sample j from `first` on."""
+        self._copy(self.piece(j, seq_length) * seq_length + first, out)
 
     def documents_of_sample(self, j: int, seq_length: int) -> np.ndarray:
         """int64, ascending from 0: the tokens of packed sample j at which a document, or the rest of one, begins."""
@@ -143,7 +161,31 @@ class DomainStream:
     def _begins(self, token: int) -> bool:
         return token == 0 or len(self.document_starts(token - 1, 2)) == 2
 
-    def lengths_by_class(self) -> list[tuple[np.ndarray, float]]:
+    def targets_of_sample(self, j: int, seq_length: int) -> np.ndarray | None:
+        """bool [seq_length + 1]: the tokens that count when they are predicted; None: all that are documents'."""
+        return None
+
+    def planted_in_sample(self, j: int, seq_length: int) -> list[tuple[int, int]]:
+        """(first token, end) of what was put into the text of packed sample j."""
+        return []
+
+    @property
+    def made_with(self) -> dict[str, str] | None:
+        """`name` and `sha256` of the tokenizer that its ids are of, None where the dataset does not tell."""
+        return (self.dataset.sidecar or {}).get("tokenizer")
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Highest id + 1 that its samples may hold, 0 where the dataset does not tell."""
+        return int((self.dataset.sidecar or {}).get("vocabulary_size", 0))
+
+    @property
+    def taken(self) -> tuple[int, int]:
+        """(documents, tokens) of the dataset that epochs hold, whatever their samples make of them."""
+        classes = self.epochs.classes
+        return sum(len(one.documents) for one in classes), sum(one.tokens for one in classes)
+
+    def lengths_by_class(self, seq_length: int) -> list[tuple[np.ndarray, float]]:
         """Tokens of the documents that an epoch holds, class by class, with the times it holds them on average."""
         return [(self.lengths[one.documents], one.ratio) for one in self.epochs.classes]
 
@@ -199,17 +241,14 @@ class DomainStream:
     def _fill(self, out: np.ndarray, epoch: int, offset: int) -> int:
         """Copy tokens of one epoch from `offset` on; returns how many there were, at most len(out)."""
         order, ends = self._epoch(epoch)
+        stop = min(offset + len(out), int(ends[-1]))
         place = int(np.searchsorted(ends, offset, side="right"))
-        filled = 0
-        while filled < len(out) and place < len(order):
-            begin = int(ends[place - 1]) if place else 0
-            skipped = offset + filled - begin
-            count = min(len(out) - filled, int(ends[place]) - begin - skipped)
-            first = self.dataset.start_of(int(order[place])) + skipped
-            out[filled : filled + count] = self.dataset.read(first, count)
-            filled += count
-            place += 1
-        return filled
+        last = int(np.searchsorted(ends, stop, side="left"))
+        cuts = np.concatenate([[offset], ends[place:last], [stop]])
+        starts = self.dataset.starts_of(order[place : last + 1])
+        starts[0] += offset - (int(ends[place - 1]) if place else 0)
+        self.dataset.gather(starts, np.diff(cuts), out[: stop - offset])
+        return stop - offset
 
     def _indexed_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         order, ends = self._index.load("epoch", epoch) or self._shuffled(epoch)

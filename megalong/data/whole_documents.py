@@ -12,7 +12,7 @@ cuts a document at the end of every sample, this costs a little padding: `megalo
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from typing import Any
 
@@ -27,6 +27,9 @@ Packed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 class WholeDocuments(DomainStream):
     """A domain whose samples are bins of whole documents; the same arguments and methods as its base."""
 
+    STORED_AS = "samples"  # the name of packed epochs in the index
+    ALIKE = True  # whether epochs of the same documents have as many samples
+
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._samples = lru_cache(maxsize=2)(self._indexed_samples)
@@ -34,13 +37,13 @@ class WholeDocuments(DomainStream):
 
     def _indexed_samples(self, epoch: int, seq_length: int) -> Packed:
         """The samples of an epoch: (document, first token, tokens) of their pieces, and the pieces up to each's end."""
-        stored = self._index.load("samples", seq_length, epoch)
+        stored = self._index.load(self.STORED_AS, seq_length, epoch)
         documents, firsts, lengths, ends = stored if stored is not None else self._pack(epoch, seq_length)
         return documents, firsts, lengths, ends
 
     def _pack(self, epoch: int, seq_length: int) -> Packed:
         order = self.order(epoch)
-        documents, firsts, lengths = _pieces(order, self.lengths[order], seq_length)
+        documents, firsts, lengths = pieces(order, self.lengths[order], seq_length)
         bin_of, bins = best_fit(lengths, seq_length + 1)
         # A seed of six numbers, apart from those of circles, epochs and blocks.
         random = np.random.RandomState([*self._seed, epoch, seq_length & 0xFFFFFFFF, 0])
@@ -62,19 +65,23 @@ class WholeDocuments(DomainStream):
 
     def _count(self, epoch: int, seq_length: int) -> int:
         """Samples of an epoch; without rules that vary, every epoch has as many."""
-        key = (epoch if self.epochs.vary else 0), seq_length
+        key = (epoch if self.epochs.vary or not self.ALIKE else 0), seq_length
         if key not in self._counts:
             self._counts[key] = len(self._samples(*key)[3])
         return self._counts[key]
 
-    def sample(self, j: int, seq_length: int) -> np.ndarray:
-        """int64 [seq_length + 1]: sample j, zeros behind its documents."""
-        out, filled = np.zeros(seq_length + 1, np.int64), 0
-        for document, first, length in zip(*(array.tolist() for array in self._found(j, seq_length)), strict=True):
-            start = self.dataset.start_of(document) + first
-            out[filled : filled + length] = self.dataset.read(start, length)
-            filled += length
-        return out
+    def copy_of_sample(self, j: int, seq_length: int, first: int, out: np.ndarray) -> None:
+        """Fill `out` with the tokens of sample j from `first` on, zeros behind its documents."""
+        documents, begins, lengths = self._found(j, seq_length)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        low = np.maximum(first, ends - lengths)  # what each piece gives, counted in the sample
+        high = np.maximum(low, np.minimum(first + len(out), ends))
+        filled = max(0, min(len(out), int(ends[-1]) - first))
+        skipped = low - (ends - lengths)
+        some = high > low
+        starts = self.dataset.starts_of(documents[some]) + begins[some] + skipped[some]
+        self.dataset.gather(starts, (high - low)[some], out[:filled])
+        out[filled:] = 0
 
     def documents_of_sample(self, j: int, seq_length: int) -> np.ndarray:
         """int64, ascending from 0: where documents begin in sample j, and behind the last of them the padding."""
@@ -110,12 +117,12 @@ class WholeDocuments(DomainStream):
             self._store_classes()
         epoch = 0
         while last > 0:
-            self._index.store(lambda epoch=epoch: self._samples(epoch, seq_length), "samples", seq_length, epoch)  # type: ignore[misc]
+            self._index.store(partial(self._samples, epoch, seq_length), self.STORED_AS, seq_length, epoch)
             last -= self._count(epoch, seq_length)
             epoch += 1
 
 
-def _pieces(documents: np.ndarray, lengths: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pieces(documents: np.ndarray, lengths: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Documents as pieces of at most S + 1 tokens that share one with the next: (document, first token, tokens)."""
     parts = np.maximum(1, -(-(lengths - 1) // seq_length))
     which = np.repeat(np.arange(len(documents)), parts)

@@ -8,7 +8,8 @@ helps logarithmically:
     bucket_edges(131072) ->  0 1K 2K 4K 8K 16K 32K 64K 128K           (from 16K on: the first bucket is 1K tokens)
     bucket_edges(5000)   ->  0 64 128 256 512 1024 2048 4096 5000     (the last edge is always the sequence length)
 
-Position means the place in the sample. Under context parallelism a rank holds scattered positions; each rank adds
+Position means the place in the sample, or where positions skip ahead (`data.pose`) the one that the model is given;
+edges then reach to the target length. Under context parallelism a rank holds scattered positions; each rank adds
 what it has and one all-reduce of 2 x buckets numbers gives the whole. Adding never waits for the device: sums are
 kept there in float64 and read once, by `means`.
 """
@@ -89,6 +90,11 @@ class PositionLoss:
         """
         sums_counts, _ = self._state(torch.device(device))
         dist.all_reduce(sums_counts, group=group)
+
+    def merge(self, other: PositionLoss) -> None:
+        """Add what `other`, of the same length, has gathered on this rank."""
+        if other._sums_counts is not None:
+            self._state(other._sums_counts.device)[0].add_(other._sums_counts)
 
     def sums_counts(self) -> tuple[list[float], list[int]]:
         """Sum of losses in nats and number of tokens per bucket. Waits for the device."""

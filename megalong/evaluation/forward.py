@@ -34,7 +34,7 @@ def forward_losses(
         positions: gathers losses on the ranks that have them; `positions.reduce(None)` adds the world up.
 
     Returns:
-        float64 [2]: summed loss in nats and number of valid tokens, over the global batch, on every rank.
+        float64 [3], as `run_microbatches` has them, over the global batch, on every rank.
     """
     for chunk in chunks:
         chunk.eval()

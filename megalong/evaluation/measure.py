@@ -31,7 +31,7 @@ log = logging.getLogger("megalong")
 def load_model(source: ModelSource, context_parallel: int = 1) -> list[torch.nn.Module]:
     """The whole model on this rank, in the type its weights are stored in (fp16 as bf16)."""
     dtype = torch.float32 if source.architecture.torch_dtype == "float32" else torch.bfloat16
-    settings = ModelSettings(Layout(context=context_parallel), params_dtype=dtype)
+    settings = ModelSettings(Layout(context=context_parallel), params_dtype=dtype, lora=source.lora)
     chunks = build_model(source.architecture, settings)
     if source.checkpoint is not None:
         load_weights(source.checkpoint, chunks)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megalong.checkpoint.folder import find_checkpoint, read_meta
 from megalong.config.architecture import Architecture
+from megalong.config.lora import Lora
 from megalong.data.sampler import PackedSamples
 from megalong.errors import UserError
 from megalong.hf.config import read_architecture
@@ -16,11 +17,15 @@ SHUFFLE_SEED = 1234  # one order of documents for every model measured
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where weights come from; exactly one of `checkpoint` (a step's folder) and `hf` is set."""
+    """Where weights come from; exactly one of `checkpoint` (a step's folder) and `hf` is set.
+
+    `lora` is what the checkpoint's adapters are, None where it has none.
+    """
 
     architecture: Architecture
     checkpoint: Path | None = None
     hf: Path | None = None
+    lora: Lora | None = None
 
     def __str__(self) -> str:
         return str(self.checkpoint or self.hf)
@@ -44,7 +49,8 @@ def find_model(checkpoint: str | Path | None = None, hf: str | Path | None = Non
         return ModelSource(read_architecture(hf), hf=Path(hf))
     assert checkpoint is not None
     folder = find_checkpoint(checkpoint)
-    return ModelSource(read_meta(folder).architecture, checkpoint=folder)
+    meta = read_meta(folder)
+    return ModelSource(meta.architecture, checkpoint=folder, lora=meta.lora)
 
 
 @dataclass(frozen=True)

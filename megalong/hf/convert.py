@@ -30,7 +30,9 @@ from megalong.checkpoint.folder import (
     whole_checkpoints,
 )
 from megalong.config.architecture import Architecture
+from megalong.config.lora import Lora
 from megalong.errors import UserError
+from megalong.hf.adapter import tensor_names, write_adapter
 from megalong.hf.config import CONFIG_FILE, read_architecture, read_json, write_config
 from megalong.hf.layout import hf_shapes, hf_sources
 from megalong.hf.load import load_into
@@ -91,7 +93,7 @@ def export_hf(
     with tempfile.TemporaryDirectory() as assets, _world_of_one():
         log.info("exporting %s: %s", folder, _summary(architecture))
         config = _prepare_config(architecture, folder / ASSETS, Path(assets))
-        parameters = _load_parameters(folder, architecture, torch_dtype)
+        parameters = _load_parameters(folder, architecture, torch_dtype, meta.lora)
         tensors = _hf_tensors(parameters, architecture)
         write_folder(output, hf_shapes(architecture), tensors, torch_dtype, config, Path(assets), max_shard_bytes)
         log.info("exported to %s", output)
@@ -121,15 +123,51 @@ def _import_weights(reader: HFReader, architecture: Architecture, dtype: torch.d
     save_weights(target, chunks, Meta(step=0, architecture=architecture, versions=versions()), reader.folder)
 
 
-def _load_parameters(folder: Path, architecture: Architecture, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The whole model's parameters by local name, loaded from a checkpoint and cast to `dtype` as they are read."""
+def export_adapter(
+    checkpoint: str | Path, output: str | Path, step: int | None = None, dtype: str | None = None
+) -> Path:
+    """Write the adapters of a checkpoint as a folder that `peft` loads.
+
+    Raises UserError where there is no such checkpoint, it has no adapters, or `output` is there already.
+    """
+    output = Path(output)
+    folder = find_checkpoint(checkpoint, step)
+    meta = read_meta(folder)
+    if meta.lora is None:
+        raise UserError(f"--adapter: {folder} has no adapters; leave --adapter out to export its weights")
+    torch_dtype = _dtype(dtype or meta.architecture.torch_dtype)
+    check_target(output)
+    with _world_of_one():
+        from megalong.checkpoint.store import load_weights
+        from megalong.model.build import build_model
+        from megalong.model.config import ModelSettings
+        from megalong.model.lora import adapters
+
+        chunks = build_model(meta.architecture, ModelSettings(params_dtype=torch_dtype, lora=meta.lora))
+        load_weights(folder, chunks)
+        tensors: dict[str, torch.Tensor] = {}
+        for adapter in adapters(chunks[0]):
+            tensors.update(zip(tensor_names(adapter.module), (adapter.a, adapter.b), strict=True))
+        write_adapter(output, meta.lora, tensors, torch_dtype, base=None)
+        log.info("exported the adapters (%s) to %s", meta.lora, output)
+    return output
+
+
+def _load_parameters(
+    folder: Path, architecture: Architecture, dtype: torch.dtype, lora: Lora | None
+) -> dict[str, torch.Tensor]:
+    """The whole model's parameters by local name, loaded from a checkpoint and cast to `dtype` as they are read.
+
+    Adapters are added to the weights they stand beside.
+    """
     from megalong.checkpoint.store import load_weights
     from megalong.model.build import build_model
     from megalong.model.config import ModelSettings
+    from megalong.model.lora import merged_parameters
 
-    chunks = build_model(architecture, ModelSettings(params_dtype=dtype))
+    chunks = build_model(architecture, ModelSettings(params_dtype=dtype, lora=lora))
     load_weights(folder, chunks)
-    return dict(chunks[0].named_parameters())
+    return merged_parameters(chunks[0])
 
 
 def _hf_tensors(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from megalong.config.architecture import Architecture
+from megalong.config.lora import is_adapter
 from megalong.errors import UserError
 from megalong.hf.layout import LocalParameter, Piece, layer_parameter_names, local_layer, local_parameter
 
@@ -36,13 +37,14 @@ def load_into(
     tp_size: int = 1,
     layer_offset: int = 0,
 ) -> None:
-    """Fill every parameter of `module` (or of a table name → tensor) from `source`.
+    """Fill every parameter of `module` (or of a table name → tensor) from `source`; adapters are left alone.
 
     `module` is one pipeline chunk without wrappers, whose parameters bear the names of megalong.hf.layout;
     `layer_offset` is the number of layers before it. Raises UserError where the source does not fit `architecture`
     or `tp_size` does not divide it, RuntimeError where the module's own parameters are not those of this Llama.
     """
-    parameters = dict(module.named_parameters()) if isinstance(module, nn.Module) else dict(module)
+    named = module.named_parameters() if isinstance(module, nn.Module) else module.items()
+    parameters = {name: parameter for name, parameter in named if not is_adapter(name)}
     layouts = {name: local_parameter(name, architecture, tp_rank, tp_size, layer_offset) for name in parameters}
     _check_parameters(parameters, layouts, architecture, layer_offset)
     with torch.no_grad():

@@ -12,16 +12,19 @@ positions start again with every document.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megalong.attention.layout import TokenLayout, tokens_of
-from megalong.attention.plan import AttentionPlan, make_plan
+from megalong.attention.plan import AttentionPlan, SequencePlan
+from megalong.data.sample import Sample
+from megalong.model.kv_cache import KVCache
+from megalong.model.share import Share, read_spans
 from megalong.rope import cos_sin
 
 
@@ -33,12 +36,14 @@ class AttentionInputs(PackedSeqParams):
     does not do for `position_ids`; module state would not do, because several micro-batches are in flight at once.
     `qkv_format="sbhd"` tells it that nothing is packed as far as its own code is concerned.
 
-    `positions` int64 [1 or b, s], one row where all rows are alike.
+    `positions` int64 [1 or b, s], one row where all rows are alike. With a `cache` (generation) the tokens are those
+    that follow what it holds, of a single document, and no plan is needed.
     """
 
     qkv_format: str = "sbhd"
     positions: torch.Tensor | None = None
     plan: AttentionPlan | None = None
+    cache: KVCache | None = None
     _rotary: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
     def rotary(self, inverse_frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,8 +61,9 @@ class AttentionInputs(PackedSeqParams):
 class MicroBatch:
     """One rank's share of a micro-batch.
 
-    Shapes: tokens, labels int64 [b, S/CP]; loss_mask float32 [b, S/CP] (1 where the label counts); positions int64
-    [1 or b, S/CP]. S is the padded length.
+    Shapes: tokens, labels int64 [b, S/CP] (zeros on a pipeline stage that needs none); loss_mask float32 [b, S/CP] (1
+    where the label counts); positions int64 [1 or b, S/CP]; weights float32 [b, 2, S/CP] where the loss is no mean over
+    tokens. S is the padded length.
     """
 
     tokens: torch.Tensor
@@ -65,6 +71,17 @@ class MicroBatch:
     loss_mask: torch.Tensor
     positions: torch.Tensor
     plan: AttentionPlan
+    weights: torch.Tensor | None = None
+
+    @property
+    def loss_weights(self) -> torch.Tensor:
+        """float32 [b, S/CP]: what each loss weighs in the sum."""
+        return self.loss_mask if self.weights is None else self.weights[:, 0]
+
+    @property
+    def units(self) -> torch.Tensor:
+        """float32 [b, S/CP], whole numbers: what each label adds to the number that the sum is divided by."""
+        return self.loss_mask if self.weights is None else self.weights[:, 1]
 
     @property
     def seq_length(self) -> int:
@@ -76,6 +93,19 @@ class MicroBatch:
         """Tokens of every document in the batch, padding being one; whole samples where all is one document."""
         plans = self.plan.sequences * (len(self.tokens) // len(self.plan.sequences))
         return [int(n) for plan in plans for n in np.diff(plan.starts, append=plan.seq_length)]
+
+    def pinned(self) -> MicroBatch:
+        """The same in memory that a GPU copies from while the CPU goes on."""
+        return self._with(lambda tensor: tensor if tensor.is_cuda else tensor.contiguous().pin_memory())
+
+    def to(self, device: torch.device | None) -> MicroBatch:
+        """The same on `device`."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        tokens, labels, loss_mask, positions = map(change, (self.tokens, self.labels, self.loss_mask, self.positions))
+        weights = None if self.weights is None else change(self.weights)
+        return MicroBatch(tokens, labels, loss_mask, positions, self.plan, weights)
 
     def attention_inputs(self) -> AttentionInputs:
         """What core attention needs to know of this micro-batch."""
@@ -90,6 +120,9 @@ def shard_samples(
     documents: Sequence[np.ndarray] | None = None,
     multiple: int = 1,
     filled: Sequence[int] | None = None,
+    positions: torch.Tensor | None = None,
+    targets: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> MicroBatch:
     """Cut a rank's share out of whole samples.
 
@@ -102,44 +135,117 @@ def shard_samples(
         multiple: what the padded length must be a multiple of besides `layout.multiple`.
         filled: for each row how many of its S+1 tokens are documents'; the rest is padding, which is no target. None:
             all of them. Where documents are given, padding begins as one of them.
+        positions: int64 [b, S] of the tokens read; None: places in the document, or in the sample.
+        targets: bool [b, S+1]: the tokens that count when they are predicted; None: all.
+        weights: float32 [b, 2, S+1], as `Sample` has them; None: every target weighs 1.
     """
     length = samples.shape[1] - 1
-    padded = -(-length // math.lcm(layout.multiple, multiple)) * math.lcm(layout.multiple, multiple)
-    plan = make_plan(layout, padded, _starts(documents, length, padded, len(samples)))
-    shares = [
-        (rows, torch.from_numpy(tokens_of(sequence.shards[context_rank].runs)), sequence.starts)
-        for rows, sequence in plan.rows()
+    unread = np.broadcast_to(np.int64(0), length + 1)  # tokens stay the tensors they are: a dry run's are fake
+    rows = [
+        Sample(
+            unread,
+            np.zeros(1, np.int64) if documents is None else documents[row],
+            length + 1 if filled is None else filled[row],
+            None if positions is None else positions[row].numpy(),
+            None if targets is None else targets[row].numpy(),
+            None if weights is None else weights[row].numpy(),
+        )
+        for row in range(len(samples))
     ]
-    inputs = torch.nn.functional.pad(samples[:, :-1], (0, padded - length))
-    targets = torch.nn.functional.pad(samples[:, 1:], (0, padded - length))
-    counted = _counted(documents, length, padded, filled or [length + 1] * len(samples))
-    tokens, labels, mask = (
-        torch.cat([whole[rows][:, indices] for rows, indices, _ in shares]).to(device)
-        for whole in (inputs, targets, counted)
-    )
-    positions = torch.stack([_positions(indices, starts, length) for _, indices, starts in shares]).to(device)
-    return MicroBatch(tokens, labels, mask, positions, plan)
+    share = Share(layout, context_rank, documents is not None, multiple)
+    plan = share.plan(rows)
+    own = [
+        torch.cat([row[:0], *(row[first:stop] for first, stop in read_spans(share.runs(sequence), length).tolist())])
+        for row, sequence in zip(samples, _sequences(plan, rows), strict=True)
+    ]
+    return batch_of(rows, share, plan, own).to(device)
 
 
-def _starts(documents: Sequence[np.ndarray] | None, length: int, padded: int, rows: int) -> Sequence[np.ndarray] | None:
-    """First tokens of the documents of every row, padding being the last of them."""
-    padding = np.array([length] if padded > length else [], np.int64)
-    if documents is None:
-        return [np.append(np.zeros(1, np.int64), padding)] * rows if len(padding) else None
-    return [np.append(starts[starts < length], padding) for starts in documents]
+def read_tokens(rows: Sequence[Sample], share: Share, plan: AttentionPlan, dtype: np.dtype[Any]) -> list[torch.Tensor]:
+    """For each row the tokens that the rank reads of it (share.py), as `dtype`, which holds the ids."""
+    return [
+        torch.from_numpy(share.read(row, share.runs(sequence), dtype))
+        for row, sequence in zip(rows, _sequences(plan, rows), strict=True)
+    ]
 
 
-def _counted(documents: Sequence[np.ndarray] | None, length: int, padded: int, filled: Sequence[int]) -> torch.Tensor:
-    """float32 [b, padded]: 1 where the next token belongs to the same document."""
-    targets = torch.arange(1, padded + 1)
-    counted = (targets < torch.tensor(filled)[:, None].clamp(max=length + 1)).float()
-    for row, starts in enumerate(documents or ()):
-        counted[row, torch.from_numpy(starts[starts > 0] - 1)] = 0
-    return counted
+def batch_of(
+    rows: Sequence[Sample], share: Share, plan: AttentionPlan, own: Sequence[torch.Tensor] | None
+) -> MicroBatch:
+    """The rank's micro-batch of `rows`, on the device of `own` as far as tokens go, and else on the CPU.
+
+    Args:
+        own: what `read_tokens` has read, of any type of whole numbers; None on a pipeline stage that needs no tokens.
+    """
+    length = len(rows[0].tokens) - 1
+    indices = [tokens_of(share.runs(sequence)) for sequence in plan.sequences]
+    each = indices * (len(rows) // len(indices))
+    mask = np.stack([_counted(row, here, length, share.masked) for row, here in zip(rows, each, strict=True)])
+    if rows[0].positions is None:
+        places = [
+            _places(here, sequence.starts, length) for here, sequence in zip(indices, plan.sequences, strict=True)
+        ]
+    else:
+        places = [_padded(row.positions, here, length) for row, here in zip(rows, each, strict=True)]
+    if own is None:
+        tokens = labels = torch.zeros((), dtype=torch.int64).expand(mask.shape)
+    else:
+        shards = zip(own, _sequences(plan, rows), strict=True)
+        pairs = [_shifted(read, read_spans(share.runs(s), length), mask.shape[1]) for read, s in shards]
+        tokens, labels = (torch.stack(one) for one in zip(*pairs, strict=True))
+    weights = _weights(rows, each, length)
+    return MicroBatch(tokens, labels, torch.from_numpy(mask), torch.from_numpy(np.stack(places)), plan, weights)
 
 
-def _positions(indices: torch.Tensor, starts: np.ndarray, length: int) -> torch.Tensor:
+def _sequences(plan: AttentionPlan, rows: Sequence[Sample]) -> list[SequencePlan]:
+    """The plan of each row."""
+    return list(plan.sequences) * (len(rows) // len(plan.sequences))
+
+
+def _shifted(own: torch.Tensor, spans: np.ndarray, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, labels) of a row, int64 [count] each: spans without their last, and without their first; then zeros."""
+    tokens, labels = (torch.zeros(count, dtype=torch.int64, device=own.device) for _ in range(2))
+    at = filled = 0
+    for length in (spans[:, 1] - spans[:, 0]).tolist():
+        tokens[filled : filled + length - 1] = own[at : at + length - 1]
+        labels[filled : filled + length - 1] = own[at + 1 : at + length]
+        at, filled = at + length, filled + length - 1
+    return tokens, labels
+
+
+def _counted(row: Sample, indices: np.ndarray, length: int, masked: bool) -> np.ndarray:
+    """float32, for the tokens `indices` of a row: 1 where the next one is a target and of the same document."""
+    counted = indices + 1 < min(row.filled, length + 1)
+    if row.targets is not None:
+        counted &= _padded(row.targets[1:], indices, length)
+    if masked:
+        lasts = row.documents[row.documents > 0] - 1
+        where = np.searchsorted(indices, lasts)
+        here = where < len(indices)
+        here[here] = indices[where[here]] == lasts[here]
+        counted[where[here]] = False
+    return counted.astype(np.float32)
+
+
+def _weights(rows: Sequence[Sample], each: Sequence[np.ndarray], length: int) -> torch.Tensor | None:
+    """float32 [b, 2, S/CP]: `Sample.weights` of the labels; None where samples have none."""
+    if rows[0].weights is None:
+        return None
+    pairs = [[_padded(one[1:], here, length) for one in row.weights] for row, here in zip(rows, each, strict=True)]  # type: ignore[union-attr]
+    return torch.from_numpy(np.array(pairs, np.float32))
+
+
+def _places(indices: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
     """Places in the document; 0 for padding, of which there may be more than there are tokens."""
-    begin = torch.from_numpy(starts)
-    places = indices - begin[torch.searchsorted(begin, indices, right=True) - 1]
-    return places.masked_fill_(indices >= length, 0)
+    places = indices - starts[np.searchsorted(starts, indices, side="right") - 1]
+    places[indices >= length] = 0
+    return places
+
+
+def _padded(values: np.ndarray | None, indices: np.ndarray, length: int) -> np.ndarray:
+    """`values` [length] at `indices`, zeros for padding."""
+    assert values is not None
+    out = np.zeros(len(indices), values.dtype)
+    inside = int(np.searchsorted(indices, length))
+    out[:inside] = values[indices[:inside]]
+    return out

@@ -21,6 +21,7 @@ from megalong.config.architecture import Architecture
 from megalong.config.schema import Parallel
 from megalong.model.config import ModelSettings, transformer_config
 from megalong.model.llama import LlamaModel
+from megalong.model.lora import freeze_base
 from megalong.runtime.megatron import mark_as_slice
 
 
@@ -33,6 +34,8 @@ def build_model(architecture: Architecture, settings: ModelSettings | None = Non
     chunks = [LlamaModel(config, architecture, stage).to(torch.cuda.current_device()) for stage in stages]
     for chunk in chunks:
         _mark_tensor_parallel(chunk)
+        if settings.lora is not None:
+            freeze_base(chunk)
     return list(chunks)
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megalong.config.architecture import Architecture
+from megalong.config.lora import Lora
 from megalong.config.rope import RopeSettings
 from megalong.runtime.distributed import Layout
 
@@ -36,6 +37,7 @@ class LlamaConfig(TransformerConfig):
     exchange: Literal["ring", "all_gather"] = "ring"
     layer_windows: tuple[int | None, ...] = ()
     emulated_fp8: str | None = None
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class ModelSettings:
     """How one model is laid out and computed: everything that is not its architecture.
 
     `recompute` is `memory.recompute`, `kernel` is `attention.backend`, `exchange` is how keys reach the ranks that
-    `layout.heads` has left (`attention.choice`). `fp8` and what begins with it are `precision`'s.
+    `layout.heads` has left (`attention.choice`). `fp8` and what begins with it are `precision`'s. With `lora` (which
+    has a rank then) the model carries adapters, and nothing else of it learns.
     """
 
     layout: Layout = field(default_factory=Layout)
@@ -55,6 +58,7 @@ class ModelSettings:
     fp8: str | None = None
     fp8_recipe: str = "delayed"
     fp8_dot_product_attention: bool = False
+    lora: Lora | None = None
 
 
 def transformer_config(architecture: Architecture, settings: ModelSettings) -> LlamaConfig:
@@ -74,6 +78,7 @@ def transformer_config(architecture: Architecture, settings: ModelSettings) -> L
         kernel=settings.kernel,
         exchange=settings.exchange,
         layer_windows=architecture.layer_windows,
+        lora=settings.lora,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_epsilon,
         gated_linear_unit=True,

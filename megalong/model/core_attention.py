@@ -18,6 +18,7 @@ from megalong.attention.kernels import choose_kernel
 from megalong.attention.plan import AttentionPlan
 from megalong.model.batch import AttentionInputs
 from megalong.model.config import LlamaConfig
+from megalong.model.kv_cache import KVCache
 from megalong.rope import apply_rotary, inverse_frequencies, temperature
 from megalong.runtime.distributed import context_levels
 
@@ -48,6 +49,7 @@ class CoreAttention(torch.nn.Module):
         self.kernel = config.kernel
         self.groups = ContextGroups(*context_levels(), transport=config.exchange)
         self.window = config.layer_windows[layer_number - 1]
+        self.layer_number = layer_number
 
     def forward(
         self,
@@ -67,6 +69,9 @@ class CoreAttention(torch.nn.Module):
         assert isinstance(packed_seq_params, AttentionInputs)
         cos, sin = packed_seq_params.rotary(self.inverse_frequencies)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        if packed_seq_params.cache is not None:
+            out = self.attend_cached(query, key, value, packed_seq_params.cache)
+            return out.reshape(*out.shape[:2], -1)
         assert packed_seq_params.plan is not None
         out = self.attend(query, key, value, packed_seq_params.plan)
         return out.reshape(*out.shape[:2], -1)
@@ -75,3 +80,11 @@ class CoreAttention(torch.nn.Module):
         """Attention of rotated queries to rotated keys: `[s, b, heads/TP, d]`."""
         kernel = choose_kernel(query, self.kernel)
         return context_attention(query, key, value, plan, self.groups, kernel, self.softmax_scale, self.window)
+
+    def attend_cached(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: KVCache
+    ) -> torch.Tensor:
+        """Attention to these keys and all that were read before; without gradients."""
+        keys, values, mask = cache.extend(self.layer_number, key, value, self.window)
+        out, _ = choose_kernel(query, self.kernel).forward(query, keys, values, mask, self.softmax_scale)
+        return out

@@ -88,8 +88,20 @@ class DelayedScaling:
         self._amax = torch.zeros(3)
         self._pending = False
 
+    def forget(self) -> None:
+        """What this step has seen does not count: it is dropped."""
+        self._amax = torch.zeros(3)
+        self._pending = False
+
 
 Scaling = TensorwiseScaling | DelayedScaling
+
+
+def forget_step(chunk: torch.nn.Module) -> None:
+    """Let a model's delayed scales be as before the step that is at work; on all ranks alike."""
+    for module in chunk.modules():
+        if isinstance(module, _Rounded) and isinstance(module.scaling, DelayedScaling):
+            module.scaling.forget()
 
 
 class _Rounded(torch.nn.Module):

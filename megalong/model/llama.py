@@ -15,7 +15,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megalong.config.architecture import Architecture
+from megalong.model.batch import AttentionInputs
 from megalong.model.config import LlamaConfig
+from megalong.model.kv_cache import KVCache
 from megalong.model.spec import llama_block
 
 
@@ -65,3 +67,21 @@ class LlamaModel(GPTModel):
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Losses [b, s] when `labels` are given, else logits [b, s, V/TP]; hidden states before the last stage."""
         return super().forward(*args, **kwargs)
+
+    @torch.no_grad()
+    def next_logits(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Read `tokens` int64 [b, s], which follow what `cache` holds, and predict the one after them.
+
+        Only the last token's logits are computed: those of a whole prompt would outweigh the model.
+
+        Returns:
+            float32 [b, V] without the vocabulary's padding; the model must lie whole on this rank.
+        """
+        length = tokens.shape[1]
+        positions = torch.arange(cache.length, cache.length + length, device=tokens.device)[None]
+        inputs = AttentionInputs(positions=positions, cache=cache)
+        hidden = self.decoder(self.embedding(tokens, None), attention_mask=None, packed_seq_params=inputs)
+        cache.advance(length)
+        shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden[-1:], weight=shared)
+        return logits[0, :, : self.architecture.vocab_size].float()

@@ -1,8 +1,9 @@
 """Run micro-batches through the pipeline: the one way forward and backward are computed, in training and evaluation.
 
-Megatron-Core's schedules (no pipelining, 1F1B) do the work. The loss is the *sum* over valid tokens together with their
-count: Megatron-Core adds both up over micro-batches, data and context ranks and divides the gradient once, so a batch
-has the same gradient however it is cut.
+Megatron-Core's schedules (no pipelining, 1F1B) do the work. The loss is the *sum* over valid tokens together with what
+it is to be divided by, their count: Megatron-Core adds both up over micro-batches, data and context ranks and divides
+the gradient once, so a batch has the same gradient however it is cut. Where conversations weigh the same (`weights` of
+the batch), a token's loss is divided by its conversation's targets, and one target of each counts 1.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def run_microbatches(
         observe: called on the last stage with each micro-batch's losses [b, S/CP] float32.
 
     Returns:
-        float64 [2] on this rank's device: the loss summed over this rank's valid tokens in nats, and their number;
-        zeros before the last stage.
+        float64 [3] on this rank's device: the weighted loss summed over this rank's valid tokens in nats, what the
+        global sum is divided by, and their number (the same where every token weighs 1); zeros before the last stage.
     """
     results = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, observe),
@@ -49,9 +50,9 @@ def run_microbatches(
         micro_batch_size=batches[0].tokens.shape[0],
         forward_only=forward_only,
     )
-    total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
     for result in results:
-        total += result["sum_and_count"]
+        total += result["sums"]
     return total
 
 
@@ -90,7 +91,6 @@ def _sum_of_losses(batch: MicroBatch, observe: LossObserver | None, losses: torc
     losses = losses.float()
     if observe is not None:
         observe(losses.detach(), batch)
-    total = (losses * batch.loss_mask).sum()
-    tokens = batch.loss_mask.sum()
-    report = torch.stack([total.detach().double(), tokens.double()])
-    return total, tokens.to(torch.int), {"sum_and_count": report}
+    total, units = (losses * batch.loss_weights).sum(), batch.units.sum()
+    report = torch.stack([total.detach().double(), units.double(), batch.loss_mask.sum().double()])
+    return total, units.to(torch.int), {"sums": report}

@@ -24,17 +24,31 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__
 _ENOUGH_CHARACTERS = 2_000_000
 
 
-def standard_library() -> list[str]:
-    """Text of every source file of the running Python's standard library, in the order of their paths."""
+def library_sources() -> dict[str, str]:
+    """Text of every source file of the running Python's standard library, by its module, in the order of their paths.
+
+    Raises:
+        UserError: this Python was installed without them.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     files = [path for path in sorted(root.rglob("*.py")) if not _LEFT_OUT.intersection(path.relative_to(root).parts)]
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
-    if sum(map(len, texts)) < _ENOUGH_CHARACTERS:
+    texts = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path.read_text(
+            encoding="utf-8", errors="replace"
+        )
+        for path in files
+    }
+    if sum(map(len, texts.values())) < _ENOUGH_CHARACTERS:
         raise UserError(
             f"{root}: no sources of the standard library ({len(files)} files); the quickstart's corpus is made of "
             "them, so run it with a Python that was installed with its .py files"
         )
-    return [text for text in texts if text.strip()]
+    return {module: text for module, text in texts.items() if text.strip()}
+
+
+def standard_library() -> list[str]:
+    """Their texts alone."""
+    return list(library_sources().values())
 
 
 def language_reference() -> list[str]:

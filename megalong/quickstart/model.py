@@ -17,6 +17,14 @@ VOCABULARY = 512
 SEPARATOR = "<s>"
 END_OF_TEXT = "<|end_of_text|>"
 ORIGINAL_LENGTH = 256
+# How the tokenizer writes a conversation; `generation` marks what is learnt.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}"
+    "{{ '### Answer\n' }}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ '### Question\n' + m['content'] + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Answer\n' }}{% endif %}"
+)
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -45,6 +53,7 @@ def train_tokenizer(corpus: Path, folder: Path) -> None:
     saved = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=SEPARATOR, eos_token=END_OF_TEXT, model_max_length=ORIGINAL_LENGTH
     )
+    saved.chat_template = CHAT_TEMPLATE
     saved.save_pretrained(folder)
     sample = max(texts, key=len)
     print(f"{VOCABULARY} entries, {len(sample) / len(saved(sample)['input_ids']):.2f} characters per token of code")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from megalong.evaluation.perplexity import PerplexityResult, perplexity_table
@@ -20,25 +21,54 @@ PLACES = {
     "runs/base/": "pretraining: config, log, checkpoints, TensorBoard",
     "runs/extended/": "the extension: the same",
     "hf/": "exports for transformers: base, and extended",
+    "chats/": "questions and answers: those to learn, and the one asked",
+    "runs/tuned/": "fine-tuning: config, log, checkpoints, TensorBoard",
+    "answers/": "what the model says before and after fine-tuning",
     "evaluation/": "perplexity by position of each model, as JSON, table and picture",
 }
 
 
+@dataclass(frozen=True)
+class Answers:
+    """A question, the docstring that answers it, and what the model says before and after fine-tuning."""
+
+    question: str
+    docstring: str
+    before: str
+    after: str
+
+    @property
+    def lines(self) -> list[str]:
+        """As a part of the report."""
+        said = {"the docstring": self.docstring, "before fine-tuning": self.before, "after fine-tuning": self.after}
+        return [
+            f"Asked about a module it never saw: {self.question}",
+            "",
+            *(f"- {who}: `{' '.join(text.split()) or '(nothing)'}`" for who, text in said.items()),
+        ]
+
+
 def write_report(
-    folder: Path, results: list[PerplexityResult], comparison: str, original_length: int, seconds: dict[str, float]
+    folder: Path,
+    results: list[PerplexityResult],
+    comparison: str,
+    answers: Answers,
+    original_length: int,
+    seconds: dict[str, float],
 ) -> None:
     """Write `folder/report.md` and `folder/perplexity.png`, and print the report.
 
     Args:
         results: models in the order to show them, all measured on the same sequences; the last is the extended one.
         comparison: what comparing the export with transformers gave.
+        answers: what was asked before and after fine-tuning.
         original_length: tokens of context the base model was trained with.
         seconds: time each step took, those done in this start.
     """
     factor = results[-1].seq_length // original_length
     title = f"Perplexity by position before and after extending the context ×{factor}"
     plot_perplexity(results, folder / "perplexity.png", title=title, original_length=original_length)
-    text = _text(folder, results, comparison, original_length, seconds)
+    text = _text(folder, results, comparison, answers, original_length, seconds)
     aside = folder / f"report.md.tmp-{os.getpid()}"
     aside.write_text(text, encoding="utf-8")
     aside.replace(folder / "report.md")
@@ -46,7 +76,12 @@ def write_report(
 
 
 def _text(
-    folder: Path, results: list[PerplexityResult], comparison: str, original_length: int, seconds: dict[str, float]
+    folder: Path,
+    results: list[PerplexityResult],
+    comparison: str,
+    answers: Answers,
+    original_length: int,
+    seconds: dict[str, float],
 ) -> str:
     first, last = results[0], results[-1]
     places = [f"    {folder / name!s:40} {what}" for name, what in PLACES.items()]
@@ -65,12 +100,14 @@ def _text(
             "",
             f"The export, read by transformers: {comparison}.",
             "",
+            *answers.lines,
+            "",
             "Where everything lies:",
             "",
             *places,
             f"    {folder / 'perplexity.png'!s:40} the picture",
             "",
-            "The curves of both runs:",
+            "The curves of all runs:",
             "",
             f"    tensorboard --logdir {folder / 'runs'}",
             "",

@@ -17,9 +17,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import megalong
 from megalong.training.console import duration
@@ -66,23 +67,24 @@ class Commands:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def __call__(self, *arguments: str) -> None:
-        """Run `megalong ARGUMENTS` to its end.
+    def __call__(self, *arguments: str, output: Path | None = None) -> None:
+        """Run `megalong ARGUMENTS` to its end; what it prints goes to the file `output`, if that is given.
 
         Raises:
             StepFailed: with the command's exit status; it has told the reason itself.
         """
         print(f"   $ megalong {shlex.join(arguments)}")
         command = [sys.executable, "-m", "megalong", *arguments]
-        status = _run(command, self._folder)
+        with output.open("wb") if output is not None else nullcontext() as stdout:
+            status = _run(command, self._folder, stdout)
         if status:
             print(f"   stopped: exit status {status}; the same command goes on from here", file=sys.stderr)
             raise StepFailed(status if status > 0 else 128 - status)
 
 
-def _run(command: list[str], folder: Path) -> int:
+def _run(command: list[str], folder: Path, stdout: IO[bytes] | None = None) -> int:
     """Exit status of `command`; an interrupt of ours is handed on and waited for, so that nothing runs on unseen."""
-    with subprocess.Popen(command, cwd=folder, env=_environment()) as process:
+    with subprocess.Popen(command, cwd=folder, env=_environment(), stdout=stdout) as process:
         try:
             return process.wait()
         except BaseException:

@@ -2,6 +2,7 @@
 
     texts ─▶ tokenizer ─▶ datasets ─▶ random Llama ─▶ import ─▶ pretrain at 256 tokens (DP 2)
           ─▶ extend to 4096 with YaRN (CP 2) ─▶ export ─▶ transformers agrees ─▶ perplexity by position
+          ─▶ fine-tune on questions and answers (DP 2) ─▶ the same question before and after
 
 The Llama is tiny and its English is Python, but every joint is the real one: the commands, formats and parallelism
 are those of an 8B model on a cluster. Interrupted, the same command goes on where it stopped.
@@ -10,6 +11,7 @@ are those of an 8B model on a cluster. Interrupted, the same command goes on whe
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import signal
 import sys
@@ -23,14 +25,15 @@ from megalong.config.rope import RopeSettings
 from megalong.config.schema import Config
 from megalong.data.indexed import IndexedDataset
 from megalong.errors import UserError
-from megalong.quickstart import corpus, model
+from megalong.quickstart import chats, corpus, model
 from megalong.quickstart.steps import Commands, Step, published, run_steps
 
 PROCESSES = "2"
 HELD_OUT = "data/heldout_text_document"
 MEASURED_SAMPLES = 32  # fewer where this Python's library is smaller
-CONFIGS = ("pretrain.yaml", "extend.yaml")
-BASE, UNTRAINED, EXTENDED = "base", "base-yarn-untrained", "extended"
+CONFIGS = ("pretrain.yaml", "extend.yaml", "sft.yaml")
+BASE, UNTRAINED, EXTENDED, TUNED = "base", "base-yarn-untrained", "extended", "tuned"
+ANSWER_TOKENS = "64"
 
 
 def quickstart(output: str = "quickstart-run") -> None:
@@ -56,7 +59,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _copy_configs(folder: Path) -> None:
-    """Put the two configurations beside what they make, unless an earlier start did."""
+    """Put the configurations beside what they make, unless an earlier start did."""
     source = Path(megalong.__file__).resolve().parents[1] / "examples" / "quickstart"
     for name in CONFIGS:
         if (folder / name).exists():
@@ -73,7 +76,7 @@ class Story:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.megalong = Commands(folder)
-        self.pretrain, self.extend = (load_config(folder / name)[0] for name in CONFIGS)
+        self.pretrain, self.extend, self.tune = (load_config(folder / name)[0] for name in CONFIGS)
 
     def steps(self) -> list[Step]:
         """All steps in order."""
@@ -104,6 +107,14 @@ class Story:
                  lambda: there("hf/extended"), lambda: self.export("extended")),
             Step("compare the export with transformers", "The same tokens, their model and ours.",
                  lambda: there("comparison.txt"), self.compare),
+            Step("write conversations", "Questions about Python's functions and modules, answered by their docstrings.",
+                 lambda: there("chats"), self.converse),
+            Step("ask it", "About a module it has never seen; it goes on with text, for it has learnt no answers.",
+                 lambda: there(f"answers/{EXTENDED}.txt"), lambda: self.ask(EXTENDED)),
+            Step("fine-tune", "Packed conversations; the answers' tokens alone are learnt.",
+                 lambda: self._trained(self.tune), lambda: self.train("sft.yaml")),
+            Step("ask it again", "The same question.",
+                 lambda: there(f"answers/{TUNED}.txt"), lambda: self.ask(TUNED)),
         ]  # fmt: skip
 
     def collect(self) -> None:
@@ -168,17 +179,36 @@ class Story:
         print(f"   {outcome}")
         (self.folder / "comparison.txt").write_text(str(outcome))
 
+    def converse(self) -> None:
+        """Write questions and answers."""
+        with published(self.folder / "chats") as folder:
+            chats.write_chats(self.folder / "corpus", folder)
+
+    def ask(self, run: str) -> None:
+        """Put the question to a run's newest checkpoint; keep and print its answer."""
+        asked = json.loads((self.folder / "chats" / chats.ASKED).read_text())
+        answer = self.folder / "answers" / f"{run}.txt"
+        answer.parent.mkdir(exist_ok=True)
+        aside = answer.with_suffix(".tmp")
+        how = ["--chat", "--prompt", asked["question"], "--max-new-tokens", ANSWER_TOKENS]
+        self.megalong("generate", "--checkpoint", f"runs/{run}", *how, output=aside)
+        print(aside.read_text(encoding="utf-8"))
+        aside.replace(answer)
+
     def report(self, seconds: dict[str, float]) -> None:
         """Table, picture and places."""
         from megalong.evaluation.perplexity import PerplexityResult
-        from megalong.quickstart.report import write_report
+        from megalong.quickstart.report import Answers, write_report
 
         results = [
             PerplexityResult.load(self.folder / "evaluation" / name / "perplexity.json")
             for name in (BASE, UNTRAINED, EXTENDED)
         ]
         comparison = (self.folder / "comparison.txt").read_text()
-        write_report(self.folder, results, comparison, self.pretrain.data.seq_length, seconds)
+        asked = json.loads((self.folder / "chats" / chats.ASKED).read_text())
+        before, after = ((self.folder / "answers" / f"{run}.txt").read_text("utf-8") for run in (EXTENDED, TUNED))
+        answers = Answers(asked["question"], asked["docstring"], before, after)
+        write_report(self.folder, results, comparison, answers, self.pretrain.data.seq_length, seconds)
 
     def _is_there(self, name: str) -> bool:
         return (self.folder / name).exists()
@@ -193,8 +223,6 @@ class Story:
 
 def _with_rope(source: Path, target: Path, rope: RopeSettings) -> None:
     """Copy a Hugging Face folder; in the copy, `config.json` asks for the positions of `rope`. No weight changes."""
-    import json
-
     from megalong.hf.config import read_architecture, write_config
 
     config = json.loads((source / "config.json").read_text())

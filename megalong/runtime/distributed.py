@@ -15,8 +15,9 @@ import datetime
 import gc
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,12 @@ import torch.distributed as dist
 
 from megalong.errors import UserError
 from megalong.runtime import cpu, megatron
+from megalong.runtime.rendezvous import store_of_this_life
 
 GRID_ORDER = "tp-cp-ep-dp-pp"
+_control: dist.ProcessGroup | None = None
+# The world it belongs to, and the group.
+_background: tuple[Any, dist.ProcessGroup | None] = (None, None)
 _context_levels: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] = (None, None)
 
 
@@ -82,6 +87,11 @@ def start(device: torch.device, timeout_minutes: float = 60) -> None:
         return
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        shared, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        store = store_of_this_life(shared, rank, world, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        return
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
         return
@@ -122,6 +132,15 @@ def set_layout(layout: Layout, seed: int = 1234, timeout_minutes: float = 60) ->
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
+def replica_of(rank: int) -> int:
+    """The data-parallel rank of any rank of the world."""
+    from megatron.core import parallel_state
+
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    context = parallel_state.get_context_parallel_world_size()
+    return rank // (tensor * context) % parallel_state.get_data_parallel_world_size()
+
+
 def context_levels() -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
     """The two levels of this rank's context-parallel group, None for one of a single rank.
 
@@ -152,6 +171,42 @@ def _make_context_levels(layout: Layout, timeout: datetime.timedelta) -> None:
     _context_levels = mine["near"], mine["far"]
 
 
+def from_all_ranks(mine: Sequence[float]) -> list[list[float]]:
+    """These numbers of every rank, rank 0 first."""
+    own = torch.tensor(mine, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    return [[float(one) for one in part] for part in torch.stack(parts).tolist()]
+
+
+def control_group() -> dist.ProcessGroup | None:
+    """All ranks over CPU memory, for a word between them that must not wait for a GPU; None is the world itself.
+
+    Made when it is first asked for, which all ranks must do together.
+    """
+    global _control
+    if dist.get_backend() != "nccl":
+        return None
+    if _control is None:
+        _control = dist.new_group(backend="gloo")
+    return _control
+
+
+def background_group(timeout_minutes: float) -> dist.ProcessGroup | None:
+    """All ranks over CPU memory, for one thread beside the one that trains; all ranks ask for it together.
+
+    A group of its own in any case: two threads in one group would take each other's messages.
+    """
+    global _background
+    world, group = _background
+    if world is not dist.group.WORLD:
+        # On CPUs groups of the same ranks are otherwise one (cpu.py).
+        new_group = getattr(dist.new_group, "__wrapped__", dist.new_group)
+        group = new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+        _background = dist.group.WORLD, group
+    return group
+
+
 def clear_layout() -> None:
     """Close the groups of the last layout, if there was one.
 
@@ -174,6 +229,8 @@ def clear_layout() -> None:
 
 def stop() -> None:
     """Leave the world."""
+    global _control, _background
+    _control, _background = None, (None, None)
     if dist.is_initialized():
         clear_layout()
         dist.destroy_process_group()

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-_GRACE_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Found here: between fork and exec nothing may be looked up. Only Linux has it.
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)
@@ -27,7 +26,7 @@ _prctl = getattr(ctypes.CDLL(None), "prctl", None)
 def run_local(arguments: Sequence[str], nproc: int) -> int:
     """Run `python -m megalong ARGUMENTS` in `nproc` processes; returns the exit status.
 
-    SIGINT, SIGTERM and SIGUSR1 are passed on to every process.
+    SIGINT, SIGTERM and SIGUSR1 are passed on to every process, which then end by themselves.
     """
     port = _free_port()
     processes = [_spawn(arguments, rank, nproc, port) for rank in range(nproc)]
@@ -60,7 +59,8 @@ def _spawn(arguments: Sequence[str], rank: int, nproc: int, port: int) -> subpro
 def _end_with_parent() -> None:
     """Ask the kernel to end this process when its parent is gone, even by SIGKILL, which no parent can pass on."""
     if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        # Not SIGTERM, which asks a run to finish its step and save.
+        _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _free_port() -> int:
@@ -92,13 +92,9 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End what still runs at once, blocked in a collective or not: SIGTERM would ask it to go on and save."""
     for process in processes:
         if process.poll() is None:
-            process.terminate()
-    deadline = time.monotonic() + _GRACE_SECONDS
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+    for process in processes:
+        process.wait()

@@ -1,58 +1,172 @@
-"""From packed samples to this rank's micro-batches.
+"""From packed samples to this rank's micro-batches, made in the background while the step before is computed.
 
-Global batch t is samples t·B … t·B + B - 1. Data-parallel rank r of D takes the micro-batches r, r + D, r + 2D, … of
-that batch, so the same global batch is trained on whatever D is, and the position in the data is the one number
-`consumed_samples`.
+    consumed samples ─ data/order.py ─▶ sample numbers ─▶ documents ─ attention/plan.py ─▶ this rank's runs
+                       ─ model/share.py ─▶ tokens of those runs, as they are stored ─ model/batch.py ─▶ MicroBatch
+
+A context-parallel rank reads its own tokens and the one behind each of its runs, so the ranks of a group together read
+a sample about once. A pipeline stage between the first and the last reads none: it needs document bounds and positions
+only. Tensor-parallel ranks read the same tokens, from the page cache of their node.
+
+With `data.loader: dali` the tokens come through DALI's processes; everything else is made here all the same, so both
+loaders give the same micro-batches, whatever the number of their workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
 
 from megalong.attention.layout import TokenLayout
+from megalong.attention.plan import AttentionPlan
 from megalong.config.attention_checks import FP8_TOKENS
 from megalong.config.schema import Config
-from megalong.data.sampler import PackedSamples
-from megalong.model.batch import MicroBatch, shard_samples
+from megalong.data.ahead import Ahead
+from megalong.data.dali import DaliTokens, Reader
+from megalong.data.left_out import Remaining
+from megalong.data.order import SampleOrder
+from megalong.data.sample import Sample, SampleSource
+from megalong.model.batch import MicroBatch, batch_of, read_tokens
+from megalong.model.share import Share
+
+Made = tuple[MicroBatch, int, int]  # with the bytes of tokens read for it, and those of its whole samples
 
 
 class Batches:
-    """This rank's share of every global batch."""
+    """This rank's share of every global batch.
 
-    def __init__(self, config: Config, samples: PackedSamples, device: torch.device, window: int | None = None) -> None:
-        """`window` is the model's widest: balanced layouts count attended pairs with it."""
-        self.samples = samples
-        self.global_batch_size = config.training.global_batch_size
-        self.micro_batch_size = config.training.micro_batch_size
-        self.device = device
-        self._layout = TokenLayout(config.parallel.context_parallel_size, config.token_layout, window)
-        self._masked = config.data.masked
-        # Sequence parallelism cuts a context-parallel shard over the tensor-parallel ranks, and FP8 matrices on a GPU
-        # want a rank's tokens to be a multiple of 8.
-        parallel = config.parallel
-        fp8 = FP8_TOKENS if config.precision.fp8 is not None else 1
-        self._multiple = fp8 * parallel.context_parallel_size
-        if parallel.sequence_parallel:
-            self._multiple *= parallel.tensor_model_parallel_size
-        self._context_rank = parallel_state.get_context_parallel_rank()
-        self._replica = parallel_state.get_data_parallel_rank()
-        self._replicas = parallel_state.get_data_parallel_world_size()
+    Args:
+        samples: opens the samples; DALI's processes call it too, so it must be picklable for them.
+        window: the model's widest: balanced layouts count attended pairs with it.
+        period: global batches after which they come again from the first; None: never.
+
+    Attributes:
+        bytes_read: bytes of tokens read for the micro-batches handed out so far.
+        bytes_whole: bytes of the whole samples they were cut from.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        samples: Callable[[], SampleSource],
+        device: torch.device,
+        window: int | None = None,
+        period: int | None = None,
+    ) -> None:
+        self.samples = samples()
+        self.bytes_read = self.bytes_whole = 0
+        self._open, self._config, self._device = samples, config, device
+        self._share = share_of(config, parallel_state.get_context_parallel_rank(), window)
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        self._reads = parallel_state.get_pipeline_model_parallel_rank() in (0, stages - 1)
+        # What a source does not store has no type of its own.
+        self._dtype = np.dtype(getattr(self.samples, "token_type", np.int64))
+        self._order = SampleOrder(
+            0,
+            config.training.global_batch_size,
+            config.training.micro_batch_size,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+            period,
+        )
+        self._next: int | None = None
+        self._ahead: Ahead[Made] | None = None
+        self._dali: DaliTokens | None = None
 
     @property
     def count(self) -> int:
         """Micro-batches this rank runs for one global batch."""
-        return self.global_batch_size // (self.micro_batch_size * self._replicas)
+        return self._order.count
 
-    def at(self, consumed_samples: int) -> Iterator[MicroBatch]:
-        """The micro-batches of the global batch that starts at sample `consumed_samples`."""
-        for index in range(self.count):
-            first = consumed_samples + (index * self._replicas + self._replica) * self.micro_batch_size
-            numbers = range(first, first + self.micro_batch_size)
-            whole = torch.from_numpy(np.stack([self.samples.sample(k) for k in numbers]))
-            documents = [self.samples.documents(k) for k in numbers] if self._masked else None
-            filled = [self.samples.filled(k) for k in numbers]
-            yield shard_samples(whole, self._layout, self._context_rank, self.device, documents, self._multiple, filled)
+    def places(self, consumed_samples: int, replicas: Iterable[int]) -> tuple[int, ...]:
+        """Places in the order of samples that `replicas` read of the global batch which starts at a sample."""
+        orders = (replace(self._order, start=consumed_samples, replica=replica) for replica in set(replicas))
+        numbers = sorted(k for order in orders for index in range(self.count) for k in order.samples(index))
+        place = self.samples.left_out.place if isinstance(self.samples, Remaining) else int
+        return tuple(place(number) for number in numbers)
+
+    def at(self, consumed_samples: int) -> list[MicroBatch]:
+        """The micro-batches of the global batch that starts at sample `consumed_samples`.
+
+        Those that follow it are read ahead; asking for any other starts reading anew.
+        """
+        if self._ahead is None or consumed_samples != self._next:
+            self.close()
+            self._start(consumed_samples)
+        assert self._ahead is not None
+        self._next = self._after(consumed_samples)
+        batches = []
+        for _ in range(self.count):
+            batch, read, whole = self._ahead.next()
+            self.bytes_read += read
+            self.bytes_whole += whole
+            batches.append(batch.to(self._device))
+        return batches
+
+    def close(self) -> None:
+        """Read no further; `at` begins anew."""
+        if self._ahead is not None:
+            self._ahead.close()
+        if self._dali is not None:
+            self._dali.close()
+        self._ahead = self._dali = self._next = None
+
+    def describe(self) -> str:
+        """How this rank reads, and how much of its samples."""
+        data, share = self._config.data, self.bytes_read / max(self.bytes_whole, 1)
+        ranks = self._config.parallel.context_parallel_size
+        return (
+            f"{data.loader} loader, {data.prefetch} steps ahead; this rank has read {self.bytes_read:,} bytes of "
+            f"tokens, {share:.2%} of its samples' {self.bytes_whole:,} (context parallel {ranks})"
+        )
+
+    def _after(self, consumed_samples: int) -> int:
+        size, period = self._order.global_batch_size, self._order.period
+        return consumed_samples + size if period is None else (consumed_samples + size) % (period * size)
+
+    def _start(self, consumed_samples: int) -> None:
+        data = self._config.data
+        order = self._order.from_sample(consumed_samples)
+        depth = data.prefetch * self.count
+        if data.loader == "dali" and self._reads:
+            reader = Reader(self._open, partial(self._share.read_alone, self._dtype), order)
+            size = order.micro_batch_size
+            self._dali = DaliTokens(reader, size, data.workers, max(depth, 1), self._device)
+            # One thread: DALI hands out its batches one after the other.
+            self._ahead = Ahead(partial(self._made, order), depth)
+        else:
+            self._ahead = Ahead(partial(self._made, order), depth, data.workers)
+
+    def _made(self, order: SampleOrder, i: int) -> Made:
+        """This rank's i-th micro-batch in the memory it is sent to the device from."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a thread begins on GPU 0
+        rows = [self.samples.read(k) for k in order.samples(i)]
+        plan = self._share.plan(rows)
+        own = self._tokens(rows, plan) if self._reads else None
+        batch = batch_of(rows, self._share, plan, own)
+        read = sum(row.numel() * row.element_size() for row in own or ())
+        whole = sum(len(row.tokens) for row in rows) * self._dtype.itemsize
+        return batch.pinned() if self._device.type == "cuda" else batch, read, whole
+
+    def _tokens(self, rows: list[Sample], plan: AttentionPlan) -> list[torch.Tensor]:
+        if self._dali is None:
+            return read_tokens(rows, self._share, plan, self._dtype)
+        dtype = torch.from_numpy(np.empty(0, self._dtype)).dtype
+        return [row.view(dtype) for row in self._dali.next()]
+
+
+def share_of(config: Config, context_rank: int, window: int | None = None) -> Share:
+    """What a context-parallel rank holds of every sample of a run."""
+    parallel = config.parallel
+    # Sequence parallelism cuts a context-parallel shard over the tensor-parallel ranks, and FP8 matrices on a GPU
+    # want a rank's tokens to be a multiple of 8.
+    multiple = (FP8_TOKENS if config.precision.fp8 is not None else 1) * parallel.context_parallel_size
+    if parallel.sequence_parallel:
+        multiple *= parallel.tensor_model_parallel_size
+    layout = TokenLayout(parallel.context_parallel_size, config.token_layout, window)
+    return Share(layout, context_rank, config.data.masked, multiple)

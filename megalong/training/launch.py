@@ -10,6 +10,7 @@ Whatever the configuration, the datasets and the checkpoint can tell is checked 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 from megalong.config.architecture import Architecture
@@ -17,10 +18,13 @@ from megalong.config.checks import check_model, check_world
 from megalong.config.load import load_config
 from megalong.config.schema import Config
 from megalong.config.text import dump_config
+from megalong.data import dali
 from megalong.data.sampler import PackedSamples
 from megalong.errors import UserError
 from megalong.runtime.folders import refuse_unwritable
 from megalong.runtime.launch import run_local
+from megalong.runtime.requeue import clear
+from megalong.training.samples import Samples, open_samples
 from megalong.training.start import as_configured, exchange_of, find_start
 
 
@@ -40,6 +44,9 @@ def train(config_path: str, overrides: list[str] | None = None, nproc: int | Non
     if nproc is not None and under_launcher:
         raise UserError("--nproc: these processes were started by torchrun already; drop --nproc")
     world = int(os.environ["WORLD_SIZE"]) if under_launcher else nproc or 1
+    if os.environ.get("RANK", "0") == "0":
+        for config in stages:
+            clear(Path(config.run.dir))
     _check(stages, world)
     if nproc is not None and nproc > 1:
         return run_local(["train", config_path, *overrides], nproc)
@@ -56,18 +63,11 @@ def _check(stages: list[Config], world: int) -> None:
     architecture: Architecture | None = None
     for index, config in enumerate(stages):
         check_world(config, world)
-        data = config.data
+        if config.data.loader == "dali":
+            dali.check_installed()
         for part in ("train", "validation") if config.evaluation.interval else ("train",):
-            samples = PackedSamples(
-                data.mixture,
-                data.seq_length,
-                config.run.seed,
-                data.split,
-                part,
-                separator=data.separator,
-                packing=data.packing,
-            )
-            if part == "train":
+            samples = _opened(config, part, follows=index > 0 and _follows(config, stages[index - 1]))
+            if part == "train" and isinstance(samples, PackedSamples):
                 samples.refuse_repeats(config.training.train_iters * config.training.global_batch_size)
         if architecture is not None and _follows(config, stages[index - 1]):
             architecture = as_configured(config, architecture)
@@ -75,7 +75,8 @@ def _check(stages: list[Config], world: int) -> None:
             architecture = find_start(config).architecture
         check_model(config, architecture)
         exchange_of(config, architecture)
-        _check_vocabulary(samples, architecture.vocab_size)
+        if samples is not None:
+            _check_vocabulary(samples, architecture.vocab_size)
         refuse_unwritable(Path(config.run.dir), "run.dir")
 
 
@@ -84,16 +85,39 @@ def _follows(config: Config, before: Config) -> bool:
     return load is not None and load.checkpoint == before.run.dir
 
 
-def _check_vocabulary(samples: PackedSamples, vocabulary: int) -> None:
+def _opened(config: Config, part: str, follows: bool) -> Samples | None:
+    """The samples of a part, conversations being tokenized here and now, by the first process of a launcher.
+
+    None where another process does it, or where the stage before is still to bring the tokenizer.
+    """
+    if config.task == "pretrain":
+        return open_samples(config, part, None, None)
+    if os.environ.get("RANK", "0") != "0" or (follows and config.sft.tokenizer is None):
+        return None
+    return open_samples(config, part, find_start(config).assets, Path(config.run.dir) / "index")
+
+
+def _check_vocabulary(samples: Samples, vocabulary: int) -> None:
     found = samples.vocabulary_size
     if found is not None and found > vocabulary:
+        what = "data.mixture: " if isinstance(samples, PackedSamples) else "sft.sources: "
         raise UserError(
-            f"data.mixture: tokenized with a vocabulary of {found}, but the model has {vocabulary}; preprocess "
-            "with the model's own tokenizer"
+            f"{what}tokenized with a vocabulary of {found}, but the model has {vocabulary}; use "
+            "the model's own tokenizer"
         )
 
 
 def _run_here(stages: list[Config]) -> None:
+    from megalong.runtime import signals
+
+    signals.listen(signal.SIGUSR1)
+    try:
+        _join_and_run(stages)
+    finally:
+        signals.ignore_no_more()
+
+
+def _join_and_run(stages: list[Config]) -> None:
     from megalong.runtime import distributed
     from megalong.runtime.flight_recorder import record_collectives
     from megalong.runtime.logs import close_logging, setup_logging
@@ -105,20 +129,20 @@ def _run_here(stages: list[Config]) -> None:
     distributed.start(device, stages[0].runtime.timeout_minutes)
     try:
         for config in stages:
-            _run_stage(config, device)
+            if _run_stage(config, device) == "interrupted":
+                break
     finally:
         distributed.stop()
         close_logging()
 
 
-def _run_stage(config: Config, device: object) -> None:
+def _run_stage(config: Config, device: object) -> str:
     import torch
     import torch.distributed as dist
 
     from megalong.runtime.distributed import is_main_rank
     from megalong.runtime.logs import setup_logging
-    from megalong.training.loop import Trainer, make_metrics
-    from megalong.training.setup import set_up
+    from megalong.training.lives import live
 
     run = Path(config.run.dir)
     log = setup_logging(dist.get_rank(), run)
@@ -126,12 +150,4 @@ def _run_stage(config: Config, device: object) -> None:
         dump_config(config, run / "config.yaml")
     assert isinstance(device, torch.device)
     log.info("run %s on %d × %s", config.run.name, dist.get_world_size(), device.type)
-    session = set_up(config, device)
-    if session.step >= config.training.train_iters:
-        log.info("run %s is complete at step %d", config.run.name, session.step)
-        return
-    metrics = make_metrics(session, dist.get_world_size())
-    try:
-        Trainer(session, metrics).run()
-    finally:
-        metrics.close()
+    return live(config, device)

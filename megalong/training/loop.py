@@ -1,4 +1,4 @@
-"""The training loop: step, evaluate, save, log, until `training.train_iters`.
+"""The training loop: step, evaluate, save, log, until `training.train_iters`, a signal, or a step that must go back.
 
 Python's garbage collector is switched off and run by all ranks at the same step: a rank that stops to collect on its
 own keeps every other waiting in the next collective.
@@ -9,21 +9,41 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch.distributed as dist
 
-from megalong.data.sampler import PackedSamples
+from megalong.checkpoint.folder import step_folder
+from megalong.checkpoint.saver import Saved
+from megalong.data.left_out import remaining
+from megalong.data.sample import SampleSource
+from megalong.errors import UserError
 from megalong.evaluation.buckets import PositionLoss
 from megalong.evaluation.forward import forward_losses
+from megalong.runtime import signals
 from megalong.runtime.distributed import is_main_rank
-from megalong.training import setup
+from megalong.runtime.requeue import mark
+from megalong.runtime.watchdog import Watchdog
+from megalong.training import events, setup
 from megalong.training.batches import Batches
+from megalong.training.guard import Event
+from megalong.training.health import HealthWatch
+from megalong.training.interrupt import Interrupt, StepDropped
 from megalong.training.metrics import Metrics, StepRecord
+from megalong.training.samples import Samples, open_samples
 from megalong.training.setup import Session
 from megalong.training.step import StepResult, TrainStep
 
 log = logging.getLogger("megalong")
+
+Outcome = Literal["finished", "interrupted", "rolled back"]
+# What events call the guard's actions.
+_KINDS = {"skip": "skip", "rollback": "rollback", "stop": "stop", "log": "spike"}
+GUARDED = frozenset(_KINDS.values())
 
 
 class Trainer:
@@ -32,60 +52,161 @@ class Trainer:
     def __init__(self, session: Session, metrics: Metrics) -> None:
         config = session.config
         self.session, self.config, self.metrics = session, config, metrics
-        self.step = TrainStep(session.chunks, session.optimizer, session.scheduler)
+        self.interrupt = Interrupt(
+            config.runtime.signal_grace_seconds, may_drop=config.parallel.pipeline_model_parallel_size == 1
+        )
+        self.step = TrainStep(session.chunks, session.optimizer, session.scheduler, session.guard, self.interrupt)
+        self.watchdog = Watchdog(Path(config.run.dir), dist.get_rank(), config.runtime.hang_minutes, self._tell_hang)
+        self.health = HealthWatch(Path(config.run.dir), session.step)
         self.train = self._batches("train")
         self.validation = self._batches("validation") if config.evaluation.interval else None
-        self._window = _Window(config.data.seq_length)
+        self._window = _Window(config.data.positions)
+        self._told = False
 
-    def run(self) -> None:
-        """Train until `training.train_iters`; the last step is always saved."""
+    def run(self) -> Outcome:
+        """Train until `training.train_iters`; the last step is always saved.
+
+        Raises:
+            UserError: the guard is to stop at a step.
+        """
         training = self.config.training
         self._say_what_is_read()
         gc.collect()
         gc.disable()
         try:
-            while self.session.step < training.train_iters:
-                self._one_step()
-                if self.session.step % training.gc_interval == 0:
-                    gc.collect()
+            with self.watchdog:
+                while self.session.step < training.train_iters:
+                    outcome = self._one_step()
+                    self.watchdog.beat()
+                    if outcome is not None:
+                        self._tell_saved(self.session.saver.finish())
+                        return outcome
+                    self._tell_saved(self.session.saver.poll())
+                    if self.session.step % training.gc_interval == 0:
+                        gc.collect()
+                self._tell_saved(self.session.saver.finish())
+        except UserError:  # raised by all ranks: the save under way is good
+            self._tell_saved(self.session.saver.finish())
+            raise
         finally:
             gc.enable()
+            self.health.end()
+            for batches in (self.train, self.validation):
+                if batches is not None:
+                    batches.close()
+        return "finished"
 
-    def _one_step(self) -> None:
+    def _one_step(self) -> Outcome | None:
+        """One step and what follows it; the outcome of the run where it ends here before its time."""
         session, config = self.session, self.config
         positions = self._window.positions if config.logging.position_buckets else None
-        result = self.step.run(self.train, session.consumed_samples, positions)
+        try:
+            result = self.step.run(self.train, session.consumed_samples, positions, session.step + 1)
+        except StepDropped:
+            return self._leave(dropped=True)
+        if result.event is not None and self._go_back(result.event):
+            return "rolled back"
         session.step += 1
         session.consumed_samples += config.training.global_batch_size
+        self._say_how_it_is_read()
         self._window.add(result)
         last = session.step == config.training.train_iters
-        validation = self._evaluate(last)
-        self._save(last)
-        if last or session.step % config.logging.log_interval == 0 or validation is not None:
+        validation = None if result.signalled else self._evaluate(last)
+        leave = not last and (result.signalled or self.interrupt.agreed)
+        if not leave:
+            self._save(last)
+        logged = last or leave or session.step % config.logging.log_interval == 0 or validation is not None
+        if logged and self._window.tokens:
             self._log(result, validation)
+        return self._leave() if leave else None
 
-    def _evaluate(self, last: bool) -> PositionLoss | None:
+    def _go_back(self, event: Event) -> bool:
+        """Tell of a step the guard is against; whether the run has to go back to its last checkpoint.
+
+        Raises:
+            UserError: the run is to stop.
+        """
+        if is_main_rank():
+            log.warning("guard: %s: %s", event.action, event)
+        details = {name: value for name, value in vars(event).items() if name not in ("step", "action")}
+        events.record(self.config.run.dir, self.session.step, _KINDS[event.action], at=event.step, **details)
+        self.metrics.log_event(event.step, _KINDS[event.action], event.what)
+        if event.action == "stop":
+            raise UserError(
+                f"guard: {event}: nothing of this step is saved, checkpoints before it are good; start again to go on "
+                "from the newest, and lower optimizer.lr or look at the data if it comes again"
+            )
+        if event.action == "rollback":
+            guard, size = self.session.guard, self.config.training.global_batch_size
+            first = self.session.consumed_samples
+            guard.left_out.add_places([guard.left_out.place(number) for number in range(first, first + size)])
+        return event.action == "rollback"
+
+    def _leave(self, dropped: bool = False) -> Outcome:
+        """Save the last complete step, unless it is saved already, and mark the run as to be started again."""
+        session, run = self.session, Path(self.config.run.dir)
+        self._tell_saved(session.saver.finish())
+        if session.step and not step_folder(run, session.step).is_dir():
+            self._save(last=True)
+            self._tell_saved(session.saver.finish())
+        if is_main_rank():
+            signal = signals.received()
+            name = signal.name if signal is not None else "another rank's"
+            mark(run, session.step, name)
+            events.record(run, session.step, "signal", signal=name, dropped=dropped)
+            log.info(
+                "signal %s: step %d %s; start again to go on from step %d",
+                name,
+                session.step + dropped,
+                "is dropped, it would have taken too long" if dropped else "is finished and saved",
+                session.step,
+            )
+        return "interrupted"
+
+    def _tell_hang(self) -> None:
+        events.record(self.config.run.dir, self.session.step, "hang")
+
+    def _evaluate(self, last: bool) -> _HeldOut | None:
         settings, started = self.config.evaluation, time.perf_counter()
         if self.validation is None or not (last or self.session.step % settings.interval == 0):
             return None
-        positions = PositionLoss(self.config.data.seq_length)
+        positions, total, units = PositionLoss(self.config.data.seq_length), 0.0, 0.0
         for index in range(settings.iters):
-            batch = list(self.validation.at(index * self.config.training.global_batch_size))
-            forward_losses(self.session.chunks, batch, positions)
+            if self.interrupt.any_rank():
+                return None
+            batch = self.validation.at(index * self.config.training.global_batch_size)
+            loss, count, _ = forward_losses(self.session.chunks, batch, positions).tolist()
+            total, units = total + loss, units + count
+            self.watchdog.beat()
         positions.reduce(None, self.session.device)
         self._window.seconds["evaluation"] = time.perf_counter() - started
-        return positions
+        return _HeldOut(total / max(units, 1), positions)
 
     def _save(self, last: bool) -> None:
         if not last and self.session.step % self.config.checkpoint.save_interval:
             return
         started = time.perf_counter()
         self.metrics.flush()
-        path = setup.save(self.session)
+        self._tell_saved(setup.save(self.session))
         self._window.seconds["checkpoint"] = time.perf_counter() - started
-        log.info("saved %s in %.1f s", path, self._window.seconds["checkpoint"])
 
-    def _log(self, result: StepResult, validation: PositionLoss | None) -> None:
+    def _tell_saved(self, saved: Saved | None) -> None:
+        """Log how a save ended, if one did.
+
+        Raises:
+            UserError: the last step's failed; whatever `on_save_failure` says, no later save makes up for it.
+        """
+        if saved is None:
+            return
+        if saved.failure is not None:
+            events.record(self.config.run.dir, saved.step, "save_failed", reason=saved.failure)
+            if saved.step == self.config.training.train_iters:
+                raise UserError(saved.failure)
+            return
+        log.info("saved %s in %.1f s, of which training stood still for %.2f s", saved.path, saved.seconds, saved.pause)
+        events.record(self.config.run.dir, saved.step, "save", seconds=saved.seconds, pause=saved.pause)
+
+    def _log(self, result: StepResult, validation: _HeldOut | None) -> None:
         window, config = self._window, self.config
         position_losses: list[float | None] = []
         if config.logging.position_buckets:
@@ -99,40 +220,50 @@ class Trainer:
             consumed_tokens=self.session.consumed_samples * config.data.seq_length,
             seconds=dict(window.seconds),
             gradient_norm=result.gradient_norm,
-            validation_loss=_mean(validation) if validation is not None else None,
+            validation_loss=validation.loss if validation is not None else None,
             position_losses=position_losses,
-            validation_position_losses=validation.means() if validation is not None else [],
+            validation_position_losses=validation.positions.means() if validation is not None else [],
             document_lengths=window.document_lengths,
         )
         self.metrics.log_step(record)
-        self._window = _Window(config.data.seq_length)
+        self._log_health(record)
+        self._window = _Window(config.data.positions)
+
+    def _log_health(self, record: StepRecord) -> None:
+        window = self._window
+        told = "checkpoint" in record.seconds or record.step == self.config.training.train_iters
+        health = self.health.report(
+            record.step, window.steps, record.seconds, window.own, window.useful, window.skipped, told
+        )
+        if health is not None:
+            self.metrics.log_health(record.step, health)
 
     def _batches(self, part: str) -> Batches:
         session = self.session
-        return Batches(session.config, self._samples(part), session.device, session.architecture.widest_window)
-
-    def _samples(self, part: str) -> PackedSamples:
-        data = self.config.data
-        samples = PackedSamples(
-            data.mixture,
-            data.seq_length,
-            self.config.run.seed,
-            data.split,
-            part,
-            separator=data.separator,
-            index_folder=Path(self.config.run.dir) / "index",
-            packing=data.packing,
+        samples: Callable[[], SampleSource] = self._samples(part)
+        if part == "train" and session.guard.left_out.count:
+            samples = partial(remaining, samples, session.guard.left_out)
+        return Batches(
+            session.config,
+            samples,
+            session.device,
+            session.architecture.widest_window,
+            period=session.config.evaluation.iters if part == "validation" else None,
         )
-        if is_main_rank():  # the others read what this one has shuffled
-            samples.prepare(*self._sample_range(part))
+
+    def _samples(self, part: str) -> Callable[[], Samples]:
+        opened = partial(open_samples, self.config, part, self.session.assets, Path(self.config.run.dir) / "index")
+        if is_main_rank():  # the others read what this one has tokenized or shuffled
+            opened().prepare(*self._sample_range(part))
         dist.barrier()
-        return samples
+        return opened
 
     def _sample_range(self, part: str) -> tuple[int, int]:
         training = self.config.training
         if part == "validation":
             return 0, self.config.evaluation.iters * training.global_batch_size
-        return self.session.consumed_samples, training.train_iters * training.global_batch_size
+        last = training.train_iters * training.global_batch_size
+        return self.session.consumed_samples, last + self.session.guard.left_out.count
 
     def _say_what_is_read(self) -> None:
         if not is_main_rank():
@@ -141,6 +272,20 @@ class Trainer:
         for share in self.train.samples.describe(training.train_iters * training.global_batch_size):
             log.info("data: %s", share)
 
+    def _say_how_it_is_read(self) -> None:
+        """Once, when there is something to count."""
+        if not self._told and is_main_rank():
+            log.info("data: %s", self.train.describe())
+        self._told = True
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Held-out loss, averaged as the training loss is, and token by token at each position."""
+
+    loss: float
+    positions: PositionLoss
+
 
 class _Window:
     """What has happened since the last logged step."""
@@ -148,25 +293,28 @@ class _Window:
     def __init__(self, seq_length: int) -> None:
         self.positions = PositionLoss(seq_length)
         self.seconds: dict[str, float] = {}
-        self.tokens = 0
+        self.tokens = self.steps = self.skipped = 0
+        self.own = self.useful = 0.0
         self.document_lengths: list[int] = []
-        self._loss_sum = 0.0
+        self._loss_sum, self._units = 0.0, 0
 
     def add(self, result: StepResult) -> None:
-        self.tokens += result.tokens
-        self.document_lengths += result.document_lengths
-        self._loss_sum += result.loss * result.tokens
+        self.steps += 1
+        self.own += result.own_seconds
+        if result.learnt:
+            self.useful += sum(result.seconds.values())
+            self.tokens += result.tokens
+            self.document_lengths += result.document_lengths
+            self._loss_sum += result.loss * result.units
+            self._units += result.units
+        else:
+            self.skipped += 1
         for name, value in result.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
 
     @property
     def loss(self) -> float:
-        return self._loss_sum / max(self.tokens, 1)
-
-
-def _mean(positions: PositionLoss) -> float:
-    sums, counts = positions.sums_counts()
-    return sum(sums) / max(sum(counts), 1)
+        return self._loss_sum / max(self._units, 1)
 
 
 def make_metrics(session: Session, world_size: int) -> Metrics:

@@ -31,6 +31,7 @@ from megalong.evaluation.buckets import bucket_edges
 from megalong.training.console import RemainingTime, step_line
 from megalong.training.flops import mean_flops_per_token
 from megalong.training.hardware import Peak, device_peak, peak_memory
+from megalong.training.health import Health
 
 LOG = logging.getLogger("megalong")
 FLUSH_SECONDS = 10
@@ -51,7 +52,7 @@ class StepRecord:
             their sum without `checkpoint` and `evaluation` is the step time that rates are worked out from.
         gradient_norm: before clipping; None where it was not computed.
         validation_loss: held-out loss in nats, on steps that evaluated.
-        position_losses: mean training loss per bucket of `bucket_edges(data.seq_length)`; None in an empty bucket.
+        position_losses: mean training loss per bucket of `bucket_edges(data.positions)`; None in an empty bucket.
         validation_position_losses: the same for held-out text.
         document_lengths: of what the writing rank's replica read, for MFU; none: whole samples.
     """
@@ -103,6 +104,7 @@ class Metrics:
         self._config, self._world_size, self._device = config, world_size, device
         self._last_step = start_step
         self._edges = bucket_edges(config.data.seq_length)
+        self._train_edges = bucket_edges(config.data.positions)
         self._architecture = architecture
         self._peak = device_peak(device)
         self._remaining = RemainingTime(config.training.train_iters, clock)
@@ -154,17 +156,32 @@ class Metrics:
             "memory/peak_gib": memory / 2**30,
             "progress/consumed_tokens": record.consumed_tokens,
             **{f"time/{name}": value / (1 if name in OCCASIONAL else steps) for name, value in record.seconds.items()},
-            **self._by_position("loss_by_position", record.position_losses),
-            **self._by_position("validation_loss_by_position", record.validation_position_losses),
+            **self._by_position("loss_by_position", record.position_losses, self._train_edges),
+            **self._by_position("validation_loss_by_position", record.validation_position_losses, self._edges),
         }
         for name, value in scalars.items():
             if value is not None:
                 self._writer.add_scalar(name, value, record.step)
 
-    def _by_position(self, group: str, losses: Sequence[float | None]) -> dict[str, float | None]:
+    def _by_position(self, group: str, losses: Sequence[float | None], edges: Sequence[int]) -> dict[str, float | None]:
         # Plain numbers, not "1K": TensorBoard sorts names by the numbers in them.
-        names = [f"{group}/{low}-{high}" for low, high in pairwise(self._edges)]
+        names = [f"{group}/{low}-{high}" for low, high in pairwise(edges)]
         return dict(zip(names, losses, strict=True)) if losses else {}
+
+    def log_health(self, step: int, health: Health) -> None:
+        """The curves of `health.py`, and how a step's own seconds are spread over the ranks."""
+        if self._writer is None:
+            return
+        for name, value in health.scalars.items():
+            self._writer.add_scalar(f"health/{name}", value, step)
+        self._writer.add_histogram("health/own_step_s_by_rank", torch.tensor(health.own_seconds), step)
+
+    def log_event(self, step: int, kind: str, told: str) -> None:
+        """Mark a step the guard was against: a spike in the curve of its kind, and the words."""
+        if self._writer is not None:
+            self._writer.add_scalar(f"guard/{kind}", 1, step)
+            self._writer.add_text("guard/events", told, step)
+            self._writer.flush()
 
     def flush(self) -> None:
         """Put everything on disk; called with each checkpoint, so that no step before it can be lost."""

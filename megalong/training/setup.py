@@ -10,7 +10,7 @@ folder or of another run's checkpoint, or random ones; step, schedule, optimizer
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,23 @@ from megatron.core import parallel_state
 from megalong.attention.choice import Exchange
 from megalong.attention.transformer_engine import machine_of
 from megalong.checkpoint import folder, store
+from megalong.checkpoint.saver import Saved, Saver, set_aside
 from megalong.config.architecture import Architecture
 from megalong.config.attention_checks import Machine, backend_of, check_fp8_model, check_machine
 from megalong.config.checks import check_model, check_world
+from megalong.config.lora import Lora
 from megalong.config.schema import Config
+from megalong.data.fingerprint import Fingerprint, fingerprint
+from megalong.errors import UserError
+from megalong.hf.adapter import AdapterReader
 from megalong.hf.load import WeightSource, load_into
 from megalong.hf.random_weights import RandomWeights
 from megalong.hf.reader import HFReader
 from megalong.model.build import build_model, unwrap, wrap_for_training
 from megalong.model.config import DTYPES, ModelSettings
+from megalong.model.lora import adapters, random_adapters
 from megalong.runtime import distributed
+from megalong.training.guard import Guard
 from megalong.training.optimizer import build_optimizer, build_scheduler
 from megalong.training.start import Start, exchange_of, find_start
 
@@ -39,7 +46,10 @@ log = logging.getLogger("megalong")
 
 @dataclass
 class Session:
-    """A run that is ready to step."""
+    """A run that is ready to step.
+
+    `data` is what decides the order of its samples, as found at the start; `guard` judges its steps.
+    """
 
     config: Config
     device: torch.device
@@ -50,6 +60,9 @@ class Session:
     step: int
     consumed_samples: int
     assets: Path | None
+    guard: Guard
+    saver: Saver
+    data: Fingerprint = field(default_factory=dict)
 
 
 def layout_of(config: Config, exchange: Exchange) -> distributed.Layout:
@@ -76,7 +89,13 @@ def model_settings(config: Config, exchange: Exchange, machine: Machine) -> Mode
         fp8=config.precision.fp8,
         fp8_recipe=config.precision.fp8_recipe,
         fp8_dot_product_attention=config.precision.fp8_dot_product_attention,
+        lora=lora_of(config),
     )
+
+
+def lora_of(config: Config) -> Lora | None:
+    """What the run's adapters are, None where it trains all weights."""
+    return None if config.lora.rank is None else config.lora.shape
 
 
 def set_up(config: Config, device: torch.device) -> Session:
@@ -88,7 +107,8 @@ def set_up(config: Config, device: torch.device) -> Session:
     machine = machine_of(device)
     check_machine(config, machine)
     check_world(config, dist.get_world_size())
-    start = find_start(config)
+    data = fingerprint(config)
+    start = _undamaged_start(config)
     check_model(config, start.architecture)
     check_fp8_model(config, machine, start.architecture)
     exchange = exchange_of(config, start.architecture)
@@ -102,16 +122,64 @@ def set_up(config: Config, device: torch.device) -> Session:
     optimizer = build_optimizer(config, chunks)
     scheduler = build_scheduler(config, optimizer)
     step = consumed = 0
+    guard = Guard(config.guard)
     if start.resume is not None:
         meta = folder.read_meta(start.resume)
         store.load_training(start.resume, chunks, optimizer, scheduler, meta)
         step, consumed = meta.step, meta.consumed_samples
+        guard = Guard(config.guard, meta.guard)
         log.info("resumed from %s: model, optimizer, schedule and data position of step %d", start.resume, step)
-    return Session(config, device, start.architecture, chunks, optimizer, scheduler, step, consumed, start.assets)
+        if start.changed_data:
+            log.warning(
+                "data.allow_change: samples from %d on are other data's: %s", consumed, "; ".join(start.changed_data)
+            )
+    saver = Saver(Path(config.run.dir), config.checkpoint, config.runtime.timeout_minutes)
+    return Session(
+        config,
+        device,
+        start.architecture,
+        chunks,
+        optimizer,
+        scheduler,
+        step,
+        consumed,
+        start.assets,
+        guard,
+        saver,
+        data,
+    )
+
+
+def _undamaged_start(config: Config) -> Start:
+    """Where the run starts, once every file of that checkpoint has been read against its checksum.
+
+    Damaged ones are told and set aside, so that the run goes on from the newest good one.
+
+    Raises:
+        UserError: there is none.
+    """
+    while True:
+        start = find_start(config)
+        damaged = list(start.damaged)
+        if start.resume is not None and (told := store.damage(start.resume)) is not None:
+            damaged.append((start.resume, f"{start.resume} is damaged: {told}"))
+            if folder.whole_checkpoints(Path(config.run.dir))[0] == start.resume:
+                raise UserError(
+                    f"{damaged[-1][1]}; no checkpoint of this run is good: copy one again, or give another run.dir"
+                )
+        dist.barrier()  # nobody looks for checkpoints while they get other names
+        if not damaged:
+            return start
+        if distributed.is_main_rank():
+            for path, why in damaged:
+                log.warning("%s; it is set aside as %s.damaged, the run goes on from an earlier one", why, path.name)
+                set_aside(path)
+        dist.barrier()
 
 
 def _first_weights(start: Start, config: Config, chunks: list[torch.nn.Module]) -> None:
     """Weights only: everything else about the run is fresh."""
+    _first_adapters(start, config, chunks)
     if start.checkpoint is not None:
         store.load_weights(start.checkpoint, chunks)
         log.info("weights from %s; step, optimizer, schedule and data position start fresh", start.checkpoint)
@@ -126,6 +194,18 @@ def _first_weights(start: Start, config: Config, chunks: list[torch.nn.Module]) 
     log.info("weights from %s; step, optimizer, schedule and data position start fresh", start.hf)
 
 
+def _first_adapters(start: Start, config: Config, chunks: list[torch.nn.Module]) -> None:
+    """Those of `lora.load`, or fresh ones; a checkpoint that has some overwrites them afterwards."""
+    lora = config.lora
+    if lora.rank is None:
+        return
+    source = AdapterReader(Path(lora.load)) if lora.load is not None else random_adapters(config.run.seed)
+    for chunk in map(unwrap, chunks):
+        for adapter in adapters(chunk):
+            adapter.fill(source)
+    log.info("adapters: %s; %s", lora, f"from {lora.load}" if lora.load else "fresh")
+
+
 def _fill(chunks: list[torch.nn.Module], source: WeightSource, architecture: Architecture) -> None:
     for chunk in chunks:
         load_into(
@@ -138,23 +218,21 @@ def _fill(chunks: list[torch.nn.Module], source: WeightSource, architecture: Arc
         )
 
 
-def save(session: Session) -> Path:
-    """Write a checkpoint of the session's step and drop the oldest beyond `checkpoint.keep_last`."""
+def save(session: Session) -> Saved | None:
+    """Begin a checkpoint of the session's step; how the save before ended, if it was still under way (see Saver)."""
     config = session.config
-    run = Path(config.run.dir)
-    path = folder.step_folder(run, session.step)
     meta = folder.Meta(
         step=session.step,
         consumed_samples=session.consumed_samples,
         architecture=session.architecture,
         layout=store.current_layout(),
+        lora=lora_of(config),
         optimizer=config.checkpoint.optimizer,
         versions=store.versions(),
+        data=session.data,
+        guard=session.guard.state(),
     )
     for chunk in session.chunks:
         # With overlap_param_gather the weights of the last step may still lie scattered.
         chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
-    store.save_training(path, session.chunks, session.optimizer, session.scheduler, meta, session.assets)
-    if distributed.is_main_rank():
-        folder.remove_old(run, config.checkpoint.keep_last)
-    return path
+    return session.saver.save(session.chunks, session.optimizer, session.scheduler, meta, session.assets)

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalong.attention.choice import Exchange, choose_exchange
-from megalong.checkpoint.folder import ASSETS, find_checkpoint, read_meta, whole_checkpoints
+from megalong.checkpoint.folder import ASSETS, find_checkpoint, newest_good, read_meta
 from megalong.config.architecture import Architecture
 from megalong.config.attention_checks import ENGINE
+from megalong.config.lora import Lora
 from megalong.config.schema import Config
+from megalong.data.fingerprint import changes, fingerprint
 from megalong.errors import UserError
+from megalong.hf.adapter import check_adapter
 from megalong.hf.config import read_architecture
 
 # What must be equal for a checkpoint's tensors to fit a model; rope, lengths and windows may change between runs.
@@ -36,6 +39,8 @@ class Start:
     Attributes:
         architecture: the model to build, with `model.rope` and `attention`'s window applied.
         assets: folder with the tokenizer and its kin, passed on from checkpoint to checkpoint.
+        damaged: newer checkpoints of this run than `resume` that are damaged, with what is wrong.
+        changed_data: what `data.allow_change` let through: how the data differs from what was trained on so far.
     """
 
     architecture: Architecture
@@ -43,6 +48,8 @@ class Start:
     checkpoint: Path | None = None
     hf: Path | None = None
     assets: Path | None = None
+    changed_data: tuple[str, ...] = ()
+    damaged: tuple[tuple[Path, str], ...] = ()
 
 
 def find_start(config: Config) -> Start:
@@ -50,15 +57,26 @@ def find_start(config: Config) -> Start:
 
     Raises:
         UserError: a folder is missing or damaged, or the run folder's checkpoint has another shape than the model
-            the configuration names.
+            the configuration names, or was trained on other data.
     """
     run = Path(config.run.dir)
-    own = whole_checkpoints(run)
-    if not own:
+    own, damaged = newest_good(run)
+    check_adapter(config.lora)
+    if own is None:
         return _first_start(config)
-    meta = read_meta(own[-1])
-    _check_same_model(config, meta.architecture, own[-1])
-    return Start(meta.architecture, resume=own[-1], assets=_assets(own[-1]))
+    meta = read_meta(own)
+    _check_same_model(config, meta.architecture, own)
+    _check_same_adapters(config, meta.lora, own)
+    changed = changes(meta.data, fingerprint(config))
+    if changed and not config.data.allow_change:
+        raise UserError(
+            f"run.dir {config.run.dir} was trained on other data up to step {meta.step}: {'; '.join(changed)}; sample "
+            f"{meta.consumed_samples} would not be the one that comes next: put it back, start a new run.dir with "
+            f"model.load: {{checkpoint: {config.run.dir}}}, or write data.allow_change: true"
+        )
+    return Start(
+        meta.architecture, resume=own, assets=_assets(own), changed_data=tuple(changed), damaged=tuple(damaged)
+    )
 
 
 def as_configured(config: Config, architecture: Architecture) -> Architecture:
@@ -81,7 +99,12 @@ def _first_start(config: Config) -> Start:
         return Start(as_configured(config, read_architecture(folder)), hf=folder, assets=folder)
     assert load.checkpoint is not None
     checkpoint = find_checkpoint(load.checkpoint)
-    architecture = as_configured(config, read_meta(checkpoint).architecture)
+    meta = read_meta(checkpoint)
+    architecture = as_configured(config, meta.architecture)
+    if meta.lora is not None:
+        _check_same_adapters(config, meta.lora, checkpoint)
+        if config.lora.load is not None:
+            raise UserError(f"lora.load {config.lora.load}: {checkpoint} has adapters of its own; drop one of them")
     return Start(architecture, checkpoint=checkpoint, assets=_assets(checkpoint))
 
 
@@ -115,6 +138,17 @@ def _check_same_model(config: Config, found: Architecture, checkpoint: Path) -> 
             f"run.dir {config.run.dir} was trained with {_windows(found)}, the configuration says {_windows(wanted)}; "
             f"write that window under attention, or start a new run.dir with model.load: "
             f"{{checkpoint: {config.run.dir}}}"
+        )
+
+
+def _check_same_adapters(config: Config, found: Lora | None, checkpoint: Path) -> None:
+    """Refuse adapters of another shape than the configuration's, and to lose or double those there are."""
+    wanted = config.lora.shape if config.lora.rank is not None else None
+    if wanted != found:
+        raise UserError(
+            f"lora: {checkpoint} has {found or 'no adapters'}, the configuration says {wanted or 'no adapters'}; write "
+            f"the same, or start another run.dir from what `megalong checkpoint export --checkpoint {checkpoint}` "
+            "merges"
         )
 
 

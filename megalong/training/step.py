@@ -1,22 +1,35 @@
-"""One training step: gradients of a global batch, clipped, applied.
+"""One training step: gradients of a global batch, judged, clipped, applied.
 
-losses (sum, count) ──schedule──▶ gradients / global valid tokens ──▶ clip by the global norm ──▶ AdamW ──▶ next LR
+losses (sum, count) ──schedule──▶ gradients / global count ──▶ norm ──▶ guard ──▶ clip ──▶ AdamW ──▶ next LR
+
+Nothing changes before the guard has judged, on every rank alike: a step that is not to be learnt from leaves weights
+and optimizer as they were. Between judging and applying ranks also tell each other of signals.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
 
+from megalong.config.guard import Guard as GuardSettings
 from megalong.evaluation.buckets import PositionLoss
 from megalong.evaluation.forward import adding_to
 from megalong.model.batch import MicroBatch
+from megalong.model.fp8 import forget_step
 from megalong.model.schedule import reduce_losses, run_microbatches
+from megalong.runtime import signals
+from megalong.runtime.distributed import from_all_ranks, replica_of
+from megalong.runtime.random_states import random_states, restore
 from megalong.training.batches import Batches
+from megalong.training.guard import Event, Guard, Report
+from megalong.training.health import StepClock
+from megalong.training.interrupt import Interrupt, StepDropped
+from megalong.training.replay import compare
 
 
 @dataclass(frozen=True)
@@ -24,12 +37,17 @@ class StepResult:
     """What a step did, the same on every rank.
 
     Attributes:
-        loss: mean over the valid tokens of the global batch, nats per token.
+        loss: mean over the valid tokens of the global batch, nats per token; with `sft.loss_average: conversations` the
+            mean of their conversations' means.
+        units: what that mean is over: tokens, or conversations.
         tokens: valid tokens of the global batch.
         gradient_norm: before clipping.
         learning_rate: the one applied.
         seconds: wall time of data, forward_backward and optimizer on this rank.
         document_lengths: of what this rank's replica read; whole samples where documents see each other.
+        event: what the guard has against this step; None: nothing.
+        signalled: a rank has a signal to save and leave.
+        own_seconds: this rank's, until ranks add up over replicas (health.py).
     """
 
     loss: float
@@ -38,43 +56,87 @@ class StepResult:
     learning_rate: float
     seconds: dict[str, float]
     document_lengths: tuple[int, ...] = ()
+    units: int = 0
+    event: Event | None = None
+    signalled: bool = False
+    own_seconds: float = 0.0
+
+    @property
+    def learnt(self) -> bool:
+        """Whether the weights have learnt from it."""
+        return self.event is None or self.event.learnt
 
 
 class TrainStep:
     """Runs steps on one model, optimizer and schedule."""
 
-    def __init__(self, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> None:
+    def __init__(
+        self,
+        chunks: list[torch.nn.Module],
+        optimizer: Any,
+        scheduler: Any,
+        guard: Guard | None = None,
+        interrupt: Interrupt | None = None,
+    ) -> None:
+        """`guard`: one with default settings unless given. `interrupt`: lets a step be dropped when a signal came."""
         self.chunks, self.optimizer, self.scheduler = chunks, optimizer, scheduler
+        self.guard, self.interrupt = guard or Guard(GuardSettings()), interrupt
+        self._own_norm = torch.zeros(())
+        self.clock = StepClock()
         # Megatron-Core's schedule calls these at the places where gradients are complete.
         config: Any = chunks[0].config
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = self._finalize
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
 
-    def run(self, batches: Batches, consumed_samples: int, positions: PositionLoss | None = None) -> StepResult:
-        """Train on the global batch that starts at sample `consumed_samples`.
+    def run(
+        self, batches: Batches, consumed_samples: int, positions: PositionLoss | None = None, number: int = 0
+    ) -> StepResult:
+        """Train on the global batch that starts at sample `consumed_samples`, unless the guard is against it.
 
         Args:
-            positions: collects losses by position on the last pipeline stage.
+            positions: collects losses by position on the last pipeline stage, of steps that are learnt from.
+            number: of this step, from 1.
+
+        Raises:
+            StepDropped: a signal came and the step would take too long; weights, optimizer and random states are those
+                before it.
         """
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()  # type: ignore[operator]
-        self.optimizer.zero_grad()
         started = time.perf_counter()
-        micro_batches = list(batches.at(consumed_samples))
+        self.clock.start()
+        if self.interrupt is not None:
+            self.interrupt.step_begins()
+        states = random_states()
+        micro_batches = batches.at(consumed_samples)
         loaded = time.perf_counter()
-        total = self._gradients(micro_batches, positions)
-        loss_sum, tokens = reduce_losses(total).tolist()
-        computed = time.perf_counter()
+        self.clock.compute()
+        found = PositionLoss(positions.edges[-1]) if positions is not None else None
+        try:
+            told = self._compute(self._watched(micro_batches), found)
+        except StepDropped:
+            restore(states)
+            for chunk in self.chunks:
+                forget_step(chunk)
+            raise
+        computed, own_seconds = time.perf_counter(), self.clock.seconds
+        if self.interrupt is not None:
+            self.interrupt.step_took(max(told.seconds))
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        _, norm, _ = self.optimizer.step()
+        event = self.guard.judge(told.report(number))
+        if event is not None:
+            event = replace(event, samples=batches.places(consumed_samples, map(replica_of, event.ranks)))
+            if self.guard.settings.replay:
+                event = replace(event, replay=self._replayed(told, micro_batches, states))
+        if event is None or event.learnt:
+            self._apply(told.norms[0])
+            if positions is not None and found is not None:
+                positions.merge(found)
         self.scheduler.step(1)
         stepped = time.perf_counter()
         return StepResult(
-            loss=loss_sum / max(tokens, 1.0),
-            tokens=round(tokens),
-            gradient_norm=float(norm),
+            loss=told.losses[0],
+            tokens=round(told.tokens),
+            gradient_norm=told.norms[0],
             learning_rate=learning_rate,
             seconds={
                 "data": loaded - started,
@@ -82,8 +144,82 @@ class TrainStep:
                 "optimizer": stepped - computed,
             },
             document_lengths=tuple(length for batch in micro_batches for length in batch.document_lengths),
+            units=round(told.units),
+            event=event,
+            signalled=any(told.signals),
+            own_seconds=own_seconds,
         )
 
-    def _gradients(self, micro_batches: list[MicroBatch], positions: PositionLoss | None) -> torch.Tensor:
+    def _watched(self, micro_batches: list[MicroBatch]) -> Sequence[MicroBatch]:
+        return micro_batches if self.interrupt is None else self.interrupt.before_each(micro_batches)
+
+    def _compute(self, micro_batches: Sequence[MicroBatch], positions: PositionLoss | None) -> _Told:
+        """Gradients of the global batch, ready to be applied, and what all ranks say of them."""
+        started = time.perf_counter()
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        self.optimizer.zero_grad()
+        total = self._gradients(micro_batches, positions)
+        loss_sum, units, tokens = reduce_losses(total).tolist()
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        own_loss, own_norm = float(total[0]), float(self._own_norm)
+        signal, seconds = float(signals.received() is not None), time.perf_counter() - started
+        mine = [loss_sum / max(units, 1.0), norm, own_loss, own_norm, signal, seconds]
+        return _Told(units, tokens, *zip(*from_all_ranks(mine), strict=True))
+
+    def _gradients(self, micro_batches: Sequence[MicroBatch], positions: PositionLoss | None) -> torch.Tensor:
         observe = adding_to(positions) if positions is not None else None
         return run_microbatches(self.chunks, micro_batches, observe=observe)
+
+    def _finalize(self, *arguments: Any, **options: Any) -> None:
+        """Megatron-Core's, after a look at what this rank has before it is added up over replicas.
+
+        With overlap_grad_reduce some of it has been added up by then.
+        """
+        self.clock.stop()
+        own = [torch.linalg.vector_norm(buffer.grad_data) for chunk in self.chunks for buffer in _buffers(chunk)]
+        self._own_norm = torch.linalg.vector_norm(torch.stack(own).float())
+        finalize_model_grads(*arguments, **options)
+
+    def _apply(self, norm: float) -> None:
+        """Clip and update; gradients are prepared and measured already, and need not be again."""
+        optimizer = self.optimizer
+        optimizer.prepare_grads, optimizer.get_grad_norm = (lambda: False), (lambda: norm)
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.prepare_grads, optimizer.get_grad_norm
+
+    def _replayed(self, told: _Told, micro_batches: list[MicroBatch], states: dict[str, Any]) -> str:
+        after = random_states()
+        restore(states)
+        again = self._compute(micro_batches, None)
+        restore(after)
+        return compare(told.own, again.own)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What ranks say of a step, one number each, by rank; `units` and `tokens` are the same everywhere."""
+
+    units: float
+    tokens: float
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+    own_losses: tuple[float, ...]
+    own_norms: tuple[float, ...]
+    signals: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    @property
+    def own(self) -> list[tuple[float, float]]:
+        return list(zip(self.own_losses, self.own_norms, strict=True))
+
+    def report(self, number: int) -> Report:
+        return Report(number, self.losses, self.norms, self.own_losses, self.own_norms)
+
+
+def _buffers(chunk: Any) -> list[Any]:
+    return [*chunk.buffers, *chunk.expert_parallel_buffers]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megalong.checkpoint.folder import META, find_checkpoint, read_meta
+from megalong.checkpoint.folder import META, SEAL, find_checkpoint, read_meta, verify
 from megalong.errors import UserError
 from tests.llama import make_llama
 
@@ -69,6 +71,21 @@ def test_damage_within_a_file_is_one_line_too(whole: Path, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_one_from_before_checksums_is_a_note_and_its_damage_an_error(whole: Path, tmp_path: Path) -> None:
+    step = shutil.copytree(find_checkpoint(whole), tmp_path / "step")
+    values = json.loads((step / META).read_text())
+    del values["checksums"]
+    (step / META).write_text(json.dumps(values))
+    (step / SEAL).unlink()
+    done = shell(f"{MEGALONG} checkpoint verify {step}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no checksums, an earlier version wrote it" in done.stdout
+    cut(step, "__0_0.distcp")
+    done = shell(f"{MEGALONG} checkpoint verify {step}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "__0_0.distcp has 40 bytes" in done.stderr
+
+
 @pytest.mark.parametrize("kilobytes", [1, 100])
 def test_a_full_disk_is_one_line_and_leaves_nothing(kilobytes: int, whole: Path, tmp_path: Path) -> None:
     """No file may grow beyond a limit, which the writers meet as they would meet a full disk."""
@@ -77,4 +94,40 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(kilobytes: int, whole: Path,
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "could not be written" in done.stderr.splitlines()[-1]
-    assert not list((tmp_path / "new" / "checkpoints").iterdir())
+    assert not list(tmp_path.glob("new/checkpoints/*"))
+
+
+def test_every_flipped_byte_cut_and_missing_file_is_found(whole: Path, tmp_path: Path) -> None:
+    """Five trials per file: one byte changed anywhere; then a cut, then the file gone."""
+    step = shutil.copytree(find_checkpoint(whole), tmp_path / "step")
+    assert verify(step) == []
+    generator = random.Random(1)
+    for path in sorted(one for one in step.rglob("*") if one.is_file()):
+        content = path.read_bytes()
+        # Every byte of the seal, of which the line's end is one that another white space might stand for.
+        places = range(len(content)) if path.name == SEAL else [generator.randrange(len(content)) for _ in range(5)]
+        for at in places:
+            changed = 9 ^ 10 ^ content[at] if path.name == SEAL else content[at] ^ generator.randrange(1, 256)
+            path.write_bytes(content[:at] + bytes([changed]) + content[at + 1 :])
+            assert len(verify(step)) == 1, (path, at, changed)
+        path.write_bytes(content[: len(content) // 2])
+        assert len(verify(step)) == 1, path
+        path.unlink()
+        assert len(verify(step)) == 1, path
+        path.write_bytes(content)
+    assert verify(step) == []
+
+
+def test_garbage_of_the_same_size_is_refused_by_name_and_by_verify(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    # The one pickle that every version of Megatron-Core writes.
+    pickled = find_checkpoint(tmp_path / "run") / ".metadata"
+    pickled.write_bytes(b"\x93" * pickled.stat().st_size)
+    for command in (
+        f"export-hf --checkpoint {tmp_path / 'run'} --output {tmp_path / 'out'}",
+        f"checkpoint verify {tmp_path / 'run'}",
+    ):
+        done = shell(f"{MEGALONG} {command}")
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert f"{pickled.parent} is damaged: .metadata has checksum" in done.stderr.splitlines()[-1]

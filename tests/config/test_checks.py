@@ -23,12 +23,15 @@ SHAPE = {
     "rope": RopeSettings(rope_theta=10000.0),
 }
 
+POSE = "data.pose.target_length=8192"
 INTERLEAVED = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["runtime.watchdog_minutes=60"], "runtime.watchdog_minutes 60 is not below runtime.timeout_minutes 60"),
+        (["guard.replay=true", "precision.fp8=hybrid"], "guard.replay true with precision.fp8_recipe delayed"),
         (["optimizer.warmup_iters=10"], "optimizer.warmup_iters 10 must be below training.train_iters 10"),
         (["training.micro_batch_size=3"], "global_batch_size 8 is not a multiple of training.micro_batch_size 3"),
         (["parallel.sequence_parallel=true"], "sequence_parallel needs parallel.tensor_model_parallel_size above 1"),
@@ -38,6 +41,10 @@ INTERLEAVED = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipe
         ([*INTERLEAVED, "parallel.overlap_p2p_comm=false"], "batched sends pair wrongly"),
         (["parallel.overlap_p2p_comm=true"], "needs an interleaved pipeline"),
         (["parallel.overlap_param_gather=true"], "overlap_grad_reduce: true"),
+        ([POSE, "task=sft", "sft.sources=[{name: a, path: b}]"], "data.pose is not read by task sft"),
+        (["data.pose.target_length=4096"], "pose.target_length 4096 is not above data.seq_length 4096"),
+        ([POSE, "data.pose.chunks=9", "data.seq_length=8"], "pose.chunks 9 is above data.seq_length 8"),
+        ([POSE, "data.pose.chunks=1"], "data.pose.chunks: 1 is out of range; it must be >= 2"),
     ],
 )
 def test_rules_of_the_configuration_alone(load, overrides, message):

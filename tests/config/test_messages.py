@@ -7,6 +7,8 @@ import pytest
 from megalong.config.load import load_config
 from megalong.errors import UserError
 
+MADE_UP = "data.mixture=[{{name: a, path: p, weight: 1, synthetic: {{{}}}}}]"
+
 # override -> what the message must say, after "command line: "
 WRONG = {
     "training.train_iter=3": "training.train_iter: unknown key; did you mean train_iters?",
@@ -16,6 +18,8 @@ WRONG = {
     "data.mixture=[{name: a, path: p, wieght: 1}]": "data.mixture[0].wieght: unknown key; did you mean weight?",
     "data.mixture=[{name: a, path: p}]": "data.mixture[0].weight: is missing",
     "data.mixture=[{name: a, path: p, weight: 0}]": "data.mixture[0].weight: 0 is out of range; it must be > 0",
+    MADE_UP.format("task: neddle"): "data.mixture[0].synthetic.task: 'neddle' is not one of 'needle', 'multi_key', "
+    "'variable_tracking', 'word_count' or 'related'; did you mean needle?",
     "data.mixture=[]": "data.mixture: is an empty list",
     "data.mixture=books": "data.mixture: 'books' is not a list",
     "data.mixture=[books]": "data.mixture[0]: 'books' is not a section",
@@ -69,6 +73,10 @@ CONTRADICTIONS = {
     "model.load={hf: a, checkpoint: b}": "give exactly one source",
     "model.load=": "nothing to start from",
     "data.mixture=[{name: a, path: p, weight: 1}, {name: a, path: q, weight: 1}]": "mixture names a twice",
+    MADE_UP.format("task: needle, needles: 4"): "needles is not read by task needle: write task: multi_key, or leave",
+    MADE_UP.format("task: related, loss: answer"): "loss answer with task related, which has no answers",
+    MADE_UP.format("task: related, min_length: 9"): "min_length is not read by task related",
+    MADE_UP.format("task: needle, min_length: 4097"): "synthetic.min_length 4097 is above data.seq_length 4096",
     "data.split=a": 'split "a" must be two numbers',
     "data.split=98,1,1": 'split "98,1,1" must be two numbers',
     "data.split=0,1": 'split "0,1" needs a positive share for training',

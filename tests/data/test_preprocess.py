@@ -161,7 +161,8 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(
     tmp_path: Path, tokenizer_folder: Path, sent: signal.Signals
 ) -> None:
     corpus = tmp_path / "big.jsonl"
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE) * 60)
+    # Seconds of work for each of two cores: a run that ends before it is killed would show nothing.
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE) * 240)
     for wait in (0.0, 0.1, 0.3):
         output = tmp_path / f"out{wait}"
         process = subprocess.Popen(command(corpus, output, tokenizer_folder, "tokenizers"), stderr=subprocess.DEVNULL)

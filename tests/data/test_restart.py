@@ -16,6 +16,7 @@ import pytest
 
 from megalong.data import assemble, part_files, run_parts, sources, tokenize_part
 from megalong.data.indexed import IndexedDataset
+from megalong.data.indexed_writer import IndexedDatasetWriter
 from megalong.data.preprocess import preprocess
 from megalong.errors import UserError
 from tests.data.conftest import PROSE
@@ -57,6 +58,13 @@ def contents(output: Path) -> dict[str, bytes]:
     return found
 
 
+def assert_same(found: dict[str, bytes], expected: dict[str, bytes], which: str) -> None:
+    """Told by name: pytest would take minutes to show how megabytes differ."""
+    assert found.keys() == expected.keys(), which
+    differ = [name for name in expected if found[name] != expected[name]]
+    assert not differ, which
+
+
 def kill_and_finish(folder: Path, big: Path, tokenizer: Path, trials: int, options: str) -> None:
     settle = 100_000
     unbroken = run_in_process(big, folder / "unbroken", tokenizer, settle, options)
@@ -84,7 +92,7 @@ def kill_and_finish(folder: Path, big: Path, tokenizer: Path, trials: int, optio
             kept += any(parts.rglob("*.json"))
         last = run_in_process(big, output, tokenizer, settle, options)
         assert last.wait(120) == 0, last.stderr and last.stderr.read()
-        assert contents(output) == expected, f"trial {trial} of seed {seed}"
+        assert_same(contents(output), expected, f"trial {trial} of seed {seed}")
         assert not parts.exists()
     assert kept, "no run was killed between its first and its last part: the trials show nothing"
 
@@ -149,6 +157,41 @@ def test_finished_parts_are_kept_and_said_to_be(
     numbers = [int(number) for number in made.read_text().split()]
     assert min(numbers) >= stopped
     assert max(numbers) == len(sources.cut_into_parts(sources.find_files([str(big)]), PART)) - 1
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("published", [1, 2])
+def test_killed_while_publishing_and_again_before_anything_was_settled(
+    tmp_path: Path, big: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, published: int
+) -> None:
+    """The journal of the first run speaks of datasets that it moved away; no later run may believe it."""
+
+    def run(name: str) -> dict[str, bytes]:
+        options = {"workers": 1, "on_error": "skip", "separator": "<s>"}
+        preprocess([str(big)], str(tmp_path / name), str(tokenizer_folder), ("text", "title"), **options)  # type: ignore[arg-type]
+        return contents(tmp_path / name)
+
+    expected = run("whole")
+    finish = IndexedDatasetWriter.finish
+    calls = []
+
+    def killed(self: IndexedDatasetWriter, sidecar: dict[str, object]) -> None:
+        if len(calls) == published:
+            raise UserError("killed")
+        calls.append(finish(self, sidecar))
+        if len(calls) == 2:
+            raise UserError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexedDatasetWriter, "finish", killed)
+        with pytest.raises(UserError, match="killed"):
+            run("out")
+    with monkeypatch.context() as patch:
+        patch.setattr(assemble, "SETTLE_BYTES", 1 << 40)
+        stop_after(patch, 3)
+        with pytest.raises(UserError, match="on purpose"):
+            run("out")
+    assert_same(run("out"), expected, "started for the third time")
 
 
 @pytest.mark.usefixtures("small_parts")

@@ -24,3 +24,21 @@ def position_means(hf: Path, data: Path, seq_length: int, samples: int) -> list[
         return measure_losses(source, packed, samples, device).means()
     finally:
         distributed.clear_layout()
+
+
+def continuations(
+    hf: Path | None, jobs: list[tuple[list[int], int, int]], checkpoint: Path | None = None
+) -> list[list[int]]:
+    """Greedy continuations by a Hugging Face folder or a checkpoint; a job is (prompt, new tokens, prefill chunk)."""
+    distributed.start(torch.device("cpu"))
+    from megalong.evaluation.generate import new_tokens
+    from megalong.evaluation.measure import load_model
+    from megalong.evaluation.source import find_model
+    from megalong.model.build import unwrap
+
+    distributed.set_layout(distributed.Layout())
+    try:
+        model = unwrap(load_model(find_model(checkpoint, hf))[0])
+        return [list(new_tokens(model, ids, count, prefill_chunk=chunk)) for ids, count, chunk in jobs]
+    finally:
+        distributed.clear_layout()

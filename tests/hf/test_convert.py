@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from megalong.checkpoint.folder import META, read_meta
+from megalong.checkpoint.folder import read_meta, write_meta
 from megalong.cli import main
 from megalong.config.rope import RopeSettings
 from tests.hf.conftest import MakeLlama, write_llama
@@ -120,7 +120,7 @@ def test_an_extended_model_exports_what_it_was_trained_to(
     extended = meta.architecture.with_rope(
         RopeSettings(type="yarn", factor=16.0, beta_fast=4.0, original_max_position_embeddings=128)
     )
-    (step / META).write_text(meta.model_copy(update={"architecture": extended}).model_dump_json())
+    write_meta(step, meta.model_copy(update={"architecture": extended, "checksums": {}}))
     pool.run(1, "tests.hf.workers:convert", [(None, str(step), str(tmp_path / "long"))], "bfloat16")
     config = json.loads((tmp_path / "long" / "config.json").read_text())
     assert config["max_position_embeddings"] == 2048

@@ -70,6 +70,19 @@ def test_scales_change_only_between_steps_and_only_while_learning() -> None:
     assert scaling.scales.tolist() == [224, 64, 1]
 
 
+def test_a_dropped_step_leaves_the_scales_as_they_were() -> None:
+    from megalong.attention.fp8 import FORMATS
+    from megalong.model.fp8 import DelayedScaling
+
+    scaling = DelayedScaling(FORMATS["hybrid"], None)
+    for largest, dropped in ((3.0, False), (700.0, True)):
+        scaling.scale(0, torch.tensor([largest]), FORMATS["hybrid"].forward)
+        if dropped:
+            scaling.forget()
+        scaling.refresh()
+    assert scaling.scales[0] == torch.finfo(FORMATS["hybrid"].forward).max / 3
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_delayed_scales_are_those_of_one_process(sequence_parallel: bool, pool: WorkerPool) -> None:
     """Two tensor-parallel ranks hold halves of the weights, and end with the scales and results of the whole."""

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megalong.attention.layout import TokenLayout, tokens_of
-from megalong.checkpoint.folder import META, find_checkpoint, read_meta
+from megalong.checkpoint.folder import find_checkpoint, read_meta, write_meta
 from tests.llama import VOCABULARY, make_llama
 from tests.pool import WorkerPool
 
@@ -148,7 +148,7 @@ def test_a_llama_trained_in_windows_leaves_as_what_has_them(
     step = find_checkpoint(checkpoint)
     meta = read_meta(step)
     trained = meta.model_copy(update={"architecture": meta.architecture.with_window(5, frequency)})
-    (step / META).write_text(trained.model_dump_json())
+    write_meta(step, trained)
     pool.run(1, "tests.hf.workers:convert", [(None, str(checkpoint), str(output))])
     tokens, positions = np.random.default_rng(5).integers(0, VOCABULARY, (2, SEQUENCE)), list(range(SEQUENCE))
     window = (5, frequency)

@@ -172,6 +172,21 @@ class _Watch(TorchDispatchMode):
         return out
 
 
+def given_shard(context_rank: int) -> list[np.ndarray]:
+    """Tokens, positions and loss mask of one of two context-parallel ranks; the first row skips 100 positions."""
+    distributed.start(torch.device("cpu"))
+    from megalong.attention.layout import TokenLayout
+    from megalong.model.batch import shard_samples
+
+    samples = torch.arange(9).repeat(2, 1)
+    positions = torch.arange(8).repeat(2, 1)
+    positions[0, 4:] += 100
+    targets = torch.zeros(2, 9, dtype=torch.bool)
+    targets[0, 3:5] = targets[1, 8] = True
+    batch = shard_samples(samples, TokenLayout(2, "zigzag"), context_rank, positions=positions, targets=targets)
+    return [batch.tokens.numpy(), batch.positions.numpy(), batch.loss_mask.numpy()]
+
+
 def padded_shard(tokens: int, ranks: int) -> dict[str, Any]:
     """Every rank's share of one masked sample of `tokens` tokens, and how often its angles were computed."""
     distributed.start(torch.device("cpu"))

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 
 from megalong.runtime import distributed
@@ -55,30 +55,27 @@ def dropped_embedding_reduce() -> Iterator[None]:
 @contextmanager
 def swapped_zigzag_chunks() -> Iterator[None]:
     """One context-parallel rank reads its late chunk first; tokens, labels and positions still agree."""
-    from megalong.attention.layout import TokenLayout, tokens_of
-    from megalong.model import batch
+    from megalong.training import batches
 
-    late_first = TokenLayout(2).runs(64, np.zeros(1, np.int64))[0]
+    right = batches.batch_of
 
-    def wrong(runs: np.ndarray) -> np.ndarray:
-        tokens = tokens_of(runs)
-        return np.roll(tokens, len(tokens) // 2) if np.array_equal(runs, late_first) else tokens
+    def wrong(rows: Any, share: Any, plan: Any, own: Any) -> Any:
+        made = right(rows, share, plan, own)
+        if share.context_rank != 0:
+            return made
+        return made._with(lambda tensor: tensor.roll(tensor.shape[1] // 2, 1))
 
-    with patch.object(batch, "tokens_of", wrong):
+    with patch.object(batches, "batch_of", wrong):
         yield
 
 
 @contextmanager
 def zigzag_of_another_rank() -> Iterator[None]:
     """Every context-parallel rank reads rank 0's chunks."""
-    from megalong.model import batch
+    from megalong.training import batches
 
-    right = batch.shard_samples
-
-    def wrong(samples: Any, layout: Any, context_rank: int, *others: Any) -> Any:
-        return right(samples, layout, 0, *others)
-
-    with patch("megalong.training.batches.shard_samples", wrong):
+    right = batches.share_of
+    with patch.object(batches, "share_of", lambda config, context_rank, window: right(config, 0, window)):
         yield
 
 
@@ -186,7 +183,7 @@ def same_samples_on_every_replica() -> Iterator[None]:
 
     def wrong(self: Batches, *arguments: Any) -> None:
         right(self, *arguments)
-        self._replica = 0
+        self._order = replace(self._order, replica=0)
 
     with patch.object(Batches, "__init__", wrong):
         yield

@@ -44,8 +44,8 @@ def rank_gradients(settings: dict[str, Any]) -> tuple[list[Slice], float]:
         step = TrainStep(session.chunks, session.optimizer, session.scheduler)
         for chunk in session.chunks:
             chunk.zero_grad_buffer()
-        batches = Batches(session.config, samples_of(session.config), session.device)
-        step._gradients(list(batches.at(0)), None)
+        batches = Batches(session.config, lambda: samples_of(session.config), session.device)
+        step._gradients(batches.at(0), None)
         slices, padding = [], 0.0
         for chunk in map(unwrap, session.chunks):
             for name, parameter in chunk.named_parameters():
@@ -91,3 +91,37 @@ def plain_gradients(hf: Path, batch: torch.Tensor) -> dict[str, np.ndarray]:
     model = plain_llama(hf)
     plain_loss(model, batch).backward()
     return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+
+
+def adapter_gradients(settings: dict[str, Any]) -> list[Slice]:
+    """This rank's gradients of the adapters for the first global batch; all that has a gradient is among them."""
+    with _session(settings) as session:
+        from megatron.core import parallel_state
+
+        from megalong.hf.adapter import tensor_names
+        from megalong.model.build import unwrap
+        from megalong.model.lora import adapters
+        from megalong.training.batches import Batches
+        from megalong.training.step import TrainStep
+
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        step = TrainStep(session.chunks, session.optimizer, session.scheduler)
+        for chunk in session.chunks:
+            chunk.zero_grad_buffer()
+        batches = Batches(session.config, lambda: samples_of(session.config), session.device)
+        step._gradients(batches.at(0), None)
+        slices, found = [], 0
+        for adapter in (one for chunk in session.chunks for one in adapters(unwrap(chunk))):
+            for name, parameter, cut in zip(
+                tensor_names(adapter.module),
+                (adapter.a, adapter.b),
+                (adapter.columns, not adapter.columns),
+                strict=True,
+            ):
+                dim = int(name.endswith("lora_A.weight"))
+                start = rank * parameter.shape[dim] if cut else 0
+                slices.append(Slice(name, dim, start, parameter.main_grad.numpy().copy()))
+                found += 1
+        learning = [p for chunk in session.chunks for p in chunk.parameters() if p.requires_grad]
+        assert len(learning) == found
+        return slices

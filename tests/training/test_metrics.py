@@ -126,6 +126,15 @@ def test_times_are_per_step_whatever_the_log_interval(open_metrics, tmp_path):
     assert events.Scalars("time/checkpoint")[0].value == pytest.approx(5.0)
 
 
+def test_what_the_guard_did_is_in_the_curves(open_metrics, tmp_path):
+    metrics = open_metrics()
+    metrics.log_event(7, "skip", "loss nan")
+    metrics.close()
+    events = curves(tmp_path)
+    assert [event.step for event in events.Scalars("guard/skip")] == [7]
+    assert b"loss nan" in events.Tensors("guard/events/text_summary")[0].tensor_proto.string_val[0]
+
+
 def test_the_resolved_config_is_kept_as_text(open_metrics, tmp_path):
     open_metrics().close()
     events = curves(tmp_path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -23,7 +25,7 @@ def train_steps(settings: dict[str, Any], steps: int, device: str = "cpu") -> di
         samples = PackedSamples(
             data.mixture, data.seq_length, config.run.seed, data.split, "train", packing=data.packing
         )
-        batches = Batches(config, samples, session.device)
+        batches = Batches(config, lambda: samples, session.device)
         step = TrainStep(session.chunks, session.optimizer, session.scheduler)
         size = config.training.global_batch_size
         results = [step.run(batches, index * size) for index in range(steps)]
@@ -39,7 +41,7 @@ def train_run(settings: dict[str, Any], stop_after: int | None = None) -> dict[s
     """Run the trainer, saving and resuming as a user's run does; returns what it logged.
 
     Args:
-        stop_after: end as if killed after this step, whatever it had saved by then.
+        stop_after: end as if killed after this step, whatever it had begun to save by then being saved.
     """
     from megalong.training.loop import Trainer
 
@@ -52,7 +54,33 @@ def train_run(settings: dict[str, Any], stop_after: int | None = None) -> dict[s
         else:
             while session.step < stop_after:
                 trainer._one_step()
+            session.saver.finish()
         return {"started": started, "records": records.kept}
+
+
+def train_beside_slow_rank(settings: dict[str, Any], rank: int, seconds: float) -> dict[str, Any] | None:
+    """Run the trainer with its log while `rank` takes `seconds` longer to read each step's data; the last health."""
+    from megalong.runtime.logs import close_logging, setup_logging
+    from megalong.training import health
+    from megalong.training.batches import Batches
+    from megalong.training.loop import Trainer
+
+    right = Batches.at
+
+    def slow(self: Batches, consumed_samples: int) -> Any:
+        if torch.distributed.get_rank() == rank:
+            time.sleep(seconds)
+        return right(self, consumed_samples)
+
+    patches = patch.object(Batches, "at", slow), patch.object(health, "LASTING_SECONDS", 0.5)
+    with _session(settings) as session, patches[0], patches[1]:
+        setup_logging(torch.distributed.get_rank(), Path(settings["run"]["dir"]))
+        records = _Records()
+        try:
+            Trainer(session, records).run()  # type: ignore[arg-type]
+        finally:
+            close_logging()
+        return None if records.health is None else dict(vars(records.health))
 
 
 def start_run(settings: dict[str, Any]) -> None:
@@ -72,11 +100,22 @@ class _Records:
 
     def __init__(self) -> None:
         self.kept: list[dict[str, Any]] = []
+        self.told: list[tuple[int, str, str]] = []
+        self.health: Any = None
 
     def log_step(self, record: Any) -> None:
         self.kept.append(dict(vars(record)))
 
+    def log_event(self, step: int, kind: str, told: str) -> None:
+        self.told.append((step, kind, told))
+
+    def log_health(self, step: int, health: Any) -> None:
+        self.health = health
+
     def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -96,3 +135,11 @@ class _session:
 
     def __exit__(self, *exception: object) -> None:
         distributed.clear_layout()
+
+
+def export_both(run: str, adapter: str, merged: str) -> None:
+    """Write a run's adapters, and its weights with them added."""
+    from megalong.hf.convert import export_adapter, export_hf
+
+    export_adapter(run, adapter)
+    export_hf(run, merged)

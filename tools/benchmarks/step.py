@@ -8,6 +8,7 @@ buffers and distributed optimizer, the CPU adapter, and rotary positions made fo
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -18,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import Report
@@ -105,6 +107,7 @@ def _megalong_step(folder: str) -> Step:
     )
     device = torch.device("cpu")
     distributed.start(device)
+    from megalong.data.sample import Sample
     from megalong.training.batches import Batches
     from megalong.training.setup import set_up
     from megalong.training.step import TrainStep
@@ -113,12 +116,18 @@ def _megalong_step(folder: str) -> Step:
     rows = list(_samples().numpy())
 
     class Fixed:
-        def sample(self, k: int) -> Any:
-            return rows[k % BATCH]
+        seq_length = SEQUENCE
 
-    batches = Batches(config, Fixed(), device)  # type: ignore[arg-type]
+        def read(self, k: int) -> Sample:
+            return Sample(rows[k % BATCH], np.zeros(1, np.int64), SEQUENCE + 1)
+
+        def describe(self, samples: int) -> list[object]:
+            return []
+
+    batches = Batches(config, Fixed, device)
     train = TrainStep(session.chunks, session.optimizer, session.scheduler)
-    return lambda: train.run(batches, 0).loss
+    consumed = itertools.count(0, BATCH)
+    return lambda: train.run(batches, next(consumed)).loss
 
 
 class _Side:

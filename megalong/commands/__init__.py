@@ -1,0 +1,1 @@
+"""The commands of `megalong`, one file a family: what each is asked, and which function answers."""

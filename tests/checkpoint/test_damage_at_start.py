@@ -1,0 +1,26 @@
+"""Fifty random damages: each is found when a run starts, on all ranks, and the checkpoint before is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megalong.checkpoint.folder import whole_checkpoints
+from tests.llama import make_dataset, make_llama, run_settings
+from tests.pool import WorkerPool
+
+
+def test_flips_cuts_and_missing_files_are_all_found_at_the_start(tmp_path: Path, pool: WorkerPool) -> None:
+    settings = run_settings(
+        tmp_path / "run",
+        make_llama(tmp_path / "llama", num_hidden_layers=2),
+        make_dataset(tmp_path / "data"),
+        checkpoint={"save_interval": 2},
+        training={"train_iters": 4},
+    )
+    pool.run(2, "tests.training.workers:train_run", settings)
+    before = [path.name for path in whole_checkpoints(tmp_path / "run")]
+    assert before == ["step-00000002", "step-00000004"]
+    for found in pool.run(2, "tests.checkpoint.damaging:starts", settings, [-1, *range(50)]):
+        assert [one for one in found if one[1] != "step-00000002"] == []
+        assert len(found) == 51
+    assert [path.name for path in whole_checkpoints(tmp_path / "run")] == before

@@ -1,0 +1,11 @@
+"""What the process that ranks are forked from imports (tests/ranks.py); it starts no thread and joins no world."""
+
+import torch
+
+from megalong.runtime import megatron
+
+megatron.prepare(torch.device("cpu"))
+
+import megalong.cli  # noqa: E402
+import megalong.training.launch  # noqa: E402
+import megalong.training.lives  # noqa: E402, F401

@@ -1,0 +1,47 @@
+"""Ranks of one life find each other in a store full of what earlier lives have left."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import threading
+
+import pytest
+import torch.distributed as dist
+
+from megalong.runtime.rendezvous import store_of_this_life
+
+WORLD = 3
+
+
+def life(shared: dist.Store, ranks: range, seconds: float = 60) -> list[dist.Store | None]:
+    stores: list[dist.Store | None] = [None] * WORLD
+
+    def join(rank: int) -> None:
+        with contextlib.suppress(TimeoutError, dist.DistStoreError):
+            stores[rank] = store_of_this_life(shared, rank, WORLD, datetime.timedelta(seconds=seconds))
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return stores
+
+
+def test_no_life_reads_what_another_wrote() -> None:
+    shared = dist.HashStore()
+    for number in range(3):
+        # A life in which a rank never comes leaves its greetings behind.
+        assert life(shared, range(number % WORLD), seconds=0.2)[0] is None
+        stores = life(shared, range(WORLD))
+        assert all(store is not None for store in stores)
+        assert not any(store.check(["address"]) for store in stores if store is not None)
+        assert stores[1] is not None
+        stores[1].set("address", str(number))
+        assert [bytes(store.get("address")).decode() for store in stores if store is not None] == [str(number)] * WORLD
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    with pytest.raises(TimeoutError, match=r"ranks \[1\] did not come"):
+        store_of_this_life(dist.HashStore(), 0, 2, datetime.timedelta(seconds=0.1))

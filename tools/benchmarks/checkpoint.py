@@ -1,0 +1,225 @@
+"""Saving and loading beside the disk's own rate, and what a step waits for an asynchronous save.
+
+Two data-parallel ranks hold a small Llama in bf16 with its optimizer's state (dp_reshardable). Turn by turn they save
+it while they wait, save it in the background, and write as many bytes to plain files, a half each, synced; then load
+it (checksums included) beside reading the same files, none of them in the page cache. Seconds are those of the slower
+rank. The first asynchronous save gets its memory from the system, which later ones keep: the table tells it apart.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import Report
+
+RANKS, TURNS = 2, 3
+BLOCK = 1 << 24
+HIDDEN, LAYERS, VOCABULARY = 512, 6, 16384
+
+
+def run() -> Report:
+    """Measure in RANKS processes."""
+    with tempfile.TemporaryDirectory() as name:
+        context = multiprocessing.get_context("spawn")
+        results = context.SimpleQueue()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = [context.Process(target=_rank, args=(rank, port, name, results)) for rank in range(RANKS)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise RuntimeError("a rank failed")
+        size, seconds = results.get()
+    middle = {what: statistics.median(many) for what, many in seconds.items()}
+    figures = {
+        "async_pause_share": round(middle["pause"] / middle["save"], 4),
+        "save_share_of_disk": round(middle["write"] / middle["save"], 3),
+        "load_share_of_disk": round(middle["read"] / middle["load"], 3),
+    }
+    return Report(figures, _table(size, seconds, figures))
+
+
+def _table(size: int, seconds: dict[str, list[float]], figures: dict[str, float]) -> str:
+    names = {
+        "save": "save, waited for",
+        "pause": "save in the background: pause",
+        "first pause": "the first of them: pause",
+        "whole": "save in the background: in all",
+        "write": "plain write and fsync",
+        "load": "load and check",
+        "read": "plain read",
+    }
+    lines = [
+        f"{size / 1e6:,.0f} MB by {RANKS} ranks, {TURNS} turns; {os.cpu_count()} cores, load average "
+        f"{os.getloadavg()[0]:.1f} at the end",
+        "",
+        f"{'':32}{'s':>8}{'range':>14}{'MB/s':>8}",
+    ]
+    for what, name in names.items():
+        many = sorted(seconds[what])
+        middle = statistics.median(many)
+        lines.append(f"{name:32}{middle:8.2f}{f'{many[0]:.2f}-{many[-1]:.2f}':>14}{size / 1e6 / middle:8.0f}")
+    return "\n".join([*lines, "", *(f"{name} {value}" for name, value in figures.items())])
+
+
+def _rank(rank: int, port: int, name: str, results: Any) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import torch
+
+    from megalong.runtime import distributed
+
+    torch.set_num_threads(1)
+    distributed.start(torch.device("cpu"))
+    try:
+        measured = _measure(Path(name))
+    finally:
+        distributed.stop()
+    if rank == 0:
+        results.put(measured)
+
+
+def _measure(folder: Path) -> tuple[int, dict[str, list[float]]]:
+    """Bytes of the checkpoint, and seconds by what took them."""
+    import torch
+
+    from megalong.checkpoint import store
+    from megalong.checkpoint.folder import read_meta, whole_checkpoints
+    from megalong.checkpoint.saver import Saver
+    from megalong.training import setup
+
+    session = setup.set_up(_config(folder), torch.device("cpu"))
+    for chunk in session.chunks:
+        chunk.zero_grad_buffer()  # type: ignore[operator]
+    session.optimizer.step()  # so that there is a state
+    waits = session.config.checkpoint.model_copy(update={"async_save": False})
+    savers = {"save": Saver(folder / "run", waits), "pause": session.saver}
+    seconds: dict[str, list[float]] = {
+        one: [] for one in ("save", "pause", "first pause", "whole", "write", "load", "read")
+    }
+
+    def save(what: str) -> float:
+        session.step += 1
+        session.saver = savers[what]
+        return _slowest(lambda: setup.save(session))
+
+    def finish() -> None:
+        saved = session.saver.finish()
+        assert saved is not None
+        assert saved.failure is None
+
+    seconds["first pause"].append(save("pause"))
+    finish()
+    for _ in range(TURNS):
+        seconds["save"].append(save("save"))
+        finish()
+        pause = save("pause")
+        seconds["pause"].append(pause)
+        seconds["whole"].append(pause + _slowest(finish))
+        (checkpoint,) = whole_checkpoints(folder / "run")
+        files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+        size = sum(path.stat().st_size for path in files)
+        seconds["write"].append(_slowest(lambda: _write(folder, size // RANKS)))  # noqa: B023
+        meta = read_meta(checkpoint)
+
+        def load() -> None:
+            assert store.damage(checkpoint) is None  # noqa: B023
+            store.load_training(checkpoint, session.chunks, session.optimizer, session.scheduler, meta)  # noqa: B023
+
+        _forget(files)
+        seconds["load"].append(_slowest(load))
+        _forget(files)
+        seconds["read"].append(_slowest(lambda: _read(files)))  # noqa: B023
+    return size, seconds
+
+
+def _slowest(work: Callable[[], Any]) -> float:
+    """Seconds of the slowest rank."""
+    import torch
+    import torch.distributed as dist
+
+    dist.barrier()
+    started = time.perf_counter()
+    work()
+    taken = torch.tensor([time.perf_counter() - started])
+    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    return float(taken)
+
+
+def _write(folder: Path, size: int) -> None:
+    """`size` bytes of this rank into a file, put on disk."""
+    path, block = folder / f"plain-{os.environ['RANK']}", os.urandom(BLOCK)
+    with path.open("wb", buffering=0) as file:
+        for begin in range(0, size, BLOCK):
+            file.write(block[: min(BLOCK, size - begin)])
+        os.fsync(file.fileno())
+    path.unlink()
+
+
+def _read(files: list[Path]) -> None:
+    """This rank's share of `files`, by size."""
+    mine: list[Path] = []
+    for place, path in enumerate(sorted(files, key=lambda one: -one.stat().st_size)):
+        if place % RANKS == int(os.environ["RANK"]):
+            mine.append(path)
+    block = bytearray(BLOCK)
+    for path in mine:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
+
+
+def _forget(files: list[Path]) -> None:
+    """Ask the system to drop `files` from its page cache."""
+    for path in files:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _config(folder: Path) -> Any:
+    import numpy as np
+
+    from megalong.config.schema import Config
+    from megalong.data.indexed_writer import IndexedDatasetWriter
+
+    if os.environ["RANK"] == "0":
+        with IndexedDatasetWriter(folder / "data", np.uint16) as writer:
+            writer.add_document(np.zeros(4096, np.uint16))
+            writer.finish()
+    import torch.distributed as dist
+
+    dist.barrier()
+    return Config.model_validate(
+        {
+            "run": {"name": "checkpoint", "dir": str(folder / "run")},
+            "model": {"architecture": _architecture()},
+            "data": {"seq_length": 256, "mixture": [{"name": "a", "path": str(folder / "data"), "weight": 1.0}]},
+            "optimizer": {"lr": 1e-4, "lr_schedule": "constant"},
+            "training": {"train_iters": 100, "global_batch_size": RANKS},
+            "checkpoint": {"optimizer": "dp_reshardable", "keep_last": 1},
+        }
+    )
+
+
+def _architecture() -> dict[str, Any]:
+    return {
+        "num_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "ffn_hidden_size": 3 * HIDDEN,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "kv_channels": HIDDEN // 8,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 256,
+        "rope": {"rope_theta": 10000.0},
+    }
