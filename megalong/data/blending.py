@@ -32,7 +32,8 @@ class Blend:
 
     def of(self, k: int) -> tuple[int, int]:
         """(domain, number within the domain) of sample k >= 0."""
-        self._extend(k + 1)
+        if k >= len(self._domains):
+            self._extend(k + 1)
         return int(self._domains[k]), int(self._indices[k])
 
     def counts(self, samples: int) -> np.ndarray:

@@ -29,6 +29,7 @@ class Epochs:
         self._mean = sum(one.ratio * one.tokens for one in classes)
         self.tokens_per_epoch = max(1, round(self._mean))
         self.vary = not all(one.ratio.is_integer() for one in classes)
+        self._last = (0, 0, 0)  # an epoch, its first token and the first one behind it: most look-ups stay in it
 
     def start(self, epoch: int) -> int:
         """The token of the stream at which `epoch` begins."""
@@ -36,12 +37,20 @@ class Epochs:
 
     def at(self, token: int) -> int:
         """The epoch that holds token `token` of the stream."""
-        epoch = int(token / self._mean)
-        while self.start(epoch) > token:
-            epoch -= 1
-        while self.start(epoch + 1) <= token:
-            epoch += 1
-        return epoch
+        return self.around(token)[0]
+
+    def around(self, token: int) -> tuple[int, int]:
+        """(epoch, its first token) for token `token` of the stream."""
+        epoch, first, end = self._last
+        if not first <= token < end:
+            epoch = int(token / self._mean)
+            while self.start(epoch) > token:
+                epoch -= 1
+            while self.start(epoch + 1) <= token:
+                epoch += 1
+            first, end = self.start(epoch), self.start(epoch + 1)
+            self._last = epoch, first, end
+        return epoch, first
 
     def shuffled(self, epoch: int, random: np.random.RandomState) -> np.ndarray:
         """The documents of `epoch`, whole numbers, in the order in which the stream holds them."""

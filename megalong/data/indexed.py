@@ -31,6 +31,7 @@ SIDECAR_FORMAT = 1
 HEADER = struct.Struct("<9sQBQQ")
 TOKEN_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 TYPE_CODES = {name: code for code, name in TOKEN_TYPES.items()}
+_LONG = 4096  # tokens of a piece that feels no slice
 CHECKED_AT_ONCE = 1 << 20  # index entries checked at a time: bounds the memory of the check
 
 AGAIN = "copy it again, or write it again with `megalong data preprocess`"
@@ -141,15 +142,16 @@ class IndexedDataset:
     def gather(self, starts: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
         """Copy pieces of the .bin end to end: `lengths[i]` tokens from token `starts[i]`, together len(out).
 
-        Where `out` has the dataset's own type, pieces are copied as bytes: long ones at the speed of memcpy.
+        Where `out` has the dataset's own type, long pieces are copied at the speed of memcpy.
         """
         filled = 0
-        if out.dtype != self.dtype or len(out) == 0:
+        # numpy leaves Python's lock while it copies, or waits for the disk; slices of a memoryview keep it, but cost a
+        # third of those of an array, which short documents feel.
+        if out.dtype != self.dtype or len(out) >= _LONG * len(starts):
             for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
                 out[filled : filled + length] = self._tokens[start : start + length]
                 filled += length
             return
-        # Slices of a memoryview cost a third of those of an array, which short documents feel.
         source, target, size = self._tokens.data.cast("B"), out.data.cast("B"), self.dtype.itemsize
         for start, length in zip((starts * size).tolist(), (lengths * size).tolist(), strict=True):
             target[filled : filled + length] = source[start : start + length]

@@ -74,12 +74,16 @@ def _blocks(config: Config, count: int, tokenizer: str | None) -> Iterator[str]:
     for k in range(count):
         name = packed.domain_of(k)
         separator = (streams[name].dataset.sidecar or {}).get("separator") or {"ids": [], "text": ""}
-        title, planted = f"sample {k} of {name}", packed.planted(k)
-        sample = packed.read(k)
-        if data.packing == "naive" and data.masked:
-            inside = len(packed.documents(k)[packed.documents(k) < sample.filled])
-            title += f" ({inside:,} documents in masked packs, shown as one each)"
-        yield describe(sample, title, data.masked, decoders[name], separator, planted)
+        yield describe(
+            packed.read(k),
+            f"sample {k} of {name}",
+            data.masked,
+            decoders[name],
+            separator,
+            packed.planted(k),
+            packed.documents(k),
+            packed.paddings(k),
+        )
 
 
 def describe(
@@ -89,30 +93,47 @@ def describe(
     decoder: TextTokenizer | None,
     separator: dict[str, Any],
     planted: Sequence[tuple[int, int]] = (),
+    documents: np.ndarray | None = None,
+    paddings: Sequence[tuple[int, int]] | None = None,
 ) -> str:
     """One sample, document by document, as in the module's docstring.
 
     Args:
         planted: (first token, end) of what was put into its text, rising.
+        documents: int64, ascending from 0: where documents, or the rest of one, begin, and padding; None: where
+            attention is kept apart.
+        paddings: (first token, end) of padding, rising; None: behind `sample.filled`.
     """
-    targets, positions = targets_of(sample, masked), positions_of(sample, masked)
-    bounds = np.append(sample.documents[sample.documents < sample.filled], sample.filled).tolist()
     length = len(sample.tokens) - 1
-    lines = [
-        f"{title}: {length:,} tokens to read and one more, {len(bounds) - 1:,} documents"
-        f"{', masked' if masked else ' that see each other'}, {int(targets.sum()):,} targets"
-    ]
-    for number, (first, end) in enumerate(pairwise(bounds)):
-        lines.append(
-            f"  document {number}: tokens {first:,} to {end - 1:,}, "
-            f"positions {_spans(positions[first:end])}, {int(targets[first:end].sum()):,} targets"
-        )
+    documents = sample.documents if documents is None else documents
+    paddings = [(sample.filled, length + 1)] if paddings is None else paddings
+    targets, positions = targets_of(sample, masked), positions_of(sample, masked)
+    blocks, number = [], 0
+    for first, end in pairwise(np.unique([*documents, *(one for span in paddings for one in span), length + 1])):
+        if any(begin <= first < stop for begin, stop in paddings):
+            blocks.append(f"  padding: tokens {first:,} to {end - 1:,}")
+            continue
         marked = [(begin - first, stop - first) for begin, stop in planted if first <= begin and stop <= end]
         text = _text(sample.tokens[first:end].tolist(), targets[first:end], decoder, separator, marked)
-        lines += [f"  | {line}" for line in text.split("\n")]
-    if sample.filled <= length:
-        lines.append(f"  padding: tokens {sample.filled:,} to {length:,}")
-    return "\n".join(lines)
+        blocks += [
+            f"  document {number}: tokens {first:,} to {end - 1:,}, "
+            f"positions {_spans(positions[first:end])}, {int(targets[first:end].sum()):,} targets",
+            *(f"  | {line}" for line in text.split("\n")),
+        ]
+        number += 1
+    apart = _apart(sample, number, paddings, masked)
+    head = (
+        f"{title}: {length:,} tokens to read and one more, {number:,} documents{apart}, {int(targets.sum()):,} targets"
+    )
+    return "\n".join([head, *blocks])
+
+
+def _apart(sample: Sample, documents: int, paddings: Sequence[tuple[int, int]], masked: bool) -> str:
+    """How documents see each other, to stand behind their number."""
+    apart = [start for start in sample.documents if not any(first <= start < end for first, end in paddings)]
+    if not masked or len(apart) < min(2, documents):
+        return " that see each other"
+    return ", masked" if len(apart) == documents else f" in {len(apart):,} masked packs"
 
 
 def targets_of(sample: Sample, masked: bool) -> np.ndarray:

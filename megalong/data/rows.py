@@ -83,6 +83,15 @@ class Rows:
             return self.filled(j)
         return sum(self._held(sample) for _, sample in self._each(j))
 
+    def paddings(self, j: int) -> list[tuple[int, int]]:
+        """(first token, end) of the padding of row j, rising: behind each pack, or behind all; S + 1 tokens a row."""
+        if not self.packed:
+            spans = [(self.filled(j), self.seq_length + 1)]
+        else:
+            spans = [(first + self._held(sample), first + self.pack_length) for first, sample in self._each(j)]
+            spans[-1] = spans[-1][0], self.seq_length + 1
+        return [(first, end) for first, end in spans if first < end]
+
     def targets(self, j: int) -> np.ndarray | None:
         """bool [S + 1]: the tokens that count when they are predicted; None: all that are documents'."""
         if not self.packed:

@@ -44,8 +44,9 @@ class Sample:
 
     Attributes:
         tokens: int64 [S + 1], or what reads them when they are asked for.
-        documents: int64, ascending from 0: the tokens at which a document, or the rest of one, begins.
-        filled: tokens that are documents', at most S + 1; padding follows, and is the last of `documents`.
+        documents: int64, ascending from 0: where what is kept apart begins: a document or the rest of one, a pack,
+            padding; 0 alone where all tokens see each other.
+        filled: tokens that are documents', at most S + 1; padding follows.
         positions: int64 [S]: positions of the tokens read, where they are not places in the document (masked) or in the
             sample (naive).
         targets: bool [S + 1]: the tokens that count when they are predicted, the first never being one; None: all.

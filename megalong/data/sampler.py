@@ -122,7 +122,7 @@ class PackedSamples:
             rows.packed for rows in self.rows
         )
 
-    @property
+    @cached_property
     def token_type(self) -> np.dtype[Any]:
         """The narrowest type that holds the tokens of all datasets as they are stored."""
         return np.result_type(*(stream.dataset.dtype for stream in self.streams))
@@ -144,20 +144,21 @@ class PackedSamples:
     def read(self, k: int) -> Sample:
         """Sample k with all that is known of it; tokens are read when they are asked for."""
         domain, j = self._blend.of(k)
-        read = partial(self.rows[domain].copy, j)
-        bounds, positions = self.bounds(k), None
+        rows = self.rows[domain]
+        bounds, positions = self._bounds(domain, j), None
         if self._pose is not None:
-            starts = bounds if self.masked else np.zeros(1, np.int64)
-            positions = skipped_positions(starts, self.seq_length, self._pose, self._seed, k)
-        stored = StoredTokens(self.seq_length + 1, read)
-        return Sample(stored, bounds, self.filled(k), positions, self._targets(k))
+            positions = skipped_positions(bounds, self.seq_length, self._pose, self._seed, k)
+        stored = StoredTokens(self.seq_length + 1, partial(rows.copy, j))
+        return Sample(stored, bounds, rows.filled(j), positions, self._targets(domain, j))
 
     def bounds(self, k: int) -> np.ndarray:
-        """As `documents`; but where naive packing masks packs only, where these begin."""
-        domain, j = self._blend.of(k)
-        if self.masked and self._packing == "naive" and _synthetic(self.mixture[domain]) is None:
-            return self.rows[domain].bounds(j)
-        return self.documents(k)
+        """int64, ascending from 0: where what attention keeps apart begins, documents or packs, and padding behind."""
+        return self._bounds(*self._blend.of(k))
+
+    def _bounds(self, domain: int, j: int) -> np.ndarray:
+        if self._packing != "naive" or (self.masked and _synthetic(self.mixture[domain]) is not None):
+            return self.rows[domain].documents(j)
+        return self.rows[domain].bounds(j)
 
     def documents(self, k: int) -> np.ndarray:
         """int64, ascending from 0: the tokens of sample k at which a document, or the rest of one, begins."""
@@ -179,11 +180,15 @@ class PackedSamples:
         domain, j = self._blend.of(k)
         return self.rows[domain].held(j)
 
-    def _targets(self, k: int) -> np.ndarray | None:
-        """bool [seq_length + 1]: the tokens of sample k that count when they are predicted; None: all of them."""
+    def paddings(self, k: int) -> list[tuple[int, int]]:
+        """(first token, end) of padding in sample k, wherever it is, rising."""
+        domain, j = self._blend.of(k)
+        return self.rows[domain].paddings(j)
+
+    def _targets(self, domain: int, j: int) -> np.ndarray | None:
+        """bool [seq_length + 1]: the tokens of a row that count when they are predicted; None: all of them."""
         if not self._tells_targets:
             return None
-        domain, j = self._blend.of(k)
         targets = self.rows[domain].targets(j)
         return np.ones(self.seq_length + 1, bool) if targets is None else targets
 

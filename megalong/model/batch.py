@@ -155,7 +155,7 @@ def shard_samples(
     share = Share(layout, context_rank, documents is not None, multiple)
     plan = share.plan(rows)
     own = [
-        torch.cat([row[:0], *(row[first:stop] for first, stop in read_spans(share.runs(sequence), length).tolist())])
+        torch.cat([row[:0], *(row[first:stop] for first, stop in read_spans(share.runs(sequence), length))])
         for row, sequence in zip(samples, _sequences(plan, rows), strict=True)
     ]
     return batch_of(rows, share, plan, own).to(device)
@@ -202,11 +202,12 @@ def _sequences(plan: AttentionPlan, rows: Sequence[Sample]) -> list[SequencePlan
     return list(plan.sequences) * (len(rows) // len(plan.sequences))
 
 
-def _shifted(own: torch.Tensor, spans: np.ndarray, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _shifted(own: torch.Tensor, spans: list[tuple[int, int]], count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, labels) of a row, int64 [count] each: spans without their last, and without their first; then zeros."""
     tokens, labels = (torch.zeros(count, dtype=torch.int64, device=own.device) for _ in range(2))
     at = filled = 0
-    for length in (spans[:, 1] - spans[:, 0]).tolist():
+    for first, stop in spans:
+        length = stop - first
         tokens[filled : filled + length - 1] = own[at : at + length - 1]
         labels[filled : filled + length - 1] = own[at + 1 : at + length]
         at, filled = at + length, filled + length - 1

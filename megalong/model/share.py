@@ -54,11 +54,10 @@ class Share:
     def read(self, sample: Sample, runs: Runs, dtype: np.dtype[Any]) -> np.ndarray:
         """Tokens of `runs` as `read_spans` lays them out: dtype [S/CP without padding + runs]."""
         spans = read_spans(runs, len(sample.tokens) - 1)
-        lengths = spans[:, 1] - spans[:, 0]
-        out = np.empty(int(lengths.sum()), dtype)
-        ends = np.cumsum(lengths)
-        for first, begin, end in zip(spans[:, 0].tolist(), (ends - lengths).tolist(), ends.tolist(), strict=True):
-            sample.copy_tokens(first, out[begin:end])
+        out, begin = np.empty(sum(end - first for first, end in spans), dtype), 0
+        for first, end in spans:
+            sample.copy_tokens(first, out[begin : begin + end - first])
+            begin += end - first
         return out
 
     def read_alone(self, dtype: np.dtype[Any], source: SampleSource, k: int) -> np.ndarray:
@@ -76,11 +75,10 @@ class Share:
         return np.append(row.documents[row.documents < length], padding)
 
 
-def read_spans(runs: Runs, length: int) -> np.ndarray:
-    """int64 [r, 2]: the tokens to read of a sample for a rank that holds `runs`, first and the one behind the last.
+def read_spans(runs: Runs, length: int) -> list[tuple[int, int]]:
+    """The tokens to read of a sample for a rank that holds `runs`: (first, the one behind the last), run by run.
 
     Args:
         length: tokens S the sample trains on; what lies behind is padding and is not read.
     """
-    inside = runs[runs[:, 0] < length]
-    return np.stack((inside[:, 0], np.minimum(inside[:, 1], length) + 1), axis=1)
+    return [(first, min(stop, length) + 1) for first, stop in runs.tolist() if first < length]

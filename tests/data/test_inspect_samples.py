@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 
 from megalong import cli
 from megalong.attention.layout import TokenLayout
+from megalong.config.load import load_config
 from megalong.data.inspect_samples import describe, positions_of, targets_of
 from megalong.data.preprocess import preprocess
 from megalong.data.sample import Sample
@@ -57,6 +59,27 @@ def test_text_separators_and_bounds_are_seen(run_file: Path, capsys: pytest.Capt
     assert "documents that see each other, 48 targets" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("packing", ["naive", "masked", "best_fit"])
+def test_packs_are_shown_document_by_document(packing: str, run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is listed is every token once; documents are the dataset's own, or pieces of them; padding is empty."""
+    tree = yaml.safe_load(run_file.read_text())
+    tree["data"].update(packing=packing)
+    tree["data"]["mixture"][0]["seq_length"] = 24
+    run_file.write_text(yaml.safe_dump(tree))
+    assert cli.main(["data", "inspect", str(run_file), "--samples", "4"]) == 0
+    packed = PackedSamples(load_config(run_file)[0].data.mixture, 48, 1234, "100,0", packing=packing)
+    for k, printed in enumerate(capsys.readouterr().out.split("\n\n")[:4]):
+        found = re.findall(r"^  (document \d+|padding): tokens (\d+) to (\d+)", printed, re.MULTILINE)
+        spans = [(int(first), int(last) + 1) for _, first, last in found]
+        assert [spans[0][0], *(end for _, end in spans)] == [first for first, _ in spans] + [49]
+        for (kind, _, _), (first, end) in zip(found, spans, strict=True):
+            assert (kind == "padding") == (not packed.sample(k)[first:end].any())
+        assert [end - first for (kind, *_), (first, end) in zip(found, spans, strict=True) if kind != "padding"] == (
+            packed.pieces(k).tolist()
+        )
+        assert ("in 2 masked packs" in printed) == (packing == "naive")
+
+
 def test_a_prefix_takes_no_overrides(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = str(run_file.parent / "books_text_document")
     assert cli.main(["data", "inspect", prefix]) == 0
@@ -86,7 +109,6 @@ def test_it_shows_what_training_is_given(packing: str, run_file: Path, pool: Wor
 
 def compare(packing: str, run_file: Path) -> None:
     """In a worker, because Megatron-Core on CPU changes its process."""
-    from megalong.config.load import load_config
     from megalong.runtime import distributed
 
     distributed.start(torch.device("cpu"))

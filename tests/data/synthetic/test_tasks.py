@@ -52,7 +52,8 @@ def test_the_answer_is_in_the_text_and_is_what_is_learnt(
         assert document[place] == separator
         assert np.count_nonzero(document == separator) == 1, "separators of the haystack are line breaks"
         assert not sample.tokens[sample.filled :].any()
-        assert sample.documents.tolist() == [0, sample.filled]
+        assert samples.documents(k).tolist() == [0, sample.filled]
+        assert sample.documents.tolist() == ([0] if packing == "naive" else [0, sample.filled])
         (learnt,) = np.nonzero(sample.targets)
         assert np.all(np.diff(learnt) == 1)
         assert learnt[-1] == sample.filled - (2 if position == "between" else 1)
