@@ -155,7 +155,8 @@ def test_torchrun_starts_a_run_again_when_a_rank_has_died(sources: tuple[Path, P
     )
     assert ended.returncode == 0, ended.stderr
     kinds = [(event["kind"], event["step"]) for event in events.read(tmp_path / "run") if event["kind"] != "save"]
-    assert kinds == [("start", 0), ("resume", 2), ("finish", 5)]
+    # Whether the save of step 2 was done when the process died is the disk's to say.
+    assert kinds in ([("start", 0), ("resume", step), ("finish", 5)] for step in (1, 2)), ended.stderr
 
 
 @pytest.mark.slow
@@ -175,4 +176,5 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    # A script elsewhere imports this module from here.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
