@@ -301,7 +301,7 @@ class Runtime(Section):
     On GPUs the last `flight_recorder_events` collectives of every group are dumped to RUN/nccl when that happens.
     `watchdog_minutes` without a finished step end the run with every rank's stack in RUN/stacks: half of
     `timeout_minutes` unless set, 0 for never. After SIGTERM or SIGUSR1 the step at work is finished, or dropped if it
-    would take more than `signal_grace_seconds`.
+    would take more than `signal_grace_seconds`; after SLURM's warning, half of `slurm.lead_minutes`.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -14,15 +14,28 @@ stages are at different micro-batches at any moment and cannot stop together, so
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 
+from megalong.config.schema import Config
 from megalong.model.batch import MicroBatch
 from megalong.runtime import signals
 from megalong.runtime.distributed import control_group
+
+
+def grace_of(config: Config) -> dict[str, float]:
+    """Seconds a step may still take after each of the signals.
+
+    SIGTERM comes from what is about to kill. Under SLURM, SIGUSR1 is the warning that `slurm.lead_minutes` ask for:
+    half of them are for the step, the other half for the save.
+    """
+    soon = config.runtime.signal_grace_seconds
+    ahead = config.slurm.lead_minutes * 30 if "SLURM_JOB_ID" in os.environ else 0.0
+    return {"SIGTERM": soon, "SIGUSR1": max(soon, ahead)}
 
 
 class StepDropped(Exception):
@@ -32,9 +45,9 @@ class StepDropped(Exception):
 class Interrupt:
     """Ranks' agreement about a signal."""
 
-    def __init__(self, grace_seconds: float, may_drop: bool) -> None:
-        """`may_drop`: ranks run the same micro-batch at the same time (no pipeline)."""
-        self._grace, self._may_drop = grace_seconds, may_drop
+    def __init__(self, grace: dict[str, float], may_drop: bool) -> None:
+        """`grace`: seconds by signal; `may_drop`: ranks run the same micro-batch at the same time (no pipeline)."""
+        self._grace, self._may_drop = grace, may_drop
         self._step_seconds: float | None = None
         self._control = control_group()
         self._began = time.monotonic()
@@ -59,7 +72,7 @@ class Interrupt:
         Raises, when iterated over:
             StepDropped: on all ranks at the same micro-batch.
         """
-        short = self._step_seconds is not None and self._step_seconds <= self._grace
+        short = self._step_seconds is not None and self._step_seconds <= min(self._grace.values())
         return batches if short or not self._may_drop else _Watched(batches, self)
 
     def any_rank(self) -> bool:
@@ -86,7 +99,7 @@ class Interrupt:
             left = self._step_seconds - self.elapsed
         else:
             return True  # nobody knows how long the first step takes, and nothing is lost with it
-        return time.monotonic() + left > signal.moment + self._grace
+        return time.monotonic() + left > signal.moment + self._grace[signal.name]
 
     def _agreed(self, mine: bool) -> bool:
         flag = torch.tensor([float(mine)])

@@ -32,7 +32,7 @@ from megalong.training import events, setup
 from megalong.training.batches import Batches
 from megalong.training.guard import Event
 from megalong.training.health import HealthWatch
-from megalong.training.interrupt import Interrupt, StepDropped
+from megalong.training.interrupt import Interrupt, StepDropped, grace_of
 from megalong.training.metrics import Metrics, StepRecord
 from megalong.training.samples import Samples, open_samples
 from megalong.training.setup import Session
@@ -52,9 +52,7 @@ class Trainer:
     def __init__(self, session: Session, metrics: Metrics) -> None:
         config = session.config
         self.session, self.config, self.metrics = session, config, metrics
-        self.interrupt = Interrupt(
-            config.runtime.signal_grace_seconds, may_drop=config.parallel.pipeline_model_parallel_size == 1
-        )
+        self.interrupt = Interrupt(grace_of(config), may_drop=config.parallel.pipeline_model_parallel_size == 1)
         self.step = TrainStep(session.chunks, session.optimizer, session.scheduler, session.guard, self.interrupt)
         self.watchdog = Watchdog(Path(config.run.dir), dist.get_rank(), config.runtime.hang_minutes, self._tell_hang)
         self.health = HealthWatch(Path(config.run.dir), session.step)

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from megalong.checkpoint.folder import whole_checkpoints
+from megalong.config.schema import Config
 from megalong.training import events
+from megalong.training.interrupt import grace_of
 from tests.llama import make_dataset, make_llama, run_settings
 from tests.pool import WorkerPool
 from tests.training.faults import Fault
@@ -69,6 +71,16 @@ def test_ranks_agree_on_the_step_save_it_once_and_go_on(
     resumed = pool.run(2, RUN, settings, [])
     for rank, other in zip(resumed, unbroken, strict=True):
         assert rank["digests"] == {number: other["digests"][number] for number in range(step + 1, 6)}
+
+
+def test_slurms_warning_leaves_a_step_half_its_lead(
+    sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config.model_validate(run_settings(tmp_path / "run", *sources, slurm={"lead_minutes": 10}))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert grace_of(config) == {"SIGTERM": 20, "SIGUSR1": 20}
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert grace_of(config) == {"SIGTERM": 20, "SIGUSR1": 300}
 
 
 def test_a_signal_cuts_an_evaluation_short(sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path) -> None:
