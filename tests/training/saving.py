@@ -21,8 +21,8 @@ def run(settings: dict[str, Any], how: dict[str, int] | None = None) -> dict[str
 
     Args:
         how: `stop`: end after this step; `hold`: the first save is written when this many more steps are done;
-            `full`: the disk of `rank` takes nothing of this step; `vanish`, `block`: at this step the folder of
-            checkpoints is gone, or a file is in its place.
+            `full`: the disk of `rank` takes nothing of this step; `readonly`: no folder can be made for this step;
+            `vanish`, `block`: at this step the folder of checkpoints is gone, or a file is in its place.
     """
     from megalong.training.loop import Trainer
     from tests.training.workers import _Records, _session
@@ -41,7 +41,11 @@ def run(settings: dict[str, Any], how: dict[str, int] | None = None) -> dict[str
         if how.get("block") == step:
             shutil.rmtree(checkpoints)
             checkpoints.write_text("in the way")
-        complete(begun, group)
+        if how.get("readonly") == step:
+            with patch.object(Path, "mkdir", _read_only):
+                complete(begun, group)
+        else:
+            complete(begun, group)
         written.set()
 
     def full(self: Any, folder: Path, group: Any) -> dict[str, str]:
@@ -73,6 +77,10 @@ def run(settings: dict[str, Any], how: dict[str, int] | None = None) -> dict[str
             close_logging()
         losses = [record["loss"] for record in records.kept]
         return {"started": started, "losses": losses, "steps_while_writing": during}
+
+
+def _read_only(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def _no_space(descriptor: int) -> None:

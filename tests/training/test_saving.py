@@ -46,16 +46,25 @@ def test_a_save_beside_training_writes_what_a_blocking_one_does(
             assert (ours / name).read_bytes() == (theirs / name).read_bytes(), (step, name)
 
 
-def test_a_full_disk_is_told_and_training_goes_on(sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path) -> None:
-    """Rank 1's disk takes nothing at step 4: the run is told, steps 2 and 6 are there, and so is all the rest."""
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        pytest.param({"full": 4, "rank": 1}, "No space left", id="full"),
+        pytest.param({"readonly": 4}, "Read-only file system", id="read-only"),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_told_and_training_goes_on(
+    fault: dict[str, int], reason: str, sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
+) -> None:
+    """At step 4, on one rank: the run is told, steps 2 and 6 are there, and so is all the rest."""
     run = settings(tmp_path / "run", sources, on_save_failure="continue")
-    pool.run(2, RUN, run, {"full": 4, "rank": 1})
+    pool.run(2, RUN, run, fault)
     assert [int(path.name[5:]) for path in whole_checkpoints(tmp_path / "run")] == [2, 6, 8, 10]
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
     told = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     failed = [one for one in told if one["kind"] == "save_failed"]
     assert [one["step"] for one in failed] == [4]
-    assert "No space left" in failed[0]["reason"]
+    assert reason in failed[0]["reason"]
 
 
 @pytest.mark.parametrize("async_save", [True, False])
