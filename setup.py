@@ -37,6 +37,7 @@ setup(
         "pyarrow>=17",
         "zstandard>=0.23",
         "safetensors>=0.5",
+        "isal>=1.7",
         "pydantic>=2.7",
         "pyyaml>=6.0",
         "numpy>=1.26",

@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megalong.checkpoint import folder, store
-from megalong.checkpoint.strategy import Staging
+from megalong.checkpoint.strategy import HeldBack, Staging
 from megalong.checkpoint.writing import Begun, SaveError, complete
 from megalong.config.schema import Checkpoint
 from megalong.errors import UserError
@@ -56,12 +57,12 @@ class Saver:
 
     def __init__(self, run: Path, settings: Checkpoint, timeout_minutes: float = 60) -> None:
         self._run, self._settings = run, settings
-        self._staging = Staging() if settings.async_save else None
+        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self._strategy = HeldBack(Staging() if settings.async_save else None, replicas)
         self._group = background_group(timeout_minutes) if settings.async_save else None
         self._thread: threading.Thread | None = None
         self._result: Saved | None = None
         self._bug: BaseException | None = None
-        self._checked = False
 
     def save(
         self,
@@ -82,12 +83,9 @@ class Saver:
         result = Saved(meta.step, path, 0.0)
         begun: Begun | None = None
         try:
-            begun = store.begin_training(
-                path, chunks, optimizer, scheduler, meta, assets, self._staging, checked=self._checked
-            )
+            begun = store.begin_training(path, chunks, optimizer, scheduler, meta, assets, self._strategy)
         except SaveError as error:
             result.failure = str(error)
-        self._checked = True
         self._result = result
         if begun is not None and self._settings.async_save:
             self._thread = threading.Thread(target=self._complete, args=(begun, started), daemon=True, name="saver")

@@ -19,10 +19,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalong import __version__
-from megalong.checkpoint.checksum import damages
 from megalong.checkpoint.data_only import refusal
-from megalong.checkpoint.folder import Meta, SavedLayout, read_meta
-from megalong.checkpoint.strategy import Staging
+from megalong.checkpoint.folder import DamagedError, Meta, SavedLayout, read_meta
+from megalong.checkpoint.reading import direct_reading
+from megalong.checkpoint.strategy import HeldBack
+from megalong.checkpoint.verification import Verification
 from megalong.checkpoint.writing import Begun, begin, complete, gathered
 from megalong.config.lora import is_adapter
 from megalong.errors import UserError
@@ -45,8 +46,7 @@ def begin_training(
     scheduler: Any,
     meta: Meta,
     assets: Path | None = None,
-    staging: Staging | None = None,
-    checked: bool = False,
+    strategy: HeldBack | None = None,
 ) -> Begun:
     """Everything a run needs to go on as if it had never stopped, for `complete` to write; see `begin`."""
     model, metadata = _model_state(chunks), _metadata(meta)
@@ -56,7 +56,7 @@ def begin_training(
         "scheduler": scheduler.state_dict(),
         "random": _random_state(),
     }
-    return begin(checkpoint, state, meta, assets, staging, checked, content_metadata=metadata)
+    return begin(checkpoint, state, meta, assets, strategy, content_metadata=metadata)
 
 
 def load_weights(checkpoint: Path, chunks: list[torch.nn.Module]) -> None:
@@ -64,22 +64,31 @@ def load_weights(checkpoint: Path, chunks: list[torch.nn.Module]) -> None:
 
     Adapters are filled only if the checkpoint has some.
     """
-    _refuse_damaged(checkpoint)
+    verification = Verification(checkpoint)
     model = _model_state(chunks)
     with_adapters = read_meta(checkpoint).lora is not None
     if not with_adapters:
         model = {index: {k: v for k, v in part.items() if not is_adapter(k)} for index, part in model.items()}
-    state = _load({"model": model}, checkpoint)
+    state = _load({"model": model}, checkpoint, verification)
     _set_model_state(chunks, state["model"], with_adapters)
 
 
-def load_training(checkpoint: Path, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any, meta: Meta) -> None:
+def load_training(
+    checkpoint: Path,
+    chunks: list[torch.nn.Module],
+    optimizer: Any,
+    scheduler: Any,
+    meta: Meta,
+    verification: Verification,
+) -> None:
     """Put model, optimizer, schedule and, where the layout is the same, random states back.
 
-    That the files are as they were written is the caller's to ask (`damage`).
+    Args:
+        verification: of this checkpoint, which was begun earlier and is finished here.
 
     Raises:
         UserError: the optimizer's state is bound to another layout, or missing.
+        DamagedError: the checkpoint is not as it was written; the model and the optimizer may hold parts of it.
     """
     _check_optimizer(checkpoint, meta)
     model = _model_state(chunks)
@@ -90,7 +99,7 @@ def load_training(checkpoint: Path, chunks: list[torch.nn.Module], optimizer: An
     same_layout = meta.layout == current_layout()
     if same_layout:
         wanted["random"] = _random_state()
-    state = _load(wanted, checkpoint)
+    state = _load(wanted, checkpoint, verification)
     _set_model_state(chunks, state["model"])
     with torch.no_grad():  # fp32 masters are views of the weights, which dp_reshardable copies into
         optimizer.load_state_dict(state["optimizer"])
@@ -137,43 +146,46 @@ def versions() -> dict[str, str]:
     return {"megalong": __version__, "megatron-core": megatron_version(), "torch": str(torch.__version__)}
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, of which every rank reads a share; None where nothing is."""
-    wanted = sorted(read_meta(checkpoint).checksums.items())
-    told = damages(checkpoint, dict(wanted[dist.get_rank() :: dist.get_world_size()]))
-    found = [one for part in gathered(told) for one in part]
-    return found[0] if found else None
-
-
-def _refuse_damaged(checkpoint: Path) -> None:
-    told = damage(checkpoint)
-    if told is not None:
-        raise UserError(
-            f"{checkpoint} is damaged: {told}; copy it again, or delete that folder to use the step before it"
-        )
-
-
 def _refuse_code(checkpoint: Path) -> None:
     """Refuse a checkpoint that is more than data; every rank looks at a share of it."""
-    for told in gathered(refusal(checkpoint, dist.get_rank(), dist.get_world_size())):
+    try:
+        mine = refusal(checkpoint, dist.get_rank(), dist.get_world_size())
+    except (OSError, RuntimeError, ValueError, EOFError) as error:  # of bytes that may be damaged
+        mine = f"{checkpoint} cannot be read ({type(error).__name__}); copy it again"
+    for told in gathered(mine):
         if told is not None:
             raise UserError(told)
 
 
-def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    _refuse_code(checkpoint)
+def _load(wanted: dict[str, Any], checkpoint: Path, verification: Verification) -> dict[str, Any]:
+    """What `wanted` names, checked: whatever damaged bytes make of themselves, it is the damage that is told."""
+    state: dict[str, Any] = {}
+    failure: Exception | None = None
     try:
-        return dist_checkpointing.load(wanted, str(checkpoint))
-    except dist_checkpointing.core.CheckpointingException as error:
-        raise UserError(f"{checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from error
-    except CheckpointException as error:
-        causes = [one for one, _ in error.failures.values()]
-        if not all(isinstance(one, OSError | EOFError | pickle.UnpicklingError) for one in causes):
-            raise
-        raise UserError(
-            f"{checkpoint} is damaged ({type(causes[0]).__name__} in its tensor files); copy it again, or delete that "
-            "folder to use the step before it"
-        ) from error
+        _refuse_code(checkpoint)
+        with direct_reading(verification):
+            state = dist_checkpointing.load(wanted, str(checkpoint))
+    except Exception as error:
+        failure = error
+    verification.finish()
+    if failure is not None:
+        raise _told(failure, checkpoint) from failure
+    return state
+
+
+def _told(failure: Exception, checkpoint: Path) -> Exception:
+    """Why a checkpoint cannot be loaded, in a line where it is not our mistake."""
+    if isinstance(failure, dist_checkpointing.core.CheckpointingException):
+        return UserError(f"{checkpoint} cannot be loaded: {str(failure).splitlines()[0]}")
+    causes: list[BaseException] = [failure]
+    if isinstance(failure, CheckpointException):  # of several ranks
+        causes = [one for one, _ in failure.failures.values()]
+    if not all(isinstance(one, OSError | EOFError | pickle.UnpicklingError) for one in causes):
+        return failure
+    return DamagedError(
+        f"{checkpoint} is damaged ({type(causes[0]).__name__} in its tensor files); copy it again, or delete that "
+        "folder to use the step before it"
+    )
 
 
 def _model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ written and gets no further:
 
     state ─▶ Megatron-Core: which shards are this rank's ─▶ copied aside (`Staging`) ─▶ `write`, any time later
 
-Each rank writes its one file with torch's file writer, synced to disk; the format on disk is Megatron-Core's, and its
-loader reads it.
+What several ranks hold alike is dealt out among them by Megatron-Core, so that all write about as much. Each rank
+writes its one file with torch's file writer, synced to disk; the format on disk is Megatron-Core's, and its loader
+reads it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from isal.isal_zlib import crc32
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -53,31 +56,55 @@ class Staging:
                 if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
                     buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
                     self._buffers[key, place] = buffer
-                buffer.copy_(source, non_blocking=True)
+                _copy(buffer, source)
                 part.data = buffer
                 on_gpu |= source.is_cuda
         if on_gpu:
             torch.cuda.synchronize()
 
 
+def _copy(out: torch.Tensor, source: torch.Tensor) -> None:
+    """`out` = `source`, of the same shape and type, without waiting for a GPU."""
+    if source.is_cuda or not source.is_contiguous() or not source.numel():
+        out.copy_(source, non_blocking=True)
+    else:  # memcpy, which writes past the caches: training waits for little else, and torch takes half as long again
+        np.copyto(_bytes(out), _bytes(source))
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
 class HeldBack(torch_dist.TorchDistSaveShardedStrategy):
-    """Megatron-Core's `torch_dist` format, written by `write` instead of at once.
+    """Megatron-Core's `torch_dist` format, written by `write` instead of at once; for one save after the other.
 
     Args:
         staging: where tensors are copied to; None leaves them where they are, for a caller that waits for `write`.
+        replicas: ranks that hold tensors alike and share the writing of them; None: the first of them writes them. All
+            saves must be of the same tensors then: who writes what is settled in the first.
+
+    Attributes:
+        checked: whether a save has been through that found each part of each tensor with exactly one writer.
     """
 
-    def __init__(self, staging: Staging | None = None) -> None:
+    def __init__(self, staging: Staging | None = None, replicas: dist.ProcessGroup | None = None) -> None:
         super().__init__(*checkpoint_strategy_arguments(torch_dist.TorchDistSaveShardedStrategy))
+        self.checked = False
         self._staging = staging
         self._state: dict[str, Any] = {}
+        self._dealing = None
+        if replicas is not None and replicas.size() > 1:
+            self._dealing = FullyParallelSaveStrategyWrapper(self, replicas, do_cache_distribution=True)
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Keep this rank's main replicas."""
+        """Keep what is this rank's to write."""
+        if self._dealing is not None:
+            self._dealing.apply_saving_parallelization(sharded_state_dict)
         grouped, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         if self._staging is not None:
             self._staging.take(grouped)
         self._state = torch_dist.mcore_to_pyt_state_dict(grouped, False)
+        self.checked = True
 
     def write(self, folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
         """Write them into `folder`; collective over `group`, the world's ranks (None: the world's own group).
@@ -125,7 +152,7 @@ class _Summed(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         """All of `data`."""
-        self.sum = zlib.crc32(data, self.sum)
+        self.sum = crc32(data, self.sum)
         self._raw.write(data)
         return memoryview(data).nbytes
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megalong.checkpoint.checksum import checksum, covered
 from megalong.checkpoint.folder import ASSETS, META, SEAL, Meta, copy_assets, file_sizes, publish, write_meta
-from megalong.checkpoint.strategy import HeldBack, Staging
+from megalong.checkpoint.strategy import HeldBack
 from megalong.errors import UserError
 from megalong.runtime.distributed import is_main_rank
 
@@ -58,21 +58,20 @@ def begin(
     state: dict[str, Any],
     meta: Meta,
     assets: Path | None,
-    staging: Staging | None = None,
-    checked: bool = False,
+    strategy: HeldBack | None = None,
     **options: Any,
 ) -> Begun:
     """Let Megatron-Core say what of `state` is to be written.
 
     Args:
-        checked: that ranks agree on who writes what was checked by an earlier save of the same state.
+        strategy: the one of the saves before, of the same state; None: a new one.
         options: further arguments of `dist_checkpointing.save`.
     """
-    strategy = HeldBack(staging)
+    strategy = strategy or HeldBack()
     # It writes its small files at once, between collectives: where no disk can fail in the middle of them.
     folder = Path(tempfile.mkdtemp(prefix="megalong-", dir=_MEMORY if _MEMORY.is_dir() else None))
     try:
-        dist_checkpointing.save(state, str(folder), strategy, validate_access_integrity=not checked, **options)
+        dist_checkpointing.save(state, str(folder), strategy, validate_access_integrity=not strategy.checked, **options)
         small = {path.name: path.read_bytes() for path in folder.iterdir()} if is_main_rank() else {}
     except (OSError, RuntimeError) as error:
         reason = _disk_failure(error)

@@ -10,6 +10,8 @@ folder or of another run's checkpoint, or random ones; step, schedule, optimizer
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,13 @@ from megalong.attention.choice import Exchange
 from megalong.attention.transformer_engine import machine_of
 from megalong.checkpoint import folder, store
 from megalong.checkpoint.saver import Saved, Saver, set_aside
+from megalong.checkpoint.verification import Verification
 from megalong.config.architecture import Architecture
 from megalong.config.attention_checks import Machine, backend_of, check_fp8_model, check_machine
 from megalong.config.checks import check_model, check_world
 from megalong.config.lora import Lora
 from megalong.config.schema import Config
 from megalong.data.fingerprint import Fingerprint, fingerprint
-from megalong.errors import UserError
 from megalong.hf.adapter import AdapterReader
 from megalong.hf.load import WeightSource, load_into
 from megalong.hf.random_weights import RandomWeights
@@ -101,14 +103,52 @@ def lora_of(config: Config) -> Lora | None:
 def set_up(config: Config, device: torch.device) -> Session:
     """Build model, optimizer and schedule in a world that `runtime.distributed.start` has joined.
 
+    Damaged checkpoints are told and set aside, and the run goes on from the newest good one. The files of the one that
+    it resumes from are checked while the model is built and filled; what is found then lets all begin again.
+
     Raises:
         UserError: the world, the machine, the model or the checkpoint does not fit the configuration.
+        DamagedError: there are checkpoints, and none is good.
     """
     machine = machine_of(device)
     check_machine(config, machine)
     check_world(config, dist.get_world_size())
-    data = fingerprint(config)
-    start = _undamaged_start(config)
+    while True:
+        start = _whole_start(config)
+        try:
+            return _session(config, device, machine, start)
+        except folder.DamagedError as error:
+            if start.resume is None:
+                raise
+            damaged = start.resume, str(error)
+        # What was built and half filled is gone by here.
+        if folder.whole_checkpoints(Path(config.run.dir))[0] == damaged[0]:
+            raise folder.DamagedError(
+                f"{damaged[1]}; no checkpoint of this run is good: copy one again, or give another run.dir"
+            )
+        _set_aside([damaged])
+
+
+def _whole_start(config: Config) -> Start:
+    """Where the run starts, once checkpoints that are not whole are out of the way."""
+    while True:
+        start = find_start(config)
+        if not start.damaged:
+            return start
+        _set_aside(start.damaged)
+
+
+def _set_aside(damaged: Sequence[tuple[Path, str]]) -> None:
+    dist.barrier()  # nobody looks for checkpoints while they get other names
+    if distributed.is_main_rank():
+        for path, why in damaged:
+            log.warning("%s; it is set aside as %s.damaged, the run goes on from an earlier one", why, path.name)
+            set_aside(path)
+    dist.barrier()
+
+
+def _session(config: Config, device: torch.device, machine: Machine, start: Start) -> Session:
+    verification = Verification(start.resume) if start.resume is not None else None
     check_model(config, start.architecture)
     check_fp8_model(config, machine, start.architecture)
     exchange = exchange_of(config, start.architecture)
@@ -120,61 +160,45 @@ def set_up(config: Config, device: torch.device) -> Session:
         _first_weights(start, config, bare)
     chunks = wrap_for_training(bare, config.parallel)
     optimizer = build_optimizer(config, chunks)
-    scheduler = build_scheduler(config, optimizer)
-    step = consumed = 0
-    guard = Guard(config.guard)
-    if start.resume is not None:
-        meta = folder.read_meta(start.resume)
-        store.load_training(start.resume, chunks, optimizer, scheduler, meta)
-        step, consumed = meta.step, meta.consumed_samples
-        guard = Guard(config.guard, meta.guard)
-        log.info("resumed from %s: model, optimizer, schedule and data position of step %d", start.resume, step)
-        if start.changed_data:
-            log.warning(
-                "data.allow_change: samples from %d on are other data's: %s", consumed, "; ".join(start.changed_data)
-            )
-    saver = Saver(Path(config.run.dir), config.checkpoint, config.runtime.timeout_minutes)
-    return Session(
+    session = Session(
         config,
         device,
         start.architecture,
         chunks,
         optimizer,
-        scheduler,
-        step,
-        consumed,
-        start.assets,
-        guard,
-        saver,
-        data,
+        build_scheduler(config, optimizer),
+        step=0,
+        consumed_samples=0,
+        assets=start.assets,
+        guard=Guard(config.guard),
+        saver=Saver(Path(config.run.dir), config.checkpoint, config.runtime.timeout_minutes),
+        data=fingerprint(config),
     )
+    if verification is not None:
+        _resume(session, start, verification)
+    return session
 
 
-def _undamaged_start(config: Config) -> Start:
-    """Where the run starts, once every file of that checkpoint has been read against its checksum.
-
-    Damaged ones are told and set aside, so that the run goes on from the newest good one.
-
-    Raises:
-        UserError: there is none.
-    """
-    while True:
-        start = find_start(config)
-        damaged = list(start.damaged)
-        if start.resume is not None and (told := store.damage(start.resume)) is not None:
-            damaged.append((start.resume, f"{start.resume} is damaged: {told}"))
-            if folder.whole_checkpoints(Path(config.run.dir))[0] == start.resume:
-                raise UserError(
-                    f"{damaged[-1][1]}; no checkpoint of this run is good: copy one again, or give another run.dir"
-                )
-        dist.barrier()  # nobody looks for checkpoints while they get other names
-        if not damaged:
-            return start
-        if distributed.is_main_rank():
-            for path, why in damaged:
-                log.warning("%s; it is set aside as %s.damaged, the run goes on from an earlier one", why, path.name)
-                set_aside(path)
-        dist.barrier()
+def _resume(session: Session, start: Start, verification: Verification) -> None:
+    """Put everything back as the checkpoint has it."""
+    assert start.resume is not None
+    started = time.perf_counter()
+    meta = folder.read_meta(start.resume)
+    store.load_training(start.resume, session.chunks, session.optimizer, session.scheduler, meta, verification)
+    session.step, session.consumed_samples = meta.step, meta.consumed_samples
+    session.guard = Guard(session.config.guard, meta.guard)
+    log.info(
+        "resumed from %s in %.1f s: model, optimizer, schedule and data position of step %d",
+        start.resume,
+        time.perf_counter() - started,
+        meta.step,
+    )
+    if start.changed_data:
+        log.warning(
+            "data.allow_change: samples from %d on are other data's: %s",
+            session.consumed_samples,
+            "; ".join(start.changed_data),
+        )
 
 
 def _first_weights(start: Start, config: Config, chunks: list[torch.nn.Module]) -> None:
@@ -232,7 +256,7 @@ def save(session: Session) -> Saved | None:
         data=session.data,
         guard=session.guard.state(),
     )
-    for chunk in session.chunks:
-        # With overlap_param_gather the weights of the last step may still lie scattered.
-        chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+    if config.parallel.overlap_param_gather:  # the weights of the last step may still lie scattered
+        for chunk in session.chunks:
+            chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
     return session.saver.save(session.chunks, session.optimizer, session.scheduler, meta, session.assets)

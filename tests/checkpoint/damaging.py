@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,14 @@ from megalong.config.schema import Config
 from megalong.runtime import distributed
 
 
-def starts(settings: dict[str, Any], seeds: list[int]) -> list[tuple[str, str]]:
-    """For each seed: how the newest checkpoint of a run was damaged, and which one the run then started from.
+def starts(settings: dict[str, Any], seeds: list[int | None]) -> list[tuple[str, int, str]]:
+    """For each seed: how a run's newest checkpoint was damaged, the step the run then started from, and its state.
 
-    The run's checkpoints are as before afterwards. Seed -1 damages the number of the format.
+    The state is a digest of weights and optimizer. The run's checkpoints are as before afterwards. Seed -1 damages the
+    number of the format; None takes the checkpoint away.
     """
     config = Config.model_validate(settings)
     distributed.start(torch.device("cpu"))
-    from megalong.training.setup import _undamaged_start
-
     newest = whole_checkpoints(Path(config.run.dir))[-1]
     kept, found = newest.with_name("kept"), []
     for seed in seeds:
@@ -32,19 +33,40 @@ def starts(settings: dict[str, Any], seeds: list[int]) -> list[tuple[str, str]]:
             shutil.copytree(newest, kept)
             told = damage(newest, seed)
         dist.barrier()
-        resumed = _undamaged_start(config).resume
-        assert resumed is not None
-        found.append((told, resumed.name))
+        found.append((told, *_state(config)))
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(newest, ignore_errors=True)
             kept.rename(newest)
         dist.barrier()
+    distributed.clear_layout()
     return found
 
 
-def damage(checkpoint: Path, seed: int) -> str:
+def _state(config: Config) -> tuple[int, str]:
+    """(step, digest of what this rank holds) of a run that starts."""
+    from megalong.training.setup import set_up
+
+    session, digest = set_up(config, torch.device("cpu")), hashlib.sha256()
+    states = (value for one in session.optimizer.state_dict().values() for value in _tensors(one))
+    for tensor in (*(parameter for chunk in session.chunks for parameter in chunk.parameters()), *states):
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return session.step, digest.hexdigest()
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
+
+
+def damage(checkpoint: Path, seed: int | None) -> str:
     """Flip a byte of some file, cut it or remove it; says which."""
+    if seed is None:
+        shutil.rmtree(checkpoint)
+        return "all gone"
     numbers = random.Random(seed)
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     path = checkpoint / META if seed < 0 else numbers.choice(files)

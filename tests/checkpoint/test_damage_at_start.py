@@ -1,4 +1,4 @@
-"""Fifty random damages: each is found when a run starts, on all ranks, and the checkpoint before is taken."""
+"""Fifty random damages: each is found when a run starts, on all ranks, and all of the state is the one before's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def test_flips_cuts_and_missing_files_are_all_found_at_the_start(tmp_path: Path,
     pool.run(2, "tests.training.workers:train_run", settings)
     before = [path.name for path in whole_checkpoints(tmp_path / "run")]
     assert before == ["step-00000002", "step-00000004"]
-    for found in pool.run(2, "tests.checkpoint.damaging:starts", settings, [-1, *range(50)]):
-        assert [one for one in found if one[1] != "step-00000002"] == []
-        assert len(found) == 51
+    for found in pool.run(2, "tests.checkpoint.damaging:starts", settings, [None, -1, *range(50)], timeout=300):
+        (_, step, state), *damaged = found
+        assert step == 2
+        assert [one for one in damaged if one[1:] != (step, state)] == []
+        assert len(damaged) == 51
     assert [path.name for path in whole_checkpoints(tmp_path / "run")] == before
