@@ -26,7 +26,9 @@ def losses(result: dict[str, Any]) -> dict[int, tuple[float, float]]:
     return {record["step"]: (record["loss"], record["gradient_norm"]) for record in result["records"]}
 
 
-@pytest.mark.parametrize("precision", [HYBRID, ATTENTION], ids=["linears", "attention"])
+@pytest.mark.parametrize(
+    "precision", [pytest.param(HYBRID, marks=pytest.mark.slow), ATTENTION], ids=["linears", "attention"]
+)
 def test_resume_is_bit_for_bit(
     precision: dict[str, Any], sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
@@ -49,7 +51,11 @@ def test_resume_is_bit_for_bit(
     assert losses(resumed) == {step: unbroken[step] for step in range(6, 11)}
 
 
-@pytest.mark.parametrize("precision", [HYBRID, TENSORWISE, ATTENTION], ids=["delayed", "tensorwise", "attention"])
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param(HYBRID, marks=pytest.mark.slow), TENSORWISE, ATTENTION],
+    ids=["delayed", "tensorwise", "attention"],
+)
 def test_recomputation_micro_batches_and_stages_change_nothing(
     precision: dict[str, Any], sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
@@ -67,7 +73,11 @@ def test_recomputation_micro_batches_and_stages_change_nothing(
     assert steps(2)["loss"] == pytest.approx(one["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("precision", [HYBRID, TENSORWISE, ATTENTION], ids=["delayed", "tensorwise", "attention"])
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param(HYBRID, marks=pytest.mark.slow), TENSORWISE, ATTENTION],
+    ids=["delayed", "tensorwise", "attention"],
+)
 @pytest.mark.parametrize(
     "parallel",
     [{"context_parallel_size": 2}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}],

@@ -55,7 +55,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(
     assert ("loss nan" if what == "loss" else "gradient norm nan") in event["what"]
 
 
-@pytest.mark.parametrize("place", [4, 13])
+@pytest.mark.parametrize("place", [4, pytest.param(13, marks=pytest.mark.slow)])
 def test_going_back_equals_a_run_that_never_had_the_batch(
     place: int, sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:

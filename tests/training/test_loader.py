@@ -51,7 +51,7 @@ CONTEXT_PARALLEL = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_context_parallel_rank_reads_its_own_tokens_only(
     ranks: int, data: Path, tmp_path: Path, pool: WorkerPool
 ) -> None:

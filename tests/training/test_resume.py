@@ -38,6 +38,7 @@ def test_resume_is_bit_for_bit(
     assert losses(resumed) == {step: unbroken[step] for step in range(6, 11)}
 
 
+@pytest.mark.slow
 def test_bf16_resume_is_bit_for_bit(sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path) -> None:
     def settings(name: str) -> dict[str, Any]:
         return run_settings(

@@ -94,7 +94,7 @@ def test_a_run_whose_last_save_fails_is_not_called_finished(
     assert [one["step"] for one in told if one["kind"] == "save_failed"] == [4, 6, 8, 10]
 
 
-@pytest.mark.parametrize("damage", ["content", "missing"])
+@pytest.mark.parametrize("damage", [pytest.param("content", marks=pytest.mark.slow), "missing"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     damage: str, sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
