@@ -10,10 +10,6 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 megatron="megatron-core>=0.19,<0.20"
 tests=(tests/training tests/model tests/checkpoint)
-# What they show of processes and of reading data is the same on either line.
-for name in killed loader processes; do
-    tests+=("--ignore=tests/training/test_$name.py")
-done
 venv="$PWD/.venv-compat"
 stamp="$venv/.compat-installed"
 wanted="$megatron $(cksum setup.py constraints.txt examples/setup_env.sh) $PWD"

@@ -22,6 +22,7 @@ from megalong.config.schema import Parallel
 from megalong.model.config import ModelSettings, transformer_config
 from megalong.model.llama import LlamaModel
 from megalong.model.lora import freeze_base
+from megalong.runtime import cpu_bf16
 from megalong.runtime.megatron import mark_as_slice
 
 
@@ -31,7 +32,10 @@ def build_model(architecture: Architecture, settings: ModelSettings | None = Non
     config = transformer_config(architecture, settings)
     virtual = settings.layout.virtual
     stages: list[int | None] = [None] if virtual == 1 else list(range(virtual))
-    chunks = [LlamaModel(config, architecture, stage).to(torch.cuda.current_device()) for stage in stages]
+    device = torch.device(torch.cuda.current_device())
+    if device.type == "cpu":
+        cpu_bf16.serve(settings.params_dtype)
+    chunks = [LlamaModel(config, architecture, stage).to(device) for stage in stages]
     for chunk in chunks:
         _mark_tensor_parallel(chunk)
         if settings.lora is not None:

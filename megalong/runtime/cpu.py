@@ -22,8 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalong.runtime import cpu_bf16
-
 log = logging.getLogger("megalong")
 
 _CPU = torch.device("cpu")
@@ -59,8 +57,6 @@ def install() -> None:
     _share_equal_groups()
     _installed = True
     log.info("no GPU in use: Megatron-Core's CUDA calls are answered by the CPU (runtime/cpu.py)")
-    if cpu_bf16.install():
-        log.info("this CPU has no bf16 products: they are computed in float32 and rounded (runtime/cpu_bf16.py)")
 
 
 def _patch_lone_collectives() -> None:

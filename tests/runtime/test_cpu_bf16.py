@@ -17,7 +17,9 @@ def products(capability: str) -> dict[str, Any]:
     """On a worker that ends afterwards: what `install` says and what products are then."""
     torch.manual_seed(0)
     torch.backends.cpu.get_cpu_capability = lambda: capability  # type: ignore[assignment]
-    answers = [cpu_bf16.install(), cpu_bf16.install()]
+    wide = torch.randn(33, 2048, dtype=torch.bfloat16)
+    before = wide @ wide.t()
+    answers = [cpu_bf16.serve(torch.bfloat16), cpu_bf16.serve(torch.bfloat16)]
     apart, types, same = [], set(), True
     for left, right in SHAPES:
         a, b = torch.randn(left), torch.randn(right)
@@ -32,9 +34,17 @@ def products(capability: str) -> dict[str, Any]:
     torch.matmul(tokens, weight.t()).sum().backward()
     assert tokens.grad is not None
     assert weight.grad is not None
+    there = cpu_bf16._library is not None
+    gone = [cpu_bf16.serve(torch.float32), cpu_bf16._library is not None]
+    back = torch.equal(wide @ wide.t(), before)
+    again = cpu_bf16.serve(torch.bfloat16)
     long = torch.ones(2, 3, dtype=torch.int64)
     return {
         "answers": answers,
+        "there": there,
+        "gone": gone,
+        "back": back,
+        "again": again,
         "apart": max(apart),
         "types": types,
         "same": same,
@@ -50,6 +60,9 @@ def test_products(capability: str, replaced: bool) -> None:
     with WorkerPool(1) as alone:
         found = alone.run(1, "tests.runtime.test_cpu_bf16:products", capability)[0]
     assert found["answers"] == [replaced, replaced]
+    assert (found["there"], found["again"]) == (replaced, replaced)
+    assert found["gone"] == [False, False]
+    assert found["back"]
     assert found["same"] or not replaced
     assert found["types"] == {torch.bfloat16}
     assert found["apart"] <= 1e-4
