@@ -108,7 +108,6 @@ def test_every_character_there_is(folder: Path, around: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("folder", ["llama3"], indirect=True)
 def test_a_document_of_fifty_megabytes(folder: Path) -> None:
     text = "".join(random.Random(0).choices(PROSE, k=50_000_000 // (sum(map(len, PROSE)) // len(PROSE))))
     assert len(text) > 40_000_000

@@ -22,7 +22,7 @@ from tests.training.comparison import TOLERANCE, deviation
 from tests.training.gradients import plain_llama, samples_of
 from tests.training.test_transformers import plain_adamw, set_learning_rate
 
-STEPS = 4
+STEPS = 6
 Layouts = dict[str, dict[str, Any]]
 LAYOUTS: Layouts = {
     "one process": {},

@@ -13,13 +13,13 @@ BENCHMARK = Path(__file__).parents[2] / "tools" / "benchmark.py"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # bf16 products, on a CPU that has no instructions for them
+@pytest.mark.timeout(900)  # three runs of 200 steps, on whatever CPU
 def test_the_loss_stays_within_one_percent_of_bf16(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARK), "fp8", "--json"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     figures = json.loads(done.stdout)["figures"]
-    assert figures["bf16_last_loss"] < 0.6 * figures["bf16_first_loss"]  # it is learnt
+    assert figures["bf16_last_loss"] < 0.5 * figures["bf16_first_loss"]  # it is learnt
     for ratio in (figures["loss_ratio"], figures["loss_ratio_attention"]):
         assert ratio != 1  # and it is not bf16
         assert ratio == pytest.approx(1, abs=0.01)

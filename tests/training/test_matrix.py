@@ -5,8 +5,8 @@
 
 A reference is one process without recomputation at the same precision: what is computed twice is computed alike, so
 recomputation has no reference of its own. A test is one layout at one precision; its runs share the workers, and the
-message of a failure names every one of them that is too far off. bf16 takes half of the settings, because a CPU without
-instructions for it needs twice the time, and what is recomputed or tied is so whatever the precision.
+message of a failure names every one of them that is too far off. bf16 takes half of the settings, for time: what is
+recomputed or tied is so whatever the precision.
 
 Rounding in bf16 alone moves the gradient norm of the quick tests' batch of 256 tokens by up to 1.2e-2 from layout to
 layout, so that 1e-2 could not tell it from a mistake; it averages out over more tokens. Hence 1024 tokens a batch here,

@@ -24,6 +24,9 @@ LAYOUTS = {
     "TP2xPP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
 }
 
+# Tied weights are a matter of who holds them: one stage, or two, and all of them or a part.
+QUICK_TIED = {"TP2+SP", "PP2 interleaved", "TP2xPP2"}
+
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -53,8 +56,7 @@ def references(sources: dict[str, Path], pool: WorkerPool) -> dict[str, dict[str
     ("model", "layout"),
     [
         *(("untied", layout) for layout in LAYOUTS),
-        # Tied weights differ where a stage holds them alone, and where ranks share them out; test_matrix has them all.
-        *(("tied", layout) for layout in ("TP2+SP", "PP2 interleaved", "TP2xPP2")),
+        *(pytest.param("tied", layout, marks=() if layout in QUICK_TIED else pytest.mark.slow) for layout in LAYOUTS),
     ],
 )
 def test_layout_gives_the_losses_and_norms_of_one_process(
