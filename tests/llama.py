@@ -75,11 +75,18 @@ def run_settings(folder: Path, hf: Path, data: Path, **sections: dict[str, Any])
         # 1e-8, weights that differ by 1e-7 drift apart as far as layouts do, and 1e-5 could not tell a bug from noise;
         # with 1e-5, two layouts' gradient norms stay within 2e-6 over ten steps.
         "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "warmup_iters": 2, "adam_eps": 1e-5},
-        "training": {"train_iters": 10, "global_batch_size": 4},
+        "training": {"train_iters": 10, "global_batch_size": 4, "micro_batch_size": 2},
         "checkpoint": {},
         "evaluation": {},
         "logging": {"tensorboard": False},
     }
     for name, values in sections.items():
         tree.setdefault(name, {}).update(values)
+    return tree
+
+
+def single_sample_settings(folder: Path, hf: Path, data: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """`run_settings` with one sample a micro-batch: four of them in one process, so that a pipeline of two is full."""
+    tree = run_settings(folder, hf, data, **sections)
+    tree["training"]["micro_batch_size"] = 1
     return tree

@@ -22,12 +22,12 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import write_run
 from tests.slurm.jobs import OPTIONS, Jobs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-# SLURM looks at time limits every 30 s and counts that in: this signal comes 15 to 45 s after the job's start, and
-# starting takes 10 s and more. A run that would take 50 s by itself is therefore hit, on any machine.
-LIMIT = ("--time=2", "--signal=B:USR1@75")
-SECONDS = 50
+# SLURM looks at time limits every 30 s and counts that in: where less than 130 s are left, this signal comes within
+# 30 s. A run that would take 40 s by itself is therefore hit once its limit is cut after its first step.
+LIMIT = ("--time=30", "--signal=B:USR1@100")
+SECONDS = 40
 # As many steps as these seconds hold, and the losses of any number of steps begin alike.
 ENDLESS = {"training": {"train_iters": 100_000}, "optimizer": {"lr": 1e-3, "lr_schedule": "constant"}}
 
@@ -102,12 +102,20 @@ def until(happened: Callable[[], object], seconds: float) -> bool:
 
 def test_a_run_goes_on_after_its_time_limit(jobs: Jobs, unbroken: Path) -> None:
     """Submit, signal before the limit, save, requeue, resume, finish."""
+
+    def limit_to(minutes: int) -> None:
+        jobs.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+
     run = jobs.sources / "limited"
     config = broken_run(jobs, "limited", unbroken)
+    submitted = time.monotonic()
     job = jobs.submit("pretrain.sbatch", str(config), options=(*OPTIONS, *LIMIT))
-    assert until(lambda: jobs.cluster.restarts(job), 150), jobs.told()
+    log = run / "logs" / job / "rank-0.log"
+    assert until(lambda: log.exists() and " step 1/" in log.read_text(), 150), jobs.told()
+    limit_to(int((time.monotonic() - submitted) / 60) + 2)
+    assert until(lambda: jobs.cluster.restarts(job), 100), jobs.told()
     # Once is enough: on a slow machine the next signal would come before the second start has got anywhere.
-    jobs.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    limit_to(30)
     jobs.finish(job, seconds=240)
     told = "".join(file.read_text() for file in jobs.sources.glob(f"pretrain-{job}-*.out"))
     assert told.count("SIGUSR1: the ranks save and leave") >= 1, (
@@ -115,8 +123,7 @@ def test_a_run_goes_on_after_its_time_limit(jobs: Jobs, unbroken: Path) -> None:
     )
     assert told.count("saved; requeued") == jobs.cluster.restarts(job) >= 1
     assert not (run / "REQUEUE").exists()
-    log = (run / "logs" / job / "rank-0.log").read_text()
-    assert "resumed from" in log, log[-2000:]
+    assert "resumed from" in log.read_text(), log.read_text()[-2000:]
     assert (run / "logs" / job / "rank-1.log").exists()
     assert_same_run(run, unbroken)
     assert not processes_of(config)

@@ -14,7 +14,7 @@ from megalong.config.guard import Guard as Settings
 from megalong.training import events
 from megalong.training.guard import Guard, Report
 from megalong.training.replay import compare
-from tests.llama import make_dataset, make_llama, run_settings
+from tests.llama import make_dataset, make_llama, single_sample_settings
 from tests.pool import RankError, WorkerPool
 from tests.training.faults import Fault
 
@@ -38,7 +38,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(
     what: str, parallel: dict[str, Any], sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    settings = run_settings(
+    settings = single_sample_settings(
         run, *sources, parallel=parallel, training={"train_iters": 5}, optimizer={"warmup_iters": 1}
     )
     # Global batches of 4 samples: sample 9 belongs to step 3. Replicas take turns: of rank 1 are 9 and 11.
@@ -62,7 +62,7 @@ def test_going_back_equals_a_run_that_never_had_the_batch(
     """Also before the first save, and in a life that resumes afterwards."""
 
     def settings(name: str, iterations: int) -> dict[str, Any]:
-        return run_settings(
+        return single_sample_settings(
             tmp_path / name,
             *sources,
             training={"train_iters": iterations},
@@ -87,7 +87,7 @@ def test_going_back_equals_a_run_that_never_had_the_batch(
 
 def test_stop_saves_nothing_of_the_step(sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    settings = run_settings(run, *sources, checkpoint={"save_interval": 1}, guard={"non_finite": "stop"})
+    settings = single_sample_settings(run, *sources, checkpoint={"save_interval": 1}, guard={"non_finite": "stop"})
     with pytest.raises(RankError, match=r"step 3: loss nan; rank 0, .*: nothing of this step is saved"):
         pool.run(1, RUN, settings, [Fault("loss", 9, rank=0)])
     assert [path.name for path in whole_checkpoints(run)] == ["step-00000001", "step-00000002"]
@@ -96,7 +96,7 @@ def test_stop_saves_nothing_of_the_step(sources: tuple[Path, Path], pool: Worker
 
 def test_weights_that_are_beyond_help_end_the_run(sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    settings = run_settings(run, *sources, optimizer={"lr": 1e30, "min_lr": 0.0, "warmup_iters": 0})
+    settings = single_sample_settings(run, *sources, optimizer={"lr": 1e30, "min_lr": 0.0, "warmup_iters": 0})
     with pytest.raises(RankError, match=r"step 5: .* 4 in a row \(guard.max_consecutive 3\)"):
         pool.run(1, RUN, settings, [])
     assert [event["at"] for event in told(run, "skip")] == [2, 3, 4]
@@ -107,7 +107,7 @@ def test_a_spike_is_skipped_and_a_replay_finds_the_rank_that_miscomputed(
     sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
     guard = {"loss_spike": "skip", "window": 8, "replay": True}
-    settings = run_settings(tmp_path / "run", *sources, guard=guard)
+    settings = single_sample_settings(tmp_path / "run", *sources, guard=guard)
     faults = [Fault("spike", 21), Fault("gradient", 29, once=True)]
     for rank in pool.run(2, RUN, settings, faults):
         assert rank["digests"][6] == rank["digests"][5]

@@ -10,7 +10,8 @@ recomputed or tied is so whatever the precision.
 
 Rounding in bf16 alone moves the gradient norm of the quick tests' batch of 256 tokens by up to 1.2e-2 from layout to
 layout, so that 1e-2 could not tell it from a mistake; it averages out over more tokens. Hence 1024 tokens a batch here,
-four samples a micro-batch. The quick tests of `test_parity` train on one sample a micro-batch.
+in as many micro-batches as there are stages, for time. The quick tests of `test_parity` train on one sample a
+micro-batch, four or two of them.
 """
 
 from __future__ import annotations
@@ -61,14 +62,16 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     data = make_dataset(folder / "data")
 
     def of(model: str, dtype: str, recompute: str = "none", parallel: dict[str, Any] | None = None) -> dict[str, Any]:
+        split = parallel or {}
+        parts = split.get("pipeline_model_parallel_size", 1 if split else 2)  # without a split, two replicas or one
         return run_settings(
             folder / "run",
             llamas[model],
             data,
             precision={"params_dtype": dtype},
             memory={"recompute": recompute},
-            parallel=parallel or {},
-            training={"global_batch_size": 16, "micro_batch_size": 4},
+            parallel=split,
+            training={"global_batch_size": 16, "micro_batch_size": 16 // parts},
         )
 
     return of

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.llama import make_dataset, make_llama, run_settings
+from tests.llama import make_dataset, make_llama, run_settings, single_sample_settings
 from tests.pool import WorkerPool
 
 STEPS = 10
@@ -24,8 +24,9 @@ LAYOUTS = {
     "TP2xPP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
 }
 
-# Tied weights are a matter of who holds them: one stage, or two, and all of them or a part.
-QUICK_TIED = {"TP2+SP", "PP2 interleaved", "TP2xPP2"}
+# Tied weights are a matter of who holds them: one stage, or two, and all of them or a part. `test_matrix` ties them
+# under the other layouts.
+TIED = ("TP2+SP", "PP2 interleaved", "DP2 overlapped", "TP2xPP2")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def settings_of(sources: dict[str, Path], name: str, model: str, **sections: dict[str, Any]) -> dict[str, Any]:
-    return run_settings(sources["folder"] / name, sources[model], sources["data"], **sections)
+    return single_sample_settings(sources["folder"] / name, sources[model], sources["data"], **sections)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def references(sources: dict[str, Path], pool: WorkerPool) -> dict[str, dict[str
     ("model", "layout"),
     [
         *(("untied", layout) for layout in LAYOUTS),
-        *(pytest.param("tied", layout, marks=() if layout in QUICK_TIED else pytest.mark.slow) for layout in LAYOUTS),
+        *(("tied", layout) for layout in TIED),
     ],
 )
 def test_layout_gives_the_losses_and_norms_of_one_process(

@@ -12,7 +12,7 @@ from megalong.checkpoint.folder import whole_checkpoints
 from megalong.config.schema import Config
 from megalong.training import events
 from megalong.training.interrupt import grace_of
-from tests.llama import make_dataset, make_llama, run_settings
+from tests.llama import make_dataset, make_llama, single_sample_settings
 from tests.pool import WorkerPool
 from tests.training.faults import Fault
 
@@ -28,7 +28,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def unbroken(sources: tuple[Path, Path], pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     run = tmp_path_factory.mktemp("unbroken")
-    return pool.run(2, RUN, run_settings(run, *sources, training={"train_iters": 5}), [])
+    return pool.run(2, RUN, single_sample_settings(run, *sources, training={"train_iters": 5}), [])
 
 
 # Sample 8 is of step 3; each rank of two runs two micro-batches. Grace 0 has no time for the rest of a step.
@@ -52,7 +52,7 @@ def test_ranks_agree_on_the_step_save_it_once_and_go_on(
     tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
-    settings = run_settings(
+    settings = single_sample_settings(
         run,
         *sources,
         training={"train_iters": 5},
@@ -76,7 +76,7 @@ def test_ranks_agree_on_the_step_save_it_once_and_go_on(
 def test_slurms_warning_leaves_a_step_half_its_lead(
     sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = Config.model_validate(run_settings(tmp_path / "run", *sources, slurm={"lead_minutes": 10}))
+    config = Config.model_validate(single_sample_settings(tmp_path / "run", *sources, slurm={"lead_minutes": 10}))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert grace_of(config) == {"SIGTERM": 20, "SIGUSR1": 20}
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -85,7 +85,7 @@ def test_slurms_warning_leaves_a_step_half_its_lead(
 
 def test_a_signal_cuts_an_evaluation_short(sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    settings = run_settings(run, *sources, evaluation={"interval": 2, "iters": 8})
+    settings = single_sample_settings(run, *sources, evaluation={"interval": 2, "iters": 8})
     ranks = pool.run(2, RUN, settings, [Fault("evaluating", 0)])
     assert [(rank["outcome"], max(rank["digests"])) for rank in ranks] == [("interrupted", 2)] * 2
     assert [path.name for path in whole_checkpoints(run)] == ["step-00000002"]
@@ -95,6 +95,6 @@ def test_a_signal_in_the_last_step_ends_a_finished_run(
     sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    settings = run_settings(run, *sources, training={"train_iters": 3})
+    settings = single_sample_settings(run, *sources, training={"train_iters": 3})
     assert [rank["outcome"] for rank in pool.run(2, RUN, settings, [Fault("signal", 8)])] == ["finished"] * 2
     assert not (run / "REQUEUE").exists()

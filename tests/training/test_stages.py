@@ -73,7 +73,7 @@ def test_the_last_stages_mistake_is_told_before_the_first_starts(
     last: dict[str, Any], told: str, tmp_path: Path
 ) -> None:
     settings = run_settings(tmp_path / "run", make_llama(tmp_path / "hf"), make_dataset(tmp_path / "data"))
-    settings["training"]["global_batch_size"] = 3
+    settings["training"] |= {"global_batch_size": 3, "micro_batch_size": 1}
     settings["stages"] = [{"name": "short"}, {"name": "long", **last}]
     config = tmp_path / "stages.yaml"
     config.write_text(yaml.safe_dump(settings))
