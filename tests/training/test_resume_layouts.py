@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.llama import make_dataset, make_llama, run_settings
+from tests.llama import make_dataset, make_llama, single_sample_settings
 from tests.pool import WorkerPool
 from tests.training.comparison import TOLERANCE, deviation
 
@@ -82,7 +82,8 @@ def unbroken(
     """What one process that never stops logs of the steps after the checkpoint."""
     folder = tmp_path_factory.mktemp("unbroken")
     return {
-        model: after_saving(pool.run(1, TRAIN, run_settings(folder / model, *sources[model]))[0]) for model in MODELS
+        model: after_saving(pool.run(1, TRAIN, single_sample_settings(folder / model, *sources[model]))[0])
+        for model in MODELS
     }
 
 
@@ -106,7 +107,7 @@ def test_a_run_goes_on_under_another_layout(
 ) -> None:
     def run(layout: str, stop_after: int | None) -> list[dict[str, Any]]:
         world, parallel = LAYOUTS[layout]
-        settings = run_settings(
+        settings = single_sample_settings(
             tmp_path / "run",
             *sources[model],
             parallel=parallel,
