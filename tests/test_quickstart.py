@@ -165,6 +165,7 @@ def _processes_in(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # minutes of training, on whatever CPU
 def test_the_whole_story_stopped_once_and_taken_up_again(tmp_path):
     """Every step by its real command; the first start is killed in the middle of training."""
     folder = tmp_path / "story"
