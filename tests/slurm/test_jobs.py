@@ -112,7 +112,7 @@ def test_a_run_goes_on_after_its_time_limit(jobs: Jobs, unbroken: Path) -> None:
     job = jobs.submit("pretrain.sbatch", str(config), options=(*OPTIONS, *LIMIT))
     log = run / "logs" / job / "rank-0.log"
     assert until(lambda: log.exists() and " step 1/" in log.read_text(), 150), jobs.told()
-    limit_to(int((time.monotonic() - submitted) / 60) + 2)
+    limit_to(int((time.monotonic() - submitted) / 60) + 2)  # one to two minutes are left
     assert until(lambda: jobs.cluster.restarts(job), 100), jobs.told()
     # Once is enough: on a slow machine the next signal would come before the second start has got anywhere.
     limit_to(30)
