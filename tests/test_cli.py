@@ -293,7 +293,7 @@ ANSWERS = {
         "preflight",
         {"config_path": "run.yaml", "overrides": ["a.b=1"]},
     ),
-    "doctor": ("megalong.runtime.doctor", "doctor", {}),
+    "doctor": ("megalong.cluster.doctor", "doctor", {}),
 }
 
 

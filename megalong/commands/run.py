@@ -37,7 +37,7 @@ def add_doctor(commands: Any) -> None:
 
 
 def _run_doctor(options: argparse.Namespace) -> int:
-    from megalong.runtime.doctor import doctor
+    from megalong.cluster.doctor import doctor
 
     doctor()
     return 0

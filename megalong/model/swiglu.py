@@ -5,12 +5,15 @@
 Written with torch's operations this is a chunk, an activation and a product, which autograd undoes by two products, an
 activation's gradient and a concatenation that copies both halves once more: five arrays of the layer's widest size,
 two of them kept for backward. Here a tile of rows goes through all of it while it is in the cache, and gradients of
-both halves are written where they belong. On a GPU Megatron-Core's compiled kernel does the same.
+both halves are written where they belong. On a GPU Megatron-Core's compiled kernel does the same. It needs Triton and a
+C compiler on every node; where the first try fails, the tiles compute there too.
 Source: GLU variants, arXiv 2002.05202.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -20,7 +23,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
-TILE_ELEMENTS = 1 << 17  # of one half: tile and temporaries stay within a core's cache
+log = logging.getLogger("megalong")
+
+# Elements of one half of a tile. On a CPU tile and temporaries stay within a core's cache; a GPU has launches to save.
+TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
+TOLERANCE = 2e-2
 
 
 class SwiGLU(MegatronModule):
@@ -31,10 +38,37 @@ class SwiGLU(MegatronModule):
 
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(first half) · second half of the last dimension."""
-        if gate_up.device.type == "cpu":
+        if gate_up.device.type == "cpu" or why_not_compiled(gate_up.device) is not None:
             return swiglu(gate_up)
         result: torch.Tensor = bias_swiglu_impl(gate_up, None)
         return result
+
+
+@functools.cache
+def why_not_compiled(device: torch.device) -> str | None:
+    """Why Megatron-Core's compiled SwiGLU is not used on `device`; None: it works and is right.
+
+    It is tried once, forward and backward, on a small input: what is missing shows only when it compiles.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    gate_up, grad = (torch.randn(16, size, device=device, generator=generator).bfloat16() for size in (64, 32))
+    try:
+        with torch.enable_grad():
+            ours, theirs = (
+                _value_and_gradient(f, gate_up, grad) for f in (swiglu, lambda x: bias_swiglu_impl(x, None))
+            )
+        torch.testing.assert_close(theirs, ours, rtol=TOLERANCE, atol=TOLERANCE)
+    except Exception as error:  # the compiler's errors have no common class
+        why = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        log.warning("SwiGLU is computed by plain torch, slower: the compiled one fails on this node (%s)", why)
+        return why
+    return None
+
+
+def _value_and_gradient(function: Any, gate_up: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = gate_up.detach().requires_grad_()
+    result = function(leaf)
+    return result.detach(), torch.autograd.grad(result, leaf, grad)[0]
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -69,5 +103,5 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _tiles(rows: torch.Tensor, *others: torch.Tensor) -> zip[tuple[torch.Tensor, ...]]:
-    count = max(1, 2 * TILE_ELEMENTS // rows.shape[-1])
+    count = max(1, 2 * TILE_ELEMENTS[rows.device.type] // rows.shape[-1])
     return zip(*(t.split(count) for t in (rows, *others)), strict=True)

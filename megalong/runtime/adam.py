@@ -44,14 +44,15 @@ class GroupStepAdamW(torch.optim.AdamW):
     def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
         states = [self._state_of(p) for p in params]
         beta1, beta2 = group["betas"]
+        # The functional form adds one to each count before it uses it. One tensor: on a GPU each would be a launch.
+        counts = torch.full((len(params),), group["step"] - 1, dtype=torch.float32, device=params[0].device)
         adamw(
             params,
             [p.grad for p in params],  # type: ignore[misc]
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
-            # The functional form adds one to each count before it uses it.
-            [torch.full((), group["step"] - 1, dtype=torch.float32, device=p.device) for p in params],
+            list(counts.unbind()),
             fused=True,
             amsgrad=False,
             beta1=beta1,

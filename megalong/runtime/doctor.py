@@ -1,4 +1,4 @@
-"""What is installed here, and what a run would use: a line each, and never an error.
+"""What is installed here: a line each, and never an error.
 
 Versions are read from package metadata, without importing anything: that takes milliseconds and works for packages
 that are broken. torch itself is imported only where its build could see a GPU (a CPU build says so in its version).
@@ -28,21 +28,14 @@ OPTIONAL = {
 }
 
 
-def doctor() -> None:
-    """Print the report of `report()`."""
-    for name, text in report():
-        print(f"{name:<20}{text}")
-
-
 def report() -> list[tuple[str, str]]:
     """Pairs of a name and what there is to say about it; never raises for what is missing or broken."""
     rows = [
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs")
     ]
     rows += [(name, _package(name)) for name in PACKAGES]
-    devices = _gpus()
+    devices = gpus()
     rows.append(("GPU", ", ".join(devices) if devices else "none that torch can use"))
-    rows += _choices(bool(devices))
     return rows
 
 
@@ -84,7 +77,8 @@ def _folders(module: str) -> list[Path]:
     return [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
+    """Names of the GPUs that torch can use."""
     if (_version("torch") or "+cpu").endswith("+cpu"):
         return []
     try:
@@ -93,26 +87,3 @@ def _gpus() -> list[str]:
         return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     except Exception:  # a broken driver or build is this machine's state, not this command's failure
         return []
-
-
-def _engine_works() -> bool:
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception:  # it raises RuntimeError, not ImportError, where its CUDA part is absent
-        return False
-    return True
-
-
-def _choices(has_gpu: bool) -> list[tuple[str, str]]:
-    """What a run with `runtime.device: auto` takes."""
-    engine = _version("transformer-engine") is not None and _engine_works()
-    if _version("transformer-engine") is not None and not engine:
-        adam_note = " (transformer-engine is installed but cannot be imported: it is left aside)"
-    else:
-        adam_note = ""
-    adam = "Transformer Engine's FusedAdam" if engine else "apex's FusedAdam" if is_nvidia_apex() else "torch's AdamW"
-    return [
-        ("will use", "CUDA with NCCL" if has_gpu else "CPU with gloo, Megatron-Core under the CPU adapter"),
-        ("  attention", "torch's fused kernels in a zigzag ring over the context-parallel ranks"),
-        ("  optimizer", adam + adam_note),
-    ]

@@ -37,6 +37,7 @@ from megalong.hf.random_weights import RandomWeights
 from megalong.hf.reader import HFReader
 from megalong.model.build import build_model, unwrap, wrap_for_training
 from megalong.model.config import DTYPES, ModelSettings
+from megalong.model.implementations import Implementations, implementations
 from megalong.model.lora import adapters, random_adapters
 from megalong.runtime import distributed
 from megalong.training.guard import Guard
@@ -156,6 +157,7 @@ def _session(config: Config, device: torch.device, machine: Machine, start: Star
         log.info("attention over context-parallel ranks: %s (%s)", exchange.name, exchange.reason)
     distributed.set_layout(layout_of(config, exchange), config.run.seed, config.runtime.timeout_minutes)
     bare = build_model(start.architecture, model_settings(config, exchange, machine))
+    log.info("computes with %s", _implementations(config, device, machine, start.architecture))
     if start.resume is None:
         _first_weights(start, config, bare)
     chunks = wrap_for_training(bare, config.parallel)
@@ -177,6 +179,21 @@ def _session(config: Config, device: torch.device, machine: Machine, start: Star
     if verification is not None:
         _resume(session, start, verification)
     return session
+
+
+def _implementations(
+    config: Config, device: torch.device, machine: Machine, architecture: Architecture
+) -> Implementations:
+    precision = config.precision
+    return implementations(
+        device,
+        machine,
+        precision.params_dtype,
+        architecture.kv_channels,
+        backend_of(config, machine),
+        precision.fp8,
+        precision.fp8_dot_product_attention,
+    )
 
 
 def _resume(session: Session, start: Start, verification: Verification) -> None:

@@ -1,11 +1,13 @@
 """SwiGLU and its hand-written backward against torch's own operations in float64."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megalong.model import swiglu as module
-from megalong.model.swiglu import swiglu
+from megalong.model.swiglu import swiglu, why_not_compiled
 
 
 def reference(gate_up: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,7 +24,7 @@ def reference(gate_up: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tens
 def test_value_and_gradient(
     shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TILE_ELEMENTS", 100)  # several tiles, the last one shorter
+    monkeypatch.setitem(module.TILE_ELEMENTS, "cpu", 100)  # several tiles, the last one shorter
     gate_up = torch.randn(shape).to(dtype).requires_grad_()
     upstream = torch.randn(*shape[:-1], shape[-1] // 2).to(dtype)
     result = swiglu(gate_up)
@@ -41,3 +43,37 @@ def test_a_gradient_that_is_not_contiguous() -> None:
     _, gradient = reference(gate_up, torch.ones(5, 2, 4))
     assert gate_up.grad is not None
     torch.testing.assert_close(gate_up.grad.double(), gradient, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def untried() -> Iterator[None]:
+    """No earlier test's answer to whether the compiled kernel works."""
+    why_not_compiled.cache_clear()
+    yield
+    why_not_compiled.cache_clear()
+
+
+@pytest.mark.usefixtures("untried")
+def test_a_kernel_that_works_is_used() -> None:
+    """Megatron-Core's, here without its compiler, has the value and gradient of ours."""
+    assert why_not_compiled(torch.device("cpu")) is None
+
+
+@pytest.mark.usefixtures("untried")
+def test_a_node_without_a_compiler_computes_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile is real here, only its compiler is missing."""
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    compiled = torch.compile(lambda x, bias: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1])
+    monkeypatch.setattr(module, "bias_swiglu_impl", compiled)
+    why = why_not_compiled(torch.device("cpu"))
+    assert why is not None
+    assert "compiler" in why.lower()
+
+
+@pytest.mark.usefixtures("untried")
+def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "bias_swiglu_impl", lambda x, bias: x.chunk(2, -1)[0] * x.chunk(2, -1)[1])
+    assert why_not_compiled(torch.device("cpu")) is not None

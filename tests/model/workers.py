@@ -205,3 +205,11 @@ def padded_shard(tokens: int, ranks: int) -> dict[str, Any]:
         "lengths": {shard.tokens.shape[1] for shard in shards},
         "made": made.call_count,
     }
+
+
+def adam() -> str:
+    """The class of Megatron-Core's Adam on this machine."""
+    distributed.start(torch.device("cpu"))
+    from megatron.core import optimizer
+
+    return str(optimizer.Adam.__name__)
