@@ -213,21 +213,24 @@ def background_group(timeout_minutes: float) -> dist.ProcessGroup | None:
 def clear_layout() -> None:
     """Close the groups of the last layout, if there was one.
 
-    Megatron-Core only forgets them; each would keep its threads and sockets for as long as the process lives.
+    Megatron-Core closes the gloo ones beside NCCL's and only forgets the others, which would keep their threads and
+    sockets, or their communicators, for as long as the process lives. Closing a communicator may wait for its other
+    ranks, so all ranks close them in one order: the newest first.
     """
     from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
         return
     global _context_levels
-    groups = set(parallel_state._global_process_group_list or []) | set(_context_levels)
+    groups = dict.fromkeys([*(parallel_state._global_process_group_list or []), *_context_levels])
     _context_levels = (None, None)
     parallel_state.destroy_model_parallel()
     cpu.forget_groups()
     # A model holds its groups, and lies in reference cycles: without a collection they would outlive it.
     gc.collect()
-    for group in groups - {None, dist.group.WORLD, dist.GroupMember.NON_GROUP_MEMBER}:
-        dist.destroy_process_group(group)
+    for group in reversed(groups):
+        if group is not dist.group.WORLD and group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
 
 
 def stop() -> None:

@@ -1,0 +1,41 @@
+"""What ranks of the pool run for the tests of `runtime`."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megalong.runtime import distributed
+
+
+def close_layouts_of_a_gpu_world() -> list[str]:
+    """Names of the groups this rank closes, in order, where a layout has gloo groups beside the world's as on NCCL.
+
+    A stage with tensor parallelism, one with context parallelism, and the end of the run.
+    """
+    distributed.start(torch.device("cpu"))
+    from megatron.core import parallel_state
+
+    closed: list[str] = []
+    build, close, share = parallel_state.initialize_model_parallel, dist.destroy_process_group, dist.new_group
+
+    def build_with_gloo(**settings: object) -> None:
+        build(**{**settings, "create_gloo_process_groups": True})
+
+    def note_and_close(group: dist.ProcessGroup | None = None) -> None:
+        closed.append(group.group_name if group is not None else "the world")
+        close(group)
+
+    # A group each, as on GPUs: on CPUs groups of equal ranks are one (runtime/cpu.py).
+    dist.new_group = share.__wrapped__
+    parallel_state.initialize_model_parallel, dist.destroy_process_group = build_with_gloo, note_and_close
+    try:
+        distributed.set_layout(distributed.Layout(tensor=2))
+        distributed.set_layout(distributed.Layout(context=2))
+        distributed.clear_layout()
+        closed += [f"left open: {name}" for name in dist.distributed_c10d._world.pg_names.values()]
+        distributed.stop()
+    finally:
+        dist.new_group, dist.destroy_process_group = share, close
+        parallel_state.initialize_model_parallel = build
+    return closed
