@@ -1,7 +1,8 @@
 """What differs between Megatron-Core's versions and installations, in one place.
 
-`prepare()` must run before anything imports `megatron.core`: it hides a broken Transformer Engine, installs the CPU
-adapter where there is no GPU, and puts our AdamW where neither Transformer Engine's nor apex's is to be had.
+`prepare()` must run before anything imports `megatron.core`: it hides a broken Transformer Engine, hides a working one
+and installs the CPU adapter where there is no GPU, and puts our AdamW where neither Transformer Engine's nor apex's is
+to be had.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from megalong.runtime import cpu
 
 log = logging.getLogger("megalong")
 
-_TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine_torch")
+_TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine_torch")
+# apex, and those of its extensions that Megatron-Core imports by themselves.
+_APEX = ("apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 # The line that gave checkpoints their present form.
 _COMMON_IN_SHARDS = (0, 19)
 # Messages that ask nothing of a user of megalong, by logger and first words: 0.19's advice to those who write models
@@ -42,10 +45,12 @@ _NOISE = {
 
 def prepare(device: torch.device) -> None:
     """Make `import megatron.core` safe and usable on `device`; idempotent."""
-    hide_broken_transformer_engine()
     _quiet()
     if device.type == "cpu":
+        hide_gpu_packages()
         cpu.install()
+    else:
+        hide_broken_transformer_engine()
     _install_adam()
 
 
@@ -66,19 +71,33 @@ def _is_no_noise(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_NOISE[record.name])
 
 
+def hide_gpu_packages() -> None:
+    """Treat Transformer Engine and apex as absent: Megatron-Core would give their kernels the CPU's tensors."""
+    hidden = _hide(*_TRANSFORMER_ENGINE, *_APEX)
+    if hidden:
+        log.info("no GPU in use: going on without %s, for GPUs only", ", ".join(hidden))
+
+
+def _hide(*packages: str) -> list[str]:
+    """Make importing these raise ImportError, as if they were not installed; those that are."""
+    found = [name for name in packages if sys.modules.get(name) or importlib.util.find_spec(name)]
+    for name in [*found, *(loaded for loaded in sys.modules if loaded.partition(".")[0] in found)]:
+        sys.modules[name] = None  # type: ignore[assignment]
+    return found
+
+
 def hide_broken_transformer_engine() -> None:
     """Transformer Engine that cannot be imported is treated as absent.
 
     `pip install transformer-engine` without its CUDA core raises RuntimeError at import, which Megatron-Core, expecting
-    ImportError, does not survive. `sys.modules[name] = None` turns it into the ImportError it expects.
+    ImportError, does not survive.
     """
     if sys.modules.get("transformer_engine", "unset") is None or not importlib.util.find_spec("transformer_engine"):
         return
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:
-        for name in _TRANSFORMER_ENGINE:
-            sys.modules[name] = None  # type: ignore[assignment]
+        _hide(*_TRANSFORMER_ENGINE)
         log.warning("transformer-engine is installed but cannot be imported (%s): going on without it", error)
 
 
