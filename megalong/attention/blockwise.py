@@ -4,7 +4,9 @@
     backward, the same again:  kernel with the merged out and lse  →  shares of the gradients, added in float32
 
 Where the keys come from is the business of a transport (transport.py). The order of sources and blocks is fixed, so
-the same run gives the same bits. The first source shows every query its own key, so no query stays without one.
+the same run gives the same bits (on a GPU only under `torch.use_deterministic_algorithms`: otherwise flash's gradients
+of queries, and those of a key in several blocks of one launch, are summed in any order). The first source shows every
+query its own key, so no query stays without one.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from megalong.attention.mask import CAUSAL
 from megalong.attention.merge import empty_result, merge
 from megalong.attention.plan import AttentionPlan, Block
 from megalong.attention.transport import Transport
-from megalong.attention.varlen import Launch, launches
+from megalong.attention.varlen import Index, PackedBlocks, launches
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,27 @@ class Attention:
     window: int | None = None
     joined: int = 1
 
-    def blocks(self, source: int | None) -> list[tuple[slice, list[Block]]]:
-        """(rows of the batch, blocks) against `source`'s keys."""
-        return self.plan.blocks(self.transport.rank, source, self.window, self.joined)
+    def parts(self, source: int | None, device: torch.device) -> list[tuple[slice, list[_OneBlock | _Packed]]]:
+        """(rows of the batch, what to launch) against `source`'s keys; layers that ask the same get the same.
+
+        So indices are made and sent to the device in a micro-batch's first layer, and not again.
+        """
+        packs = self.kernel.varlen is not None
+        key = ("parts", self.transport.rank, source, self.window, self.joined, device, packs)
+        return self.plan.kept(
+            key, lambda: [(rows, list(_parts(blocks, packs, device))) for rows, blocks in self._blocks(source)]
+        )
 
     @property
     def is_one_block(self) -> bool:
         """Whether all there is to compute is causal attention of this rank's tokens to themselves."""
         if self.transport.size > 1:
             return False
-        rows = self.blocks(0)
+        rows = self._blocks(0)
         return len(rows) == 1 and len(rows[0][1]) == 1 and rows[0][1][0].mask == CAUSAL
+
+    def _blocks(self, source: int | None) -> list[tuple[slice, list[Block]]]:
+        return self.plan.blocks(self.transport.rank, source, self.window, self.joined)
 
 
 def blockwise_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
@@ -84,8 +96,8 @@ def _forward(
     # Without a window the blocks of the first source hold every query once: there is nothing to merge with yet.
     fresh = attention.window is None
     for source, (keys, values) in attention.transport.sources(torch.stack((k, v)), attention.plan):
-        for rows, blocks in attention.blocks(source):
-            for part in _parts(attention.kernel, blocks, q.device):
+        for rows, parts in attention.parts(source, q.device):
+            for part in parts:
                 new_out, new_lse = part.forward(q[:, rows], keys[:, rows], values[:, rows], attention)
                 _take_in(out[:, rows], lse[rows], part.queries, new_out, new_lse, fresh)
         fresh = False
@@ -95,7 +107,7 @@ def _forward(
 def _take_in(
     out: torch.Tensor,
     lse: torch.Tensor,
-    queries: slice | torch.Tensor,
+    queries: Index,
     new_out: torch.Tensor,
     new_lse: torch.Tensor,
     fresh: bool,
@@ -126,8 +138,8 @@ def _backward(
     grad_q = torch.zeros_like(q, dtype=torch.float32)
     for source, (keys, values) in transport.sources(torch.stack((k, v)), attention.plan, backward=True):
         shares = []
-        for rows, blocks in attention.blocks(source):
-            for part in _parts(attention.kernel, blocks, q.device):
+        for rows, parts in attention.parts(source, q.device):
+            for part in parts:
                 dq, dk, dv = part.backward(
                     grad_out[:, rows], q[:, rows], keys[:, rows], values[:, rows], out[:, rows], lse[rows], attention
                 )
@@ -143,19 +155,20 @@ def _backward(
     return grad_q, dk, dv
 
 
-def _add(total: torch.Tensor, index: slice | torch.Tensor, share: torch.Tensor) -> None:
+def _add(total: torch.Tensor, index: Index, share: torch.Tensor) -> None:
     if isinstance(index, slice):
         total[index] += share
     else:
         total.index_add_(0, index, share.to(total.dtype))  # a key may be in several blocks
 
 
-def _parts(kernel: BlockKernel, blocks: list[Block], device: torch.device) -> Iterator[_OneBlock | _Packed]:
-    if kernel.varlen is None:
+def _parts(blocks: list[Block], packs: bool, device: torch.device) -> Iterator[_OneBlock | _Packed]:
+    """`packs`: whether the kernel takes many blocks at once."""
+    if not packs:
         yield from (_OneBlock(block) for block in blocks)
         return
     for launch in launches(blocks):
-        yield _OneBlock(launch.blocks[0]) if len(launch.blocks) == 1 else _Packed(launch, device)
+        yield _OneBlock(launch.blocks[0]) if len(launch.blocks) == 1 else _Packed(launch.on(device))
 
 
 class _OneBlock:
@@ -184,11 +197,11 @@ class _OneBlock:
 
 
 class _Packed:
-    """Many blocks of one row of the batch in one launch, on copies laid end to end."""
+    """Many blocks of one row of the batch in one launch, laid end to end."""
 
-    def __init__(self, launch: Launch, device: torch.device) -> None:
-        self.launch = launch
-        self.queries, self.keys = launch.queries(device), launch.keys(device)
+    def __init__(self, packed: PackedBlocks) -> None:
+        self.packed = packed
+        self.queries, self.keys = packed.queries, packed.keys
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention
@@ -196,7 +209,7 @@ class _Packed:
         outs, lses = [], []
         for row in range(q.shape[1]):
             out, lse = _varlen(attention).forward(
-                q[self.queries, row], k[self.keys, row], v[self.keys, row], self.launch, attention.scale
+                q[self.queries, row], k[self.keys, row], v[self.keys, row], self.packed, attention.scale
             )
             outs.append(out)
             lses.append(lse)
@@ -215,7 +228,7 @@ class _Packed:
         i, j = self.queries, self.keys
         grads = [
             _varlen(attention).backward(
-                grad_out[i, row], q[i, row], k[j, row], v[j, row], out[i, row], lse[row][:, i], self.launch,
+                grad_out[i, row], q[i, row], k[j, row], v[j, row], out[i, row], lse[row][:, i], self.packed,
                 attention.scale,
             )
             for row in range(q.shape[1])

@@ -1,14 +1,22 @@
 """FlashAttention-2 as built into torch: bf16 and fp16 on CUDA, any block a plan has (plan.py).
 
 It counts diagonals from the bottom right corner, where the last query meets the last key (varlen.py says them so).
+It reads any strides but the last dimension's, which must be 1. Backward over very many tokens and heads is cut by heads
+(limits.py).
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
+from megalong.attention.limits import Gradients, by_heads
 from megalong.attention.mask import BlockMask
-from megalong.attention.varlen import no_random_state, to_corner, window_arguments
+from megalong.attention.varlen import no_random_state, rounded_head, to_corner, window_arguments
+
+TILE = 128  # queries: flash rounds their number up to it
 
 
 def forward(
@@ -39,8 +47,22 @@ def backward(
     lse: torch.Tensor,
     mask: BlockMask,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Gradients:
     """See `BlockKernel.backward`. The kernel reads the log-sum-exp by address, so a slice of it is copied first."""
+    arguments = {"scale": scale, **window_arguments(to_corner(mask, q.shape[0], k.shape[0]))}
+    per_head = -(-q.shape[0] // TILE) * TILE * rounded_head(q.shape[-1])
+    return by_heads(functools.partial(_backward, arguments), grad_out, q, k, v, out, lse, per_head)
+
+
+def _backward(
+    arguments: dict[str, Any],
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> Gradients:
     grads = torch.ops.aten._flash_attention_backward(
         *_batch_first(grad_out, q, k, v, out),
         lse.contiguous(),
@@ -51,13 +73,12 @@ def backward(
         0.0,
         False,
         *no_random_state(q.device),
-        scale=scale,
-        **window_arguments(to_corner(mask, q.shape[0], k.shape[0])),
+        **arguments,
     )
     dq, dk, dv = (grad.transpose(0, 1) for grad in grads)
     return dq, dk, dv
 
 
 def _batch_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """`[s, b, h, d]` seen as flash's `[b, s, h, d]`; it reads any strides but that of the last dimension."""
+    """`[s, b, h, d]` seen as flash's `[b, s, h, d]`."""
     return tuple((t if t.stride(-1) == 1 else t.contiguous()).transpose(0, 1) for t in tensors)

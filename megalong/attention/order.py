@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from megalong.attention import upload
 from megalong.attention.plan import AttentionPlan
 
 
@@ -19,18 +20,27 @@ def to_sequence_order(
 
     `tokens` has its batch in dimension `dim + 1`. Differentiable.
     """
-    return _reordered(tokens, plan.orders(ranks, joined), dim)
+    return _reordered(tokens, _indices(plan, ranks, joined, tokens.device, inverse=False), dim)
 
 
 def from_sequence_order(
     tokens: torch.Tensor, plan: AttentionPlan, ranks: slice, joined: int = 1, dim: int = 0
 ) -> torch.Tensor:
     """The inverse of `to_sequence_order`."""
-    return _reordered(tokens, [np.argsort(order) for order in plan.orders(ranks, joined)], dim)
+    return _reordered(tokens, _indices(plan, ranks, joined, tokens.device, inverse=True), dim)
 
 
-def _reordered(tokens: torch.Tensor, orders: list[np.ndarray], dim: int) -> torch.Tensor:
-    indices = [torch.from_numpy(order).to(tokens.device) for order in orders]
+def _indices(plan: AttentionPlan, ranks: slice, joined: int, device: torch.device, inverse: bool) -> list[torch.Tensor]:
+    """int64, on `device`: one for all rows of the batch, or one for each."""
+
+    def uploaded() -> list[torch.Tensor]:
+        orders = plan.orders(ranks, joined)
+        return [upload.to_device(np.argsort(order) if inverse else order, device) for order in orders]
+
+    return plan.kept(("order on device", ranks.start, ranks.stop, joined, device, inverse), uploaded)
+
+
+def _reordered(tokens: torch.Tensor, indices: list[torch.Tensor], dim: int) -> torch.Tensor:
     if len(indices) == 1:
         return tokens.index_select(dim, indices[0])
     rows = [row.index_select(dim, index) for row, index in zip(tokens.unbind(dim + 1), indices, strict=True)]

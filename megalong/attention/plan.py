@@ -16,15 +16,17 @@ diagonal alone cuts has no more queries than keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from megalong.attention.layout import Runs, TokenLayout, tokens_of, union
 from megalong.attention.mask import CAUSAL, FULL, BlockMask
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,19 @@ class SequencePlan:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """The sequences of a micro-batch: one plan for all of its rows where they are alike, else one for each."""
+    """The sequences of a micro-batch: one plan for all of its rows where they are alike, else one for each.
+
+    What layers ask of it is computed once and kept, on the host and on devices, until the micro-batch is done with.
+    """
 
     sequences: tuple[SequencePlan, ...]
-    _kept: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
+    _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def kept(self, key: Hashable, make: Callable[[], T]) -> T:
+        """`make()`, called the first time only. It lives as long as the plan: `key` must say all that it depends on."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     def rows(self) -> list[tuple[slice, SequencePlan]]:
         """(rows of the batch, their plan)."""
@@ -122,25 +133,25 @@ class AttentionPlan:
     def orders(self, ranks: slice, joined: int) -> list[np.ndarray]:
         """`SequencePlan.order` of every plan there is."""
         key = ("order", ranks.start, ranks.stop, joined)
-        if key not in self._kept:
-            self._kept[key] = [sequence.joined(joined).order(ranks) for sequence in self.sequences]
-        return self._kept[key]
+        return self.kept(key, lambda: [sequence.joined(joined).order(ranks) for sequence in self.sequences])
 
     def blocks(
         self, rank: int, source: int | None, window: int | None, joined: int = 1
     ) -> list[tuple[slice, list[Block]]]:
         """(rows of the batch, blocks) of `rank`'s queries against `source`'s keys, None for all keys in order.
 
-        Ranks are counted in groups of `joined`. Layers that ask the same again get the same list.
+        Ranks are counted in groups of `joined`.
         """
-        key = (rank, source, window, joined)
-        if key not in self._kept:
-            plans = [(rows, sequence.joined(joined)) for rows, sequence in self.rows()]
-            self._kept[key] = [
-                (rows, plan.to_all(rank, window) if source is None else plan.between(rank, source, window))
-                for rows, plan in plans
-            ]
-        return self._kept[key]
+        return self.kept(
+            ("blocks", rank, source, window, joined), lambda: list(self._blocks(rank, source, window, joined))
+        )
+
+    def _blocks(
+        self, rank: int, source: int | None, window: int | None, joined: int
+    ) -> Iterator[tuple[slice, list[Block]]]:
+        for rows, sequence in self.rows():
+            plan = sequence.joined(joined)
+            yield rows, plan.to_all(rank, window) if source is None else plan.between(rank, source, window)
 
 
 def make_plan(layout: TokenLayout, seq_length: int, starts: Sequence[np.ndarray] | None = None) -> AttentionPlan:

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megalong.attention import upload
 from megalong.attention.exchange import ContextGroups
 from megalong.attention.plan import AttentionPlan
 from megalong.config.attention_checks import Machine
@@ -141,11 +142,15 @@ def _second_stream() -> torch.cuda.Stream:
 
 
 def document_arguments(plan: AttentionPlan, batch: int, ranks: int, device: torch.device) -> dict[str, Any]:
-    """TE's arguments for documents laid end to end, all rows of the batch one after the other.
+    """TE's arguments for documents laid end to end, all rows of the batch one after the other; kept in the plan.
 
     Raises:
         UserError: several ranks, and a document that is no multiple of 2 x ranks.
     """
+    return plan.kept(("documents", batch, ranks, device), lambda: _document_arguments(plan, batch, ranks, device))
+
+
+def _document_arguments(plan: AttentionPlan, batch: int, ranks: int, device: torch.device) -> dict[str, Any]:
     bounds = document_bounds(plan, batch)
     lengths = np.diff(bounds)
     odd = lengths[lengths % (2 * ranks) != 0]
@@ -154,7 +159,7 @@ def document_arguments(plan: AttentionPlan, batch: int, ranks: int, device: torc
             f"attention.backend: transformer_engine over {ranks} context-parallel ranks takes documents of a multiple "
             f"of {2 * ranks} tokens, and one has {odd[0]}; write backend: torch, which takes any"
         )
-    cumulative = torch.from_numpy(bounds.astype(np.int32)).to(device)
+    cumulative = upload.to_device(bounds.astype(np.int32), device)
     longest = int(lengths.max())
     # That both pairs are the same objects is how TE knows that nothing lies between documents.
     return {

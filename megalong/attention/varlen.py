@@ -6,21 +6,31 @@ variable-length kernel takes them laid end to end, with the token at which each 
     blocks   q [0, 3) k [0, 3)   q [3, 5) k [3, 5)          cumulative lengths  q 0 3 5   k 0 3 5
 
 Blocks share a launch if no query is in two of them and their diagonals are the same counted from the bottom right
-corner, which is how flash counts. Keys may be in several; they are copied then.
+corner, which is how flash counts. Keys may be in several. Tokens that do not lie end to end already are copied there.
+
+Indices and cumulative lengths are made and uploaded once per micro-batch, not per layer and pass: `Launch.on` is kept
+in the plan (blockwise.py).
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
+import numpy as np
 import torch
 
+from megalong.attention import upload
+from megalong.attention.limits import COUNTABLE, Gradients, by_heads
 from megalong.attention.mask import BlockMask
 from megalong.attention.plan import Block
 
 Window = tuple[int, int]  # keys left and right of the diagonal through the bottom right corner, -1: all
+Index = slice | torch.Tensor  # of tokens: consecutive ones, or int64 in any order
+
+TILE = 128  # queries: flash keeps as many apart between one sequence and the next
 
 
 @dataclass
@@ -30,33 +40,63 @@ class Launch:
     window: Window
     blocks: list[Block] = field(default_factory=list)
 
-    def queries(self, device: torch.device) -> torch.Tensor:
-        """Indices of all queries, end to end."""
-        return _indices([block.queries for block in self.blocks], device)
+    def on(self, device: torch.device) -> PackedBlocks:
+        """The same as a kernel on `device` wants to be told of it; uploads it."""
+        queries, keys = ([getattr(block, side) for block in self.blocks] for side in ("queries", "keys"))
+        lengths = [np.array([s.stop - s.start for s in slices]) for slices in (queries, keys)]
+        q_bounds, k_bounds = (np.append(0, np.cumsum(each)).astype(np.int32) for each in lengths)
+        assert all(each.sum() < COUNTABLE for each in lengths)
+        bounds = upload.to_device(np.stack((q_bounds, k_bounds)), device)
+        return PackedBlocks(
+            self.window,
+            _index(queries, device),
+            _index(keys, device),
+            bounds[0],
+            bounds[1],
+            int(lengths[0].max()),
+            int(lengths[1].max()),
+        )
 
-    def keys(self, device: torch.device) -> torch.Tensor:
-        """Indices of all keys, end to end."""
-        return _indices([block.keys for block in self.blocks], device)
 
-    def bounds(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-        """(cumulative lengths of queries and of keys, int32 from 0; the longest of each)."""
-        lengths = [
-            torch.tensor([0, *(s.stop - s.start for s in slices)], dtype=torch.int32)
-            for slices in ([block.queries for block in self.blocks], [block.keys for block in self.blocks])
-        ]
-        q, k = (torch.cumsum(one, 0, dtype=torch.int32).to(device) for one in lengths)
-        return q, k, int(lengths[0].max()), int(lengths[1].max())
+@dataclass(frozen=True)
+class PackedBlocks:
+    """A launch on its device.
+
+    `queries` and `keys`: which tokens are laid end to end. `query_bounds` and `key_bounds`: int32, where each block
+    begins among them, and the end of the last. Nothing in it depends on a layer, and nobody writes to it.
+    """
+
+    window: Window
+    queries: Index
+    keys: Index
+    query_bounds: torch.Tensor
+    key_bounds: torch.Tensor
+    longest_queries: int
+    longest_keys: int
+
+    @property
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """As torch's flash operators take them."""
+        return self.query_bounds, self.key_bounds, self.longest_queries, self.longest_keys
+
+
+def _index(slices: list[slice], device: torch.device) -> Index:
+    """All tokens of `slices`, end to end; without a copy where each begins at the end of the one before."""
+    if all(one.stop == other.start for one, other in itertools.pairwise(slices)):
+        return slice(slices[0].start, slices[-1].stop)
+    return upload.to_device(np.concatenate([np.arange(s.start, s.stop) for s in slices]), device)
 
 
 @dataclass(frozen=True)
 class VarlenKernel:
-    """`forward(q, k, v, launch, scale)` and `backward(grad_out, q, k, v, out, lse, launch, scale)` on packed tokens.
+    """`forward(q, k, v, packed, scale)` and `backward(grad_out, q, k, v, out, lse, packed, scale)` on packed tokens.
 
-    q, grad_out and out `[n, h, d]`, k and v `[m, g, d]`, lse float32 `[h, n]`, with n and m tokens of all blocks.
+    q, grad_out and out `[n, h, d]`, k and v `[m, g, d]`, lse float32 `[h, n]`, with n and m tokens of all blocks, and
+    packed a `PackedBlocks`.
     """
 
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    backward: Callable[..., Gradients]
 
 
 def launches(blocks: list[Block]) -> list[Launch]:
@@ -95,11 +135,12 @@ def to_corner(mask: BlockMask, queries: int, keys: int) -> Window:
 
 
 def flash_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, launch: Launch, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedBlocks, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `VarlenKernel`."""
+    q, k, v = _readable(q, k, v)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, *launch.bounds(q.device), 0.0, False, False, scale=scale, **window_arguments(launch.window)
+        q, k, v, *packed.bounds, 0.0, False, False, scale=scale, **window_arguments(packed.window)
     )
     return out, lse
 
@@ -111,25 +152,46 @@ def flash_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    launch: Launch,
+    packed: PackedBlocks,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Gradients:
     """See `VarlenKernel`."""
+    apart = TILE * len(packed.query_bounds)  # the buffer of flash that `by_heads` cuts keeps sequences apart
+    per_head = (packed.longest_queries + apart) * rounded_head(q.shape[-1])
+    return by_heads(functools.partial(_backward, packed, scale), grad_out, q, k, v, out, lse, per_head)
+
+
+def _backward(
+    packed: PackedBlocks,
+    scale: float,
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> Gradients:
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        grad_out,
-        q,
-        k,
-        v,
-        out,
+        *_readable(grad_out, q, k, v, out),
         lse.contiguous(),
-        *launch.bounds(q.device),
+        *packed.bounds,
         0.0,
         False,
         *no_random_state(q.device),
         scale=scale,
-        **window_arguments(launch.window),
+        **window_arguments(packed.window),
     )
     return dq, dk, dv
+
+
+def _readable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def rounded_head(head_dim: int) -> int:
+    """Channels that flash computes a head with."""
+    step = 32 if head_dim <= 128 else 64
+    return -(-head_dim // step) * step
 
 
 def window_arguments(window: Window) -> dict[str, int]:
@@ -138,16 +200,8 @@ def window_arguments(window: Window) -> dict[str, int]:
 
 
 def no_random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What flash's backward wants to know of dropout, which there is none of."""
-    return (
-        torch.zeros(2, dtype=torch.uint64, device=device),
-        torch.zeros((), dtype=torch.uint64, device=device),
-    )
-
-
-def _indices(slices: list[slice], device: torch.device) -> torch.Tensor:
-    parts: list[Any] = [torch.arange(s.start, s.stop, device=device) for s in slices]
-    return torch.cat(parts)
+    """The state of dropout as flash's backward declares it. There is no dropout, so nobody reads or fills it."""
+    return torch.empty(2, dtype=torch.uint64, device=device), torch.empty((), dtype=torch.uint64, device=device)
 
 
 FLASH_VARLEN = VarlenKernel(flash_forward, flash_backward)

@@ -14,32 +14,32 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalong.attention.kernels import FLASH, TILED
+from megalong.attention.kernels import TILED
 from megalong.attention.layout import TokenLayout
 from megalong.attention.mask import BlockMask
 from megalong.attention.plan import make_plan
-from megalong.attention.varlen import FLASH_VARLEN, Launch, VarlenKernel, launches
+from megalong.attention.varlen import PackedBlocks, VarlenKernel, launches
 from tests.attention import workers
 from tests.attention.reference import assert_near, dense
 from tests.attention.test_exchange import drawn_settings
 from tests.attention.workers import Setting
 
 
-def each(launch: Launch) -> list[tuple[slice, slice, BlockMask]]:
+def each(launch: PackedBlocks) -> list[tuple[slice, slice, BlockMask]]:
     """(queries, keys, mask) of every sequence in a launch, from what flash is told."""
-    q_ends, k_ends, _, _ = launch.bounds(torch.device("cpu"))
+    q_ends, k_ends, _, longest_keys = launch.bounds
     found = []
     for index in range(len(q_ends) - 1):
         q, k = (slice(int(ends[index]), int(ends[index + 1])) for ends in (q_ends, k_ends))
         corner, (left, right) = (k.stop - k.start) - (q.stop - q.start), launch.window
         if left >= 0 and right < 0:
-            right = launch.bounds(torch.device("cpu"))[3]  # flash's own rule, for all sequences of a launch
+            right = longest_keys  # flash's own rule, for all sequences of a launch
         found.append((q, k, BlockMask(None if right < 0 else corner + right, None if left < 0 else corner - left)))
     return found
 
 
 def plain_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, launch: Launch, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, launch: PackedBlocks, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     parts = [TILED.forward(q[i, None], k[j, None], v[j, None], mask, scale) for i, j, mask in each(launch)]
     return torch.cat([out[:, 0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], -1)
@@ -52,7 +52,7 @@ def plain_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    launch: Launch,
+    launch: PackedBlocks,
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
     parts = [
@@ -86,8 +86,9 @@ def test_packed_blocks_of_every_source_are_what_each_computes_alone(ranks: int, 
         keys = torch.randn(setting.length, 1, 2, 8) if source is None else k
         for _, blocks in plan.blocks(rank, source, setting.window):
             for launch in launches(blocks):
-                i, j = (index(torch.device("cpu")) for index in (launch.queries, launch.keys))
-                together = plain_forward(q[i, 0], keys[j, 0], keys[j, 0], launch, 0.3)
+                packed = launch.on(torch.device("cpu"))
+                i, j = packed.queries, packed.keys
+                together = plain_forward(q[i, 0], keys[j, 0], keys[j, 0], packed, 0.3)
                 alone = [TILED.forward(q[b.queries], keys[b.keys], keys[b.keys], b.mask, 0.3) for b in launch.blocks]
                 torch.testing.assert_close(together[0], torch.cat([out[:, 0] for out, _ in alone]))
                 torch.testing.assert_close(together[1], torch.cat([lse[0] for _, lse in alone], -1))
@@ -107,19 +108,5 @@ def test_every_block_is_launched_once_and_no_query_twice_at_a_time(source: int |
     launched = [block for launch in launches(blocks) for block in launch.blocks]
     assert sorted(map(repr, launched)) == sorted(map(repr, blocks))
     for launch in launches(blocks):
-        queries = launch.queries(torch.device("cpu"))
+        queries = torch.arange(16)[launch.on(torch.device("cpu")).queries]
         assert len(queries.unique()) == len(queries)
-
-
-def test_flash_is_called_as_torch_declares_it() -> None:
-    """On meta tensors torch checks names, types and number of arguments, and tells the shapes."""
-    assert FLASH.varlen is FLASH_VARLEN
-    q = torch.empty(64, 8, 32, dtype=torch.bfloat16, device="meta")
-    k = torch.empty(48, 2, 32, dtype=torch.bfloat16, device="meta")
-    (_, blocks), = make_plan(TokenLayout(), 48, [np.array([0, 16])]).blocks(0, 0, None)  # fmt: skip
-    (launch,) = launches(blocks)
-    out, lse = FLASH_VARLEN.forward(q, k, k, launch, 0.1)
-    assert out.shape == q.shape
-    assert lse.shape == (8, 64)
-    gradients = FLASH_VARLEN.backward(out, q, k, k, out, lse, launch, 0.1)
-    assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
