@@ -1,9 +1,17 @@
 """cuDNN's attention through torch, which on Hopper is known to be faster than FlashAttention-2.
 
-torch gives it two masks, none and causal from the top left corner. Blocks that a diagonal cuts elsewhere, or of odd
-shapes, go to flash, whose log-sum-exp means the same, so that both can be merged. What torch was built with, and which
-cuDNN it finds, is known only where it runs: first both compute a small block, and cuDNN is left alone if it cannot or
-differs.
+torch gives it two masks, none and causal from the top left corner. Blocks that a diagonal cuts elsewhere, of odd
+shapes, or of 2^31 elements and more (limits.py) go to flash, whose log-sum-exp means the same, so that both can be
+merged. What torch was built with, and which cuDNN it finds, is known only where it runs: first both compute a small
+block, and cuDNN is left alone if it cannot or differs.
+
+Two things that torch's operators do not say:
+
+- The log-sum-exp is `[b, h, s]` in some releases and `[b, h, s, 1]` in others, and backward wants the one that forward
+  gives. Ours is `[b, h, s]`, merged or not; the number of dimensions that the last forward gave is remembered.
+- torch keeps cuDNN's compiled graphs by the shapes and strides of q, k and v alone. A graph that was compiled for one
+  layout of the result and its gradient would read any other wrongly, without an error: both are always handed over in
+  one layout, contiguous as `[s, b, h, d]`.
 """
 
 from __future__ import annotations
@@ -14,6 +22,7 @@ import logging
 import torch
 
 from megalong.attention import flash_kernel
+from megalong.attention.limits import Gradients, is_countable
 from megalong.attention.mask import CAUSAL, FULL, BlockMask
 
 log = logging.getLogger("megalong")
@@ -26,22 +35,28 @@ TOLERANCE = 2e-2
 _FORWARD = torch.ops.aten._scaled_dot_product_cudnn_attention
 _BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 
+_lse_dimensions = 4  # of the log-sum-exp that this torch's forward gave last
 
-def takes(q: torch.Tensor) -> bool:
-    """Whether cuDNN is there, right, and made for tensors like `q` (which flash takes)."""
-    if q.shape[-1] > WIDEST_HEAD or torch.cuda.get_device_capability(q.device) < (9, 0):
-        return False
-    return _agrees_with_flash(q.device, q.dtype, q.shape[-1])
+
+def refusal(q: torch.Tensor) -> str | None:
+    """Why cuDNN does not compute tensors like `q`, which flash takes; None where it does."""
+    if torch.cuda.get_device_capability(q.device) < (9, 0):
+        return "cuDNN's attention is the faster one from Hopper on only"
+    if q.shape[-1] > WIDEST_HEAD:
+        return f"cuDNN's attention takes heads of up to {WIDEST_HEAD} channels, these have {q.shape[-1]}"
+    return _failure(q.device, q.dtype, q.shape[-1])
 
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `BlockKernel.forward`."""
-    if not _knows(q, k, mask):
+    global _lse_dimensions
+    if not knows(q, k, v, mask):
         return flash_kernel.forward(q, k, v, mask, scale)
     out, lse, *_ = _FORWARD(*_heads_first(q, k, v), None, True, 0.0, mask == CAUSAL, False, scale=scale)
-    return out.permute(2, 0, 1, 3), lse.squeeze(-1)
+    _lse_dimensions = lse.dim()
+    return out.permute(2, 0, 1, 3), lse.squeeze(-1) if lse.dim() == 4 else lse
 
 
 def backward(
@@ -53,16 +68,17 @@ def backward(
     lse: torch.Tensor,
     mask: BlockMask,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Gradients:
     """See `BlockKernel.backward`."""
-    if not _knows(q, k, mask):
+    if not knows(q, k, v, mask):
         return flash_kernel.backward(grad_out, q, k, v, out, lse, mask, scale)
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which there is none of
+    lse = lse.contiguous()
+    seed, offset = (torch.empty((), dtype=torch.int64, device=q.device) for _ in range(2))  # unread without dropout
     grads = _BACKWARD(
-        *_heads_first(grad_out, q, k, v, out.to(q.dtype)),
-        lse.unsqueeze(-1).contiguous(),
+        *_heads_first(grad_out.contiguous(), q, k, v, out.contiguous()),
+        lse.unsqueeze(-1) if _lse_dimensions == 4 else lse,
         seed,
-        seed,
+        offset,
         None,
         None,
         None,
@@ -76,18 +92,27 @@ def backward(
     return dq, dk, dv
 
 
-def _knows(q: torch.Tensor, k: torch.Tensor, mask: BlockMask) -> bool:
-    if q.shape[0] % REGULAR or k.shape[0] % REGULAR:
+def knows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> bool:
+    """Whether cuDNN computes this block; flash does otherwise."""
+    if q.shape[0] % REGULAR or k.shape[0] % REGULAR or not is_countable(q, k, v):
         return False
     return mask == FULL or (mask == CAUSAL and q.shape[0] == k.shape[0])
 
 
 def _heads_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple((t if t.stride(-1) == 1 else t.contiguous()).permute(1, 2, 0, 3) for t in tensors)
+    """`[s, b, h, d]` seen as torch's `[b, h, s, d]`."""
+    return tuple(_seen_heads_first(t if t.stride(-1) == 1 else t.contiguous()) for t in tensors)
+
+
+def _seen_heads_first(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.shape[1] == 1:  # the stride of a batch of one is anything; this makes it what a larger batch's would be
+        tensor = tensor.select(1, 0).unsqueeze(0).transpose(0, 1)
+    return tensor.permute(1, 2, 0, 3)
 
 
 @functools.cache
-def _agrees_with_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+def _failure(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What goes wrong when cuDNN and flash compute the same small block; None if nothing does."""
     tokens, batch, heads, groups = CHECKED
     generator = torch.Generator(device).manual_seed(0)
     q, k, v, grad = (
@@ -104,6 +129,6 @@ def _agrees_with_flash(device: torch.device, dtype: torch.dtype, head_dim: int) 
                 torch.testing.assert_close(mine.float(), other.float(), rtol=TOLERANCE, atol=TOLERANCE)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        log.warning("cuDNN attention is left alone (%s): flash computes every block", reason)
-        return False
-    return True
+        log.warning("cuDNN's attention is not used (%s): flash computes every block, which takes longer", reason)
+        return f"cuDNN's attention fails its check on this machine: {reason}"
+    return None

@@ -15,16 +15,19 @@ All of them take fewer key than query heads (GQA) without copying keys, and neve
 On CUDA the order in which flash adds up its query gradients is free, unless `torch.use_deterministic_algorithms` is on.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from megalong.attention import cpu_kernel, cudnn_kernel, flash_kernel, tiled
+from megalong.attention.limits import Gradients
 from megalong.attention.varlen import FLASH_VARLEN, VarlenKernel
 from megalong.errors import UserError
 
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+log = logging.getLogger("megalong")
 
 
 @dataclass(frozen=True)
@@ -43,25 +46,56 @@ class BlockKernel:
     varlen: VarlenKernel | None = None  # for many blocks at once, where there is such a kernel
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A kernel, and why it is this one and no faster one, in words for a log line or `megalong doctor`."""
+
+    kernel: BlockKernel
+    reason: str
+
+
 def choose_kernel(q: torch.Tensor, backend: str = "auto") -> BlockKernel:
-    """The kernel for tensors like `q` (its device, type and head dimension). `backend`: auto or torch."""
+    """The kernel for tensors like `q`, said once in the log of rank 0. `backend`: auto or torch."""
     if backend not in ("auto", "torch"):
         raise UserError(f"attention.backend: {backend!r} is not known; write auto or torch")
+    choice = kernel_of(q)
+    _say_once(choice.kernel.name, choice.reason)
+    return choice.kernel
+
+
+def kernel_of(q: torch.Tensor) -> Choice:
+    """The kernel for tensors like `q` (its device, type and head dimension), with the reason.
+
+    On a Hopper GPU the first call for a type and a head dimension computes a small block by cuDNN and by flash.
+    """
     if q.device.type == "cpu":
-        return CPU
-    if q.device.type == "cuda" and _flash_takes(q):
-        return CUDNN if cudnn_kernel.takes(q) else FLASH
-    return TILED
+        return Choice(CPU, "there is no GPU")
+    refusal = _flash_refusal(q)
+    if refusal is not None:
+        return Choice(TILED, f"in plain torch, slowly: {refusal}")
+    refusal = cudnn_kernel.refusal(q)
+    if refusal is not None:
+        return Choice(FLASH, refusal)
+    blocks = f"of a multiple of {cudnn_kernel.REGULAR} tokens"
+    return Choice(CUDNN, f"it agrees with flash here; whole and causal blocks {blocks}, flash computes all others")
 
 
-def _flash_takes(q: torch.Tensor) -> bool:
+@functools.cache
+def _say_once(kernel: str, reason: str) -> None:
+    log.info("attention kernel: %s (%s)", kernel, reason)
+
+
+def _flash_refusal(q: torch.Tensor) -> str | None:
     head_dim = q.shape[-1]
-    return (
-        q.dtype in (torch.bfloat16, torch.float16)
-        and head_dim % 8 == 0
-        and head_dim <= 256
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    )
+    if q.device.type != "cuda":
+        return f"no fused kernel is known for {q.device.type}"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"fused kernels take bf16 and fp16, not {str(q.dtype).removeprefix('torch.')}"
+    if head_dim % 8 or head_dim > 256:
+        return f"fused kernels take heads of 8, 16, ... 256 channels, not {head_dim}"
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "fused kernels need compute capability 8.0 or later"
+    return None
 
 
 CPU = BlockKernel("cpu", cpu_kernel.forward, cpu_kernel.backward)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalong.attention import cudnn_kernel, tiled
-from megalong.attention.kernels import CPU, CUDNN, FLASH, TILED, BlockKernel, choose_kernel
+from megalong.attention import cudnn_kernel, kernels, tiled
+from megalong.attention.kernels import CPU, CUDNN, FLASH, TILED, BlockKernel, choose_kernel, kernel_of
 from megalong.attention.mask import CAUSAL, FULL, BlockMask
 from megalong.errors import UserError
 from tests.attention.reference import Case, assert_near, dense, random_case
@@ -77,43 +77,21 @@ def test_the_tiles_of_the_plain_kernel_change_nothing(monkeypatch: pytest.Monkey
             torch.testing.assert_close(mine.float(), other.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_flash_is_called_as_torch_declares_it() -> None:
-    """No GPU here: on meta tensors torch checks names, types and number of arguments, and tells the shapes."""
-    q = torch.empty(64, 2, 8, 32, dtype=torch.bfloat16, device="meta")
-    k = torch.empty(48, 2, 2, 32, dtype=torch.bfloat16, device="meta")
-    out, lse = FLASH.forward(q, k, k, FULL, 0.1)
-    assert out.shape == q.shape
-    assert lse.shape == (2, 8, 64)
-    gradients = FLASH.backward(out, q[32:], k, k, out[32:], lse[..., 32:], FULL, 0.1)
-    assert [g.shape for g in gradients] == [q[32:].shape, k.shape, k.shape]
+class OnCuda:
+    """As much of a CUDA tensor as the choice looks at."""
 
-
-@pytest.mark.parametrize("mask", [FULL, CAUSAL, BlockMask(3, -2)])
-def test_cudnn_is_called_as_torch_declares_it(mask: BlockMask) -> None:
-    """And what it has no mask for goes to flash, which answers in the same shapes."""
-    q = torch.empty(256, 2, 8, 32, dtype=torch.bfloat16, device="meta")
-    k = torch.empty(256, 2, 2, 32, dtype=torch.bfloat16, device="meta")
-    assert cudnn_kernel._knows(q, k, mask) == (mask in (FULL, CAUSAL))
-    assert not cudnn_kernel._knows(q[:255], k, mask)
-    out, lse = CUDNN.forward(q, k, k, mask, 0.1)
-    assert out.shape == q.shape
-    assert lse.shape == (2, 8, 256)
-    gradients = CUDNN.backward(out, q, k, k, out, lse, mask, 0.1)
-    assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
+    def __init__(self, dtype: torch.dtype, head_dim: int) -> None:
+        self.dtype, self.shape, self.device = dtype, (4, 1, 2, head_dim), torch.device("cuda", 0)
 
 
 def test_the_kernel_follows_device_type_and_head_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnCuda:
-        """As much of a CUDA tensor as the choice looks at."""
-
-        def __init__(self, dtype: torch.dtype, head_dim: int) -> None:
-            self.dtype, self.shape, self.device = dtype, (4, 1, 2, head_dim), torch.device("cuda", 0)
-
     def chosen(dtype: torch.dtype, head_dim: int) -> BlockKernel:
         return choose_kernel(OnCuda(dtype, head_dim))  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(cudnn_kernel, "_agrees_with_flash", lambda device, dtype, head_dim: dtype == torch.bfloat16)
+    monkeypatch.setattr(
+        cudnn_kernel, "_failure", lambda device, dtype, head_dim: None if dtype == torch.bfloat16 else "it is broken"
+    )
     assert choose_kernel(torch.empty(4, 1, 2, 8)) is CPU
     assert chosen(torch.bfloat16, 128) is CUDNN
     assert chosen(torch.float16, 128) is chosen(torch.bfloat16, 256) is FLASH
@@ -130,7 +108,33 @@ def test_an_unknown_backend_is_refused() -> None:
 
 
 def test_cudnn_that_cannot_is_left_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """On this machine neither it nor flash runs at all."""
+    """On this machine neither it nor flash runs at all: one warning, and the reason is kept for whoever asks."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert not cudnn_kernel.takes(torch.empty(4, 1, 2, 64, dtype=torch.bfloat16))
-    assert "cuDNN attention is left alone" in caplog.text
+    cudnn_kernel._failure.cache_clear()
+    for _ in range(2):
+        assert str(cudnn_kernel.refusal(torch.empty(4, 1, 2, 64, dtype=torch.bfloat16))).startswith(
+            "cuDNN's attention fails its check on this machine: "
+        )
+    assert caplog.text.count("cuDNN's attention is not used") == 1
+    cudnn_kernel._failure.cache_clear()
+
+
+def test_the_choice_says_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(cudnn_kernel, "_failure", lambda device, dtype, head_dim: None)
+
+    def reason(dtype: torch.dtype, head_dim: int) -> str:
+        choice = kernel_of(OnCuda(dtype, head_dim))  # type: ignore[arg-type]
+        return f"{choice.kernel.name}: {choice.reason}"
+
+    assert reason(torch.bfloat16, 128).startswith("cudnn: it agrees with flash here; whole and causal blocks of a mult")
+    assert reason(torch.bfloat16, 256) == "flash: cuDNN's attention takes heads of up to 128 channels, these have 256"
+    assert reason(torch.float32, 128) == "tiled: in plain torch, slowly: fused kernels take bf16 and fp16, not float32"
+    assert "heads of 8, 16, ... 256 channels, not 20" in reason(torch.bfloat16, 20)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert reason(torch.bfloat16, 128) == "flash: cuDNN's attention is the faster one from Hopper on only"
+    kernels._say_once.cache_clear()
+    with caplog.at_level("INFO", "megalong"):
+        for _ in range(3):
+            choose_kernel(OnCuda(torch.bfloat16, 128))  # type: ignore[arg-type]
+    assert caplog.text.count("attention kernel: flash (cuDNN's attention is the faster one") == 1
