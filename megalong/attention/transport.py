@@ -10,6 +10,19 @@ While a piece is used the next one is on its way. Backward goes round again; the
 one step behind them, each rank adding its share in float32, and after the last step one more hop brings them home.
 They are added in the order of the ring, so the same run gives the same bits.
 
+Two kinds of messages run between the same ranks, pieces K and gradients G, and with two ranks the next one is the one
+before. They are told apart by order alone, because NCCL knows no tags: it matches sends and receives of two ranks in
+the order in which each issues them.
+
+    every rank, n = 4    K0 | compute | G0 K1 | compute | G1 K2 | compute | G2 | compute | G3
+
+That order follows from n and from nothing else, however few blocks a rank computes, so the i-th message of one rank is
+the i-th of its neighbours. A hop's send and receive are issued as one group, so no rank waits for another to send
+first. NCCL runs all hops of a communicator one after the other on a stream of its own, which begins a hop when what
+was queued before it on the current stream is done: G0 is sent whole, and K1 beside the next piece's compute. Waiting
+for a hop makes the current stream wait and not the host; until then both its tensors are held here. Gloo matches
+messages of equal tag in order too, so tests on CPUs see what NCCL does.
+
 The trade-off: the ring hides n-1 messages behind compute and needs n times less memory; gathering wins where pieces
 are so short that a message takes longer than the compute it hides behind.
 Source: ring attention arXiv 2310.01889; gathering as in Llama 3's training, arXiv 2407.21783, section 3.3.2.
@@ -30,8 +43,6 @@ from megalong.attention.plan import AttentionPlan
 # torch 2.13 renamed them and warns of the old names on every call.
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _scatter_sum = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-
-KEYS_TAG, GRADIENTS_TAG = 0, 1  # two streams between the same pair of ranks, which gloo tells apart by tag
 
 
 class Transport(Protocol):
@@ -118,7 +129,7 @@ class Ring:
         if backward:
             self._homeward = _Arrival.of(torch.zeros_like(pair, dtype=torch.float32))
         for step in range(self.size):
-            arrival = self._pass_on(pair, KEYS_TAG) if step + 1 < self.size else _Arrival.of(pair)
+            arrival = self._pass_on(pair) if step + 1 < self.size else _Arrival.of(pair)
             yield (self.rank - step) % self.size, pair
             pair = arrival.wait()
 
@@ -129,7 +140,7 @@ class Ring:
 
     def done(self) -> None:
         """See `Transport`."""
-        self._homeward = self._pass_on(self._in_hand, GRADIENTS_TAG)
+        self._homeward = self._pass_on(self._in_hand)
 
     def collect(self) -> torch.Tensor:
         """See `Transport`."""
@@ -137,12 +148,12 @@ class Ring:
         del self._homeward, self._in_hand
         return gradient
 
-    def _pass_on(self, tensor: torch.Tensor, tag: int) -> _Arrival:
+    def _pass_on(self, tensor: torch.Tensor) -> _Arrival:
         """Start sending `tensor` to the next rank and receiving its like from the one before."""
         incoming = torch.empty_like(tensor)
         following, preceding = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        send = dist.P2POp(dist.isend, tensor, group=self.group, tag=tag, group_peer=following)
-        receive = dist.P2POp(dist.irecv, incoming, group=self.group, tag=tag, group_peer=preceding)
+        send = dist.P2POp(dist.isend, tensor, group=self.group, group_peer=following)
+        receive = dist.P2POp(dist.irecv, incoming, group=self.group, group_peer=preceding)
         return _Arrival(dist.batch_isend_irecv([send, receive]), incoming, tensor)
 
 
