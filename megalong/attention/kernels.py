@@ -15,8 +15,6 @@ All of them take fewer key than query heads (GQA) without copying keys, and neve
 On CUDA the order in which flash adds up its query gradients is free, unless `torch.use_deterministic_algorithms` is on.
 """
 
-import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,8 +24,6 @@ from megalong.attention import cpu_kernel, cudnn_kernel, flash_kernel, tiled
 from megalong.attention.limits import Gradients
 from megalong.attention.varlen import FLASH_VARLEN, VarlenKernel
 from megalong.errors import UserError
-
-log = logging.getLogger("megalong")
 
 
 @dataclass(frozen=True)
@@ -55,12 +51,10 @@ class Choice:
 
 
 def choose_kernel(q: torch.Tensor, backend: str = "auto") -> BlockKernel:
-    """The kernel for tensors like `q`, said once in the log of rank 0. `backend`: auto or torch."""
+    """The kernel for tensors like `q`. `backend`: auto or torch."""
     if backend not in ("auto", "torch"):
         raise UserError(f"attention.backend: {backend!r} is not known; write auto or torch")
-    choice = kernel_of(q)
-    _say_once(choice.kernel.name, choice.reason)
-    return choice.kernel
+    return kernel_of(q).kernel
 
 
 def kernel_of(q: torch.Tensor) -> Choice:
@@ -78,11 +72,6 @@ def kernel_of(q: torch.Tensor) -> Choice:
         return Choice(FLASH, refusal)
     blocks = f"of a multiple of {cudnn_kernel.REGULAR} tokens"
     return Choice(CUDNN, f"it agrees with flash here; whole and causal blocks {blocks}, flash computes all others")
-
-
-@functools.cache
-def _say_once(kernel: str, reason: str) -> None:
-    log.info("attention kernel: %s (%s)", kernel, reason)
 
 
 def _flash_refusal(q: torch.Tensor) -> str | None:
