@@ -14,13 +14,13 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 BENCHMARKS = {
     "attention": "context-parallel attention against one process with as many threads; document masks; rotary",
     "checkpoint": "saving and loading beside plain files on the same disk; the pause of a save in the background",
     "fp8": "200 steps of a small Llama in bf16 and in emulated FP8: loss ratios, curves in fp8-loss.png",
-    "gpu": "attention on one GPU by backend: TFLOP/s beside torch's SDPA and the chip's matmul rate",
+    "gpu": "training steps of Llamas at 8K to 256K tokens beside transformers on one GPU, and attention by backend",
     "index": "the sample index of ten million documents, built and opened, beside Megatron-Core's steps",
     "loader": "samples of a million tokens against memcpy; how long training waits for its batches",
     "preprocess": "tokenizing 125 MB and 2 GB of JSON lines against one `tokenizers` process a worker",
@@ -34,8 +34,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measure megalong.", epilog=epilog)
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
+    gpu = parser.add_argument_group("gpu alone takes")
+    taken = [
+        gpu.add_argument("--quick", action="store_true", help="without the longest rows, eight minutes at most"),
+        gpu.add_argument("--rows", nargs="+", metavar="PATTERN", help="only these: '1b/*', '*/256k/*'"),
+        gpu.add_argument("--skip", nargs="+", metavar="PATTERN", help="not these"),
+        gpu.add_argument("--seconds", type=float, metavar="N", help="rows that no longer fit are left out by name"),
+        gpu.add_argument("--list", action="store_true", help="the rows and their estimates, measuring nothing"),
+        gpu.add_argument("--tiny", action="store_true", help="try the code on a CPU"),
+    ]
     options = parser.parse_args()
-    report = importlib.import_module(f"benchmarks.{options.name}").run()
+    given = [action.option_strings[0] for action in taken if getattr(options, action.dest)]
+    if given and options.name != "gpu":
+        parser.error(f"{given[0]} is for gpu, not for {options.name}")
+    module = importlib.import_module(f"benchmarks.{options.name}")
+    report = module.run(options) if options.name == "gpu" else module.run()
     if options.json:
         print(json.dumps({"benchmark": options.name, "figures": report.figures}))
     else:
