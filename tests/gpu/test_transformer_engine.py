@@ -39,14 +39,14 @@ def test_bf16_attention(starts: list[np.ndarray] | None, window: int | None) -> 
 def test_fp8_attention() -> None:
     """Delayed scaling: the first passes find the scales."""
     from transformer_engine.common.recipe import DelayedScaling
-    from transformer_engine.pytorch import fp8_autocast
+    from transformer_engine.pytorch import autocast
 
     case = random_case(1, 512, 1, 2, 4, 128, torch.bfloat16)
     engine = EngineAttention(8, 2, 128, case.scale, None, 1, ContextGroups(), None)
     plan = make_plan(TokenLayout(), 512)
     leaves = [t.cuda().requires_grad_() for t in (case.q, case.k, case.v)]
     for _ in range(4):
-        with fp8_autocast(enabled=True, fp8_recipe=DelayedScaling(amax_history_len=1, fp8_dpa=True)):
+        with autocast(enabled=True, recipe=DelayedScaling(amax_history_len=1, fp8_dpa=True)):
             out = engine(*leaves, plan)
         results = [out, *torch.autograd.grad(out, leaves, case.grad.cuda())]
     for ours, true, most in zip(results, dense(case), FP8_ERROR, strict=True):

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))
 
 from benchmarks.gpu import Results  # noqa: E402
+from benchmarks.gpu.device import median_time  # noqa: E402
 from benchmarks.gpu.rows import QUICK_SECONDS, Choice, architecture, chosen, estimate  # noqa: E402
 from benchmarks.gpu.theirs import TheirTraining  # noqa: E402
 
@@ -80,6 +81,29 @@ def test_figures_have_the_names_that_are_documented() -> None:
     table = results.table(chosen(Choice(rows=["1b/*/ours/bf16"], skip=["*/32k/*"])))
     assert "out of memory" in table
     assert "101%" in results.table(chosen(Choice(rows=["attention/32k/te_fp8"])))
+
+
+def test_the_median_is_taken_of_single_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a pretended device's clock: seconds in turn 9 (warm-up), 1, 5, 2; then the budget is spent."""
+    clock, times = [0.0], iter([9.0, 1.0, 5.0, 2.0])
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def elapsed_time(self, end: Any) -> float:
+            return 1e3 * (end.at - self.at)
+
+    def work() -> None:
+        clock[0] += next(times)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert median_time(work, torch.device("cuda"), 3.0) == 2.0
+    assert next(times, None) is None
 
 
 @pytest.mark.slow
