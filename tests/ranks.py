@@ -10,14 +10,22 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 
-def start_ranks(arguments: list[str], world: int, log: Path, before: str | None = None) -> list[BaseProcess]:
+def start_ranks(
+    arguments: list[str],
+    world: int,
+    log: Path,
+    before: str | None = None,
+    own: Callable[[int], dict[str, str]] = lambda rank: {},
+) -> list[BaseProcess]:
     """Start `megalong ARGUMENTS` on `world` ranks, as a launcher does; what they print is appended to `log`.
 
-    `before`: "package.module:function", called by each rank first, to make something go wrong later.
+    `before`: "package.module:function", called by each rank first, to make something go wrong later. `own`: variables
+    of each rank, beside those that a launcher sets, or instead.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.ranks_preload"])
@@ -33,6 +41,7 @@ def start_ranks(arguments: list[str], world: int, log: Path, before: str | None 
             "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            **own(rank),
         }
         ranks.append(context.Process(target=_rank, args=(arguments, variables, str(log), before), daemon=True))
     for one in ranks:
@@ -65,8 +74,6 @@ def _rank(arguments: list[str], variables: dict[str, str], log: str, before: str
     os.dup2(output, 2)
     sys.stderr = sys.stdout = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(variables)
-    if any(name == "lo" for _, name in socket.if_nameindex()):
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     if before is not None:
         module, function = before.split(":")

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megalong.errors import UserError
-from megalong.runtime import cpu, megatron
+from megalong.runtime import cpu, megatron, peers
 from megalong.runtime.rendezvous import store_of_this_life
 
 GRID_ORDER = "tp-cp-ep-dp-pp"
@@ -87,13 +87,13 @@ def start(device: torch.device, timeout_minutes: float = 60) -> None:
         return
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        shared, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        store = store_of_this_life(shared, rank, world, timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-        return
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = store_of_this_life(store, rank, world, timeout)
+        store.set_timeout(timeout)
+        peers.meet(store, rank, world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         return
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
@@ -237,6 +237,7 @@ def stop() -> None:
     """Leave the world."""
     global _control, _background
     _control, _background = None, (None, None)
+    peers.leave()
     if dist.is_initialized():
         clear_layout()
         dist.destroy_process_group()

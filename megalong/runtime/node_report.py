@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Self
 
 import torch
+
+from megalong.runtime.network import node_name
 
 PACKAGES = ("megalong", "torch", "megatron-core", "transformer-engine", "numpy")
 _PROBE = 2048
@@ -59,11 +60,6 @@ class NodeReport:
         """From what `dumps` wrote."""
         values = json.loads(text)
         return cls(**{**values, "faults": tuple(values["faults"])})
-
-
-def node_name() -> str:
-    """This node's name in SLURM, else the machine's."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def inspect_node(rank: int, local_rank: int, local_world: int, device_type: str, token: Path | None) -> NodeReport:

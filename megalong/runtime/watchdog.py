@@ -34,7 +34,7 @@ class Watchdog:
         Args:
             minutes: without a beat until it wakes; 0: it never does.
             tell: called when it wakes, after the stacks are written.
-            moment_seconds: how long other ranks get to write theirs.
+            moment_seconds: how long other ranks get to write theirs; `tell` may take most of it.
         """
         self.file = run / FOLDER / f"rank-{rank}.txt"
         self._rank, self._limit, self._moment, self._tell = rank, 60 * minutes, moment_seconds, tell
@@ -82,10 +82,10 @@ class Watchdog:
             f"(runtime.watchdog_minutes); its stacks are in {self.file}, ending the run; the same command resumes it\n"
         )
         assert self._stream is not None
-        self._woke = True
+        self._woke, woke = True, time.monotonic()
         faulthandler.dump_traceback(file=self._stream, all_threads=True)
         # No logger: its lock may be what hangs.
         os.write(2, told.encode())
         self._tell()
-        if not self._ended.wait(self._moment):
+        if not self._ended.wait(max(0.0, woke + self._moment - time.monotonic())):
             os._exit(STATUS)

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from megalong.runtime.distributed import from_all_ranks, is_main_rank
-from megalong.runtime.node_report import node_name
+from megalong.runtime.network import node_name
 from megalong.training.console import duration
 from megalong.training.ledger import Ledger
 

@@ -118,7 +118,7 @@ def _run_here(stages: list[Config]) -> None:
 
 
 def _join_and_run(stages: list[Config]) -> None:
-    from megalong.runtime import distributed
+    from megalong.runtime import distributed, peers
     from megalong.runtime.flight_recorder import record_collectives
     from megalong.runtime.logs import close_logging, setup_logging
 
@@ -131,6 +131,9 @@ def _join_and_run(stages: list[Config]) -> None:
         for config in stages:
             if _run_stage(config, device) == "interrupted":
                 break
+    except BaseException as error:  # torch passes what failed in a save on as no Exception
+        peers.end_if_lost(error)
+        raise
     finally:
         distributed.stop()
         close_logging()
@@ -140,6 +143,7 @@ def _run_stage(config: Config, device: object) -> str:
     import torch
     import torch.distributed as dist
 
+    from megalong.runtime import peers
     from megalong.runtime.distributed import is_main_rank
     from megalong.runtime.logs import setup_logging
     from megalong.training.lives import live
@@ -150,4 +154,6 @@ def _run_stage(config: Config, device: object) -> str:
         dump_config(config, run / "config.yaml")
     assert isinstance(device, torch.device)
     log.info("run %s on %d × %s", config.run.name, dist.get_world_size(), device.type)
+    if (way := peers.way()) is not None:
+        log.info(way)
     return live(config, device)

@@ -24,7 +24,7 @@ from megalong.data.sample import SampleSource
 from megalong.errors import UserError
 from megalong.evaluation.buckets import PositionLoss
 from megalong.evaluation.forward import forward_losses
-from megalong.runtime import signals
+from megalong.runtime import peers, signals
 from megalong.runtime.distributed import is_main_rank
 from megalong.runtime.requeue import mark
 from megalong.runtime.watchdog import Watchdog
@@ -162,7 +162,9 @@ class Trainer:
         return "interrupted"
 
     def _tell_hang(self) -> None:
-        events.record(self.config.run.dir, self.session.step, "hang")
+        lost = peers.say_if_lost()
+        details = {} if lost is None else {"lost": lost}
+        events.record(self.config.run.dir, self.session.step, "hang", **details)
 
     def _evaluate(self, last: bool) -> _HeldOut | None:
         settings, started = self.config.evaluation, time.perf_counter()

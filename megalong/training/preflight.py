@@ -26,9 +26,11 @@ from megalong.config.checks import check_model, check_world
 from megalong.config.load import load_config
 from megalong.config.schema import Config
 from megalong.errors import UserError
+from megalong.runtime import peers
 from megalong.runtime.bandwidth import Bandwidth, measure
 from megalong.runtime.folders import refuse_unwritable
-from megalong.runtime.node_report import NodeReport, inspect_node, node_name
+from megalong.runtime.network import node_name
+from megalong.runtime.node_report import NodeReport, inspect_node
 from megalong.training.node_judge import disk_fault, memory_faults, node_faults, silent_nodes, slow_nodes
 from megalong.training.start import find_start
 
@@ -198,6 +200,7 @@ def _measure(store: dist.Store, here: Place, config: Config) -> Bandwidth:
     if cuda:
         torch.cuda.set_device(device)
     joined = dist.PrefixStore("group", store)
+    peers.meet(joined, here.rank, here.world)
     dist.init_process_group(
         "nccl" if cuda else "gloo", store=joined, rank=here.rank, world_size=here.world, timeout=timeout
     )
