@@ -88,7 +88,7 @@ def verdict(others: Sequence[Place], found: Sequence[str], here: str) -> str | N
         return f"no answer from host {hosts}: it is down, or the network between it and {here}"
     ended = {host: [rank for rank, answer in pairs if answer == _ENDED] for host, pairs in by_host.items()}
     parts = [f"{_ranks(ranks)} on host {host}" for host, ranks in ended.items() if ranks]
-    return f"ended before this rank: {', '.join(parts)}: what is wrong is in their logs" if parts else None
+    return f"ended before this rank: {', '.join(parts)}: why is in their logs" if parts else None
 
 
 def say_if_lost() -> str | None:
@@ -108,7 +108,7 @@ def end_if_lost(error: BaseException) -> None:
     if isinstance(error, UserError | KeyboardInterrupt | SystemExit) or (gone := lost()) is None:
         return
     traceback.print_exception(error)
-    log.error("%s; the run ends here (%s), the same command resumes it", gone, _first_line(error))
+    log.error("%s; the run ends here, the same command resumes it", gone)
     logging.shutdown()
     os._exit(STATUS)
 
@@ -142,10 +142,6 @@ def _ranks(ranks: Sequence[int]) -> str:
         return f"rank {ranks[0]}"
     together = list(ranks) == list(range(ranks[0], ranks[-1] + 1))
     return f"ranks {ranks[0]}-{ranks[-1]}" if together else f"ranks {', '.join(map(str, ranks))}"
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _close_in_child() -> None:

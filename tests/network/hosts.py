@@ -61,9 +61,7 @@ class Hosts:
     def close(self) -> None:
         """Kill what runs within the hosts, and remove them."""
         for space in self._made:
-            for pid in _ip("netns", "pids", space, check=False).split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+            _kill_all(space)
         for space in self._made:
             _ip("netns", "delete", space, check=False)
         self._made.clear()
@@ -105,11 +103,15 @@ class Hosts:
         for words in (["up"], ["master", "bridge"]):
             _ip("-n", self._space("switch"), "link", "set", f"port-{name}", *words)
 
-    def kill(self, name: str) -> None:
-        """SIGKILL to all that runs on a host."""
-        for pid in _ip("netns", "pids", self._space(name)).split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+    def reboot(self, name: str) -> None:
+        """Let a host lose its power and come back: its processes are gone, and nobody was told."""
+        space = self._space(name)
+        for port in (f"port-{name}", f"nowhere-{name}"):
+            _ip("-n", self._space("switch"), "link", "delete", port)
+        _kill_all(space)
+        _ip("netns", "delete", space)
+        self._made.remove(space)
+        self._add_host(name)
 
     def _space(self, name: str) -> str:
         return f"{self.prefix}-{name}"
@@ -118,23 +120,33 @@ class Hosts:
         return self.folder / f"hosts-{name}"
 
     def _make(self) -> None:
-        for name in ("switch", *NAMES):
-            _ip("netns", "add", self._space(name))
-            self._made.append(self._space(name))
-            _ip("-n", self._space(name), "link", "set", "lo", "up")
-        switch = self._space("switch")
+        switch = self._add_space("switch")
         # No spanning tree, no snooping: a port passes packets on at once.
         _ip("-n", switch, "link", "add", "bridge", "type", "bridge", "forward_delay", "0", "mcast_snooping", "0")
         _ip("-n", switch, "link", "set", "bridge", "up")
         for name in NAMES:
-            self._plug(name, DECOY, f"nowhere-{name}", f"{DECOYS[name]}/24")
-            self._plug(name, LINK, f"port-{name}", f"{self.addresses[name]}/{self._bits}")
-            _ip("-n", switch, "link", "set", f"port-{name}", "master", "bridge")
+            self._add_host(name)
         self.resolve()
+
+    def _add_host(self, name: str) -> None:
+        self._add_space(name)
+        self._plug(name, DECOY, f"nowhere-{name}", f"{DECOYS[name]}/24")
+        self._plug(name, LINK, f"port-{name}", f"{self.addresses[name]}/{self._bits}")
+        self.mend(name)
+
+    def _add_space(self, name: str) -> str:
+        space = self._space(name)
+        _ip("netns", "add", space)
+        self._made.append(space)
+        _ip("-n", space, "link", "set", "lo", "up")
+        return space
 
     def _plug(self, name: str, interface: str, port: str, address: str) -> None:
         space, switch = self._space(name), self._space("switch")
-        _ip("-n", space, "link", "add", interface, "type", "veth", "peer", "name", port, "netns", switch)
+        # The same card after `reboot`: the others know where to find it.
+        card = f"02:00:{'00' if interface == LINK else '01'}:00:00:0{NAMES.index(name) + 1}"
+        peer = ("peer", "name", port, "netns", switch)
+        _ip("-n", space, "link", "add", interface, "address", card, "type", "veth", *peer)
         # An IPv6 address is usable at once only if nobody is asked whether it is taken.
         unasked = ["nodad"] if ":" in address else []
         _ip("-n", space, "address", "add", address, "dev", interface, *unasked)
@@ -178,6 +190,12 @@ def enter_this() -> None:
     call("mount", None, b"/", None, _MS_REC | _MS_PRIVATE, None)
     call("mount", os.environ["TEST_HOSTS_FILE"].encode(), b"/etc/hosts", None, _MS_BIND, None)
     socket.sethostname(os.environ["TEST_HOST"])
+
+
+def _kill_all(space: str) -> None:
+    for pid in _ip("netns", "pids", space, check=False).split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def _ip(*words: str, check: bool = True) -> str:
