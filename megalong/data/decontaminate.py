@@ -4,7 +4,7 @@ appendix C): a document that holds any 13 consecutive words of a benchmark was p
     words: lower-case runs of letters and digits     "The cat's 3 hats." → the cat s 3 hats
     a hit: N consecutive words of a document that stand so in one text of a benchmark file
 
-A benchmark file is JSON lines (every string in a line is a text, at any depth), .txt or .parquet. Benchmark texts of
+A benchmark file is JSON lines or .parquet (every string in a line or row is a text, at any depth), or .txt. Texts of
 fewer than N words are not looked for: "yes" would be found everywhere.
 
 How it is fast: words that no benchmark uses become 0, and a run that holds a 0 cannot match. What is left is hashed N
@@ -134,7 +134,8 @@ def _texts(source: Source) -> Iterator[str]:
         columns = parquet.text_columns(source.path)
         groups = len(parquet.row_group_sizes(source.path))
         for _, values in parquet.rows(source.path, 0, groups, columns):
-            yield from (value.decode("utf-8", "replace") for value in values if isinstance(value, bytes))
+            for value in values:
+                yield from _strings(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)
         return
     with unpacked(source.path, source.packing) as stream:
         content = stream.read().removeprefix(BYTE_ORDER_MARK)

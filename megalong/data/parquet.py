@@ -6,11 +6,19 @@ told where it is met, by file and row group. pyarrow is imported here alone: a c
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from megalong.errors import UserError
 
 ROWS = 1024  # read at once: at 4 KB a text, 4 MB a column
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A value that is no text and cannot be one, and why."""
+
+    why: str
 
 
 def row_group_sizes(path: str) -> list[int]:
@@ -36,16 +44,13 @@ def number_of_rows(path: str) -> int:
 
 
 def text_columns(path: str) -> list[str]:
-    """Columns of text.
+    """Columns that hold text, be it inside lists, structs or maps.
 
     Raises:
         UserError: not a parquet file, or a truncated one.
     """
-    import pyarrow  # type: ignore[import-untyped]
-
     with _told(path):
-        texts = (pyarrow.string(), pyarrow.large_string())
-        return [field.name for field in _opened(path).schema_arrow if field.type in texts]
+        return [field.name for field in _opened(path).schema_arrow if _holds_text(field.type)]
 
 
 def columns(path: str) -> list[str]:
@@ -58,18 +63,18 @@ def columns(path: str) -> list[str]:
         return list(_opened(path).schema_arrow.names)
 
 
-def rows(path: str, first: int, end: int, keys: Sequence[str]) -> Iterator[tuple[int, list[bytes | Any]]]:
-    """(row number from 1 in the file, values of `keys`) of row groups [first, end); text comes as raw bytes.
+def rows(path: str, first: int, end: int, keys: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
+    """(row number from 1 in the file, values of `keys`) of row groups [first, end).
+
+    A column of text gives raw bytes, not yet known to be UTF-8. Lists, structs and maps give Python's, with
+    `Unreadable` for those that hold text which is not UTF-8. A time finer than Python's is the number it is stored as.
 
     Raises:
-        UserError: a column is not there, or the file is damaged.
+        UserError: a column is not there or there twice, or the file is damaged.
     """
     with _told(path):
         file = _opened(path)
-        names = file.schema_arrow.names
-        for key in keys:
-            if key not in names:
-                raise UserError(f"{path}: no column {key!r} (there are: {', '.join(names)}); set --json-keys")
+        _refuse_unclear(path, file.schema_arrow.names, keys)
         row = sum(file.metadata.row_group(group).num_rows for group in range(first))
         for batch in file.iter_batches(ROWS, row_groups=list(range(first, end)), columns=list(keys), use_threads=False):
             columns = [_values(batch.column(batch.schema.get_field_index(key))) for key in keys]
@@ -78,20 +83,106 @@ def rows(path: str, first: int, end: int, keys: Sequence[str]) -> Iterator[tuple
                 yield row, list(values)
 
 
+def text_rows(path: str, first: int, end: int, keys: Sequence[str]) -> Iterator[tuple[int, list[bytes | None]]]:
+    """`rows` of columns that must be text: each value its raw bytes, or None where there is none.
+
+    Raises:
+        UserError: as `rows`; or a column of another type. That is a wrong key, not a bad row: no row of it can be used.
+    """
+    with _told(path):
+        types = {field.name: field.type for field in _opened(path).schema_arrow}
+    for key in keys:
+        if key in types and not _is_text(types[key]):
+            others = [name for name, kind in types.items() if _is_text(kind)]
+            raise UserError(
+                f"{path}: column {key!r} is of type {types[key]}, not text; give a column of text (there are: "
+                f"{', '.join(others) or 'none'}) or write {key!r} as text"
+            )
+    yield from rows(path, first, end, keys)
+
+
+def _refuse_unclear(path: str, names: Sequence[str], keys: Sequence[str]) -> None:
+    for key in keys:
+        if key not in names:
+            raise UserError(f"{path}: no column {key!r} (there are: {', '.join(names)}); set --json-keys")
+        if names.count(key) > 1:
+            raise UserError(f"{path}: {names.count(key)} columns are called {key!r}; rename all but one")
+
+
 def _opened(path: str) -> Any:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     return pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
 
 
-def _values(column: Any) -> list[Any]:
-    """Texts as bytes, not yet known to be UTF-8; whatever else there is, as Python sees it."""
+def _is_text(kind: Any) -> bool:
+    """Whether a column's values are text, or bytes that may be: whatever its width, views, dictionaries, JSON."""
+    from pyarrow import types  # type: ignore[import-untyped]
+
+    kind = _plain(kind)
+    binary = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    # null: what polars and pandas write where a file has no value at all
+    return _is_string(kind) or types.is_null(kind) or any(is_kind(kind) for is_kind in binary)
+
+
+def _is_string(kind: Any) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _plain(kind: Any) -> Any:
+    """The type of a dictionary's values, or of what an extension type such as JSON keeps its values as."""
     import pyarrow
 
-    kinds = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    if pyarrow.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    is_text = isinstance(kind, pyarrow.BaseExtensionType) and not pyarrow.types.is_fixed_size_binary(kind.storage_type)
+    return _plain(kind.storage_type) if is_text else kind
+
+
+def _holds_text(kind: Any) -> bool:
+    kind = _plain(kind)
+    inner = [kind.field(place).type for place in range(kind.num_fields)]
+    return _is_string(kind) or any(map(_holds_text, inner))
+
+
+def _values(column: Any) -> list[Any]:
+    import pyarrow
+
+    if isinstance(column.type, pyarrow.BaseExtensionType) and _plain(column.type) != column.type:
+        column = column.storage
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    return list((column.cast(kinds[column.type]) if column.type in kinds else column).to_pylist())
+    if _is_string(column.type):
+        column = column.cast(pyarrow.large_binary())
+    try:
+        return list(column.to_pylist(maps_as_pydicts="strict"))
+    except (ValueError, OverflowError, KeyError):
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    """One value of a column in which Python cannot hold them all."""
+    try:
+        return scalar.as_py(maps_as_pydicts="strict")
+    except UnicodeDecodeError as error:
+        return Unreadable(f"not UTF-8 ({error.reason})")
+    except KeyError as error:
+        return Unreadable(f"a map with a key twice ({error})")
+    except (ValueError, OverflowError):
+        return _parts_of(scalar)
+
+
+def _parts_of(scalar: Any) -> Any:
+    """A value that holds a time finer or further away than Python's, which is left as a number."""
+    import pyarrow
+
+    if isinstance(scalar, pyarrow.StructScalar):
+        return {name: _value(inner) for name, inner in scalar.items()}
+    if isinstance(scalar, pyarrow.ListScalar):
+        return [_value(inner) for inner in scalar]
+    return scalar.value
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def _raw_records(piece: Piece, keys: Sequence[str]) -> Iterator[tuple[int, Any]]
     """(line, content) of every record that is not blank: bytes, or the values of a table's row."""
     source = piece.source
     if source.kind == TABLE:
-        yield from parquet.rows(source.path, piece.start, piece.end, keys)
+        yield from parquet.text_rows(source.path, piece.start, piece.end, keys)
         return
     with unpacked(source.path, source.packing) as stream:
         if source.kind != LINES:

@@ -31,12 +31,12 @@ def records(source: Source) -> Iterator[tuple[str, Any, float]]:
         UserError: a broken file, or one of another kind.
     """
     if source.kind == TABLE:
-        names = parquet.columns(source.path)
+        names, texts = parquet.columns(source.path), set(parquet.text_columns(source.path))
         groups = len(parquet.row_group_sizes(source.path))
         total = parquet.number_of_rows(source.path)
         for row, values in parquet.rows(source.path, 0, groups, names):
-            record = {name: _text(v) for name, v in zip(names, values, strict=True)}
-            yield f"{source.path}, row {row}", record, row / total
+            record = {name: _text(value) for name, value in zip(names, values, strict=True)}
+            yield f"{source.path}, row {row}", _readable(record, texts), row / total
     elif source.kind == LINES:
         read, size = 0, 0 if source.packing else source.size
         with unpacked(source.path, source.packing) as stream:
@@ -50,7 +50,18 @@ def records(source: Source) -> Iterator[tuple[str, Any, float]]:
 
 
 def _text(value: Any) -> Any:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        return parquet.Unreadable(f"not UTF-8 ({error.reason} at byte {error.start})")
+
+
+def _readable(record: dict[str, Any], texts: set[str]) -> Any:
+    """The record; one whose text is not UTF-8 is as bad as a line that is not. Pictures and such need not be."""
+    for name, value in record.items():
+        if isinstance(value, parquet.Unreadable) and name in texts:
+            return NotJson(f"column {name!r}: {value.why}")
+    return record
 
 
 def _object(line: bytes) -> Any:

@@ -5,6 +5,8 @@ import random
 import re
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from megalong.data.decontaminate import Benchmarks
@@ -42,6 +44,22 @@ def test_hits_are_those_found_by_hand(tmp_path: Path) -> None:
             assert hit.words in text
             assert hit.benchmark == str(tmp_path / "b.jsonl")
     assert min(found) > 50
+
+
+def test_text_of_a_table_is_found_at_any_depth(tmp_path: Path) -> None:
+    """As in JSON lines: multiple-choice benchmarks keep their answers in lists, squad's in structs."""
+    one, two, three, four = ("one long text", "two long text", "three long text", "four long text")
+    columns = {
+        "question": pyarrow.array([one], pyarrow.string_view()),
+        "choices": pyarrow.array([[two]], pyarrow.list_(pyarrow.large_string())),
+        "answers": [{"text": [three], "start": [1]}],
+        "subject": pyarrow.array([four], pyarrow.dictionary(pyarrow.int8(), pyarrow.string())),
+        "picture": pyarrow.array([b"five long text"], pyarrow.binary()),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "b.parquet")
+    benchmarks = Benchmarks([str(tmp_path / "b.parquet")], 3)
+    assert all(benchmarks.find([f"a {text} b"]) for text in (one, two, three, four))
+    assert benchmarks.find(["five long text", "one short text"]) is None
 
 
 def test_case_and_punctuation_do_not_hide_a_run(tmp_path: Path) -> None:

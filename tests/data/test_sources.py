@@ -83,6 +83,64 @@ def test_bad_rows_and_columns_of_a_table_are_told(tmp_path: Path) -> None:
         read(path, keys=("body",))
 
 
+ARROW_TEXT = [
+    pyarrow.string(),
+    pyarrow.large_string(),
+    pyarrow.string_view(),
+    pyarrow.binary(),
+    pyarrow.large_binary(),
+    pyarrow.binary_view(),
+    pyarrow.json_(),
+    pyarrow.dictionary(pyarrow.int8(), pyarrow.string()),
+    pyarrow.dictionary(pyarrow.int32(), pyarrow.large_string()),
+    pyarrow.dictionary(pyarrow.int32(), pyarrow.binary()),
+]
+
+
+@pytest.mark.parametrize("kind", ARROW_TEXT, ids=str)
+def test_text_of_every_arrow_type_is_read(tmp_path: Path, kind: pyarrow.DataType) -> None:
+    """polars writes views, pandas large strings and dictionaries, Spark plain bytes, DuckDB JSON."""
+    values = [text.encode() for text in TEXTS] if "binary" in str(kind) else TEXTS
+    column = pyarrow.array([*values, None], kind)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column, "n": range(len(column))}), tmp_path / "a.parquet")
+    bad: list[Bad] = []
+    (part,) = cut_into_parts(find_files([str(tmp_path / "a.parquet")]), 10**6)
+    assert [record.texts for record in read_records(part, ("text",), bad.append)] == [[text] for text in TEXTS]
+    assert [(one.line, one.why) for one in bad] == [(6, "the value is of type NoneType; it must be a string")]
+
+
+def test_bytes_that_are_no_text_are_bad_rows(tmp_path: Path) -> None:
+    column = pyarrow.array([b"fine", b"\xff"]).cast(pyarrow.large_binary())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet, row 2: not UTF-8"):
+        read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    "values", [[1], [1.5], [True], [["a"]], [{"a": "b"}], [b"0123456789abcdef"]], ids=lambda values: str(values[0])
+)
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_column_that_is_no_text_is_a_mistake_of_its_own(tmp_path: Path, values: list[object], skip: bool) -> None:
+    """Not a bad row, row after row: nothing of the corpus would be left under --on-error skip."""
+    kind = pyarrow.uuid() if isinstance(values[0], bytes) else None
+    columns = {"text": pyarrow.array(values, kind), "body": ["x"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    (part,) = cut_into_parts(find_files([str(tmp_path / "a.parquet")]), 10**6)
+    with pytest.raises(UserError, match=r"a\.parquet: column 'text' is of type .*, not text; .*\(there are: body\)"):
+        list(read_records(part, ("text",), *([lambda bad: None] if skip else [])))
+
+
+def test_columns_are_told_apart(tmp_path: Path) -> None:
+    """Of two columns of one name neither is taken; a dot in a name is no way into a struct."""
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: 2 columns are called 'text'"):
+        read(tmp_path / "a.parquet")
+    dotted = pyarrow.table({"a": [{"b": "inner"}], "a.b": ["dotted"]})
+    pyarrow.parquet.write_table(dotted, tmp_path / "b.parquet")
+    assert read(tmp_path / "b.parquet", keys=("a.b",)) == [["dotted"]]
+
+
 def test_folders_and_wildcards_are_sorted(tmp_path: Path) -> None:
     for name in ("z.txt", "a/b.txt", "a/a.jsonl", "settings.json", "readme.md", "a/c.jsonl.zst"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,47 @@ def test_parquet_holds_the_same(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, tmp_path / "chats.parquet")
     sft = Sft(sources=[{"name": "t", "path": str(tmp_path / "chats.parquet")}])
     assert prepare(sft, 200, tmp_path / "tokenizer", tmp_path / "i").ids.tolist() == lines.ids.tolist()
+
+
+TURN = pyarrow.struct(
+    [("role", pyarrow.dictionary(pyarrow.int8(), pyarrow.string())), ("content", pyarrow.string_view())]
+)
+TURNS = {
+    "large_list": pyarrow.large_list(TURN),
+    "list_view": pyarrow.list_view(TURN),
+    "fixed_size_list": pyarrow.list_(TURN, 2),
+    "map": pyarrow.list_(pyarrow.map_(pyarrow.string(), pyarrow.string())),
+    "a time beside the text": pyarrow.list_(pyarrow.struct([*TURN, ("at", pyarrow.timestamp("ns"))])),
+}
+
+
+@pytest.mark.parametrize("kind", TURNS)
+def test_turns_of_every_arrow_type_are_the_same(tmp_path: Path, kind: str) -> None:
+    """With columns beside them that Python's types cannot hold: Spark's times in nanoseconds, pictures."""
+    lines = prepared(tmp_path, [FORMATS["messages"]])
+    turns = [list(turn.items()) for turn in MESSAGES] if kind == "map" else [turn | {"at": 1} for turn in MESSAGES]
+    columns = {
+        "messages": pyarrow.array([turns], TURNS[kind]),
+        "created": pyarrow.array([1], pyarrow.timestamp("ns")),
+        "picture": pyarrow.array([b"\xff"]),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "chats.parquet")
+    sft = Sft(sources=[{"name": "t", "path": str(tmp_path / "chats.parquet")}])
+    assert prepare(sft, 200, tmp_path / "tokenizer", tmp_path / "i").ids.tolist() == lines.ids.tolist()
+
+
+def test_text_of_a_table_that_is_no_utf8_is_told(tmp_path: Path) -> None:
+    """Under a column of its own and within a list: as in a line of JSON, counted and never replaced."""
+    make_tokenizer(tmp_path / "tokenizer", "chatml")
+    text = pyarrow.array([b"good", b"\xff"]).view(pyarrow.string())
+    turn = pyarrow.StructArray.from_arrays([pyarrow.array(["user", "user"]), text], ["role", "content"])
+    asked = pyarrow.ListArray.from_arrays([0, 1, 2], turn)
+    for number, prompt in enumerate((text, asked)):
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": prompt, "completion": ["a", "b"]}), tmp_path / "c.parquet")
+        sft = Sft(sources=[{"name": "t", "path": str(tmp_path / "c.parquet")}], on_malformed="drop")
+        report = prepare(sft, 200, tmp_path / "tokenizer", tmp_path / str(number)).report["t"]
+        assert report["counts"] == {"malformed": 1}
+        assert re.search(r"row 2: .*column 'prompt': not UTF-8", report["examples"]["malformed"][0])
 
 
 BAD: dict[str, Any] = {
