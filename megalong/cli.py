@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
         sys.stdout.flush()
     except UserError as error:
-        tell(str(error))
+        tell(str(error), error.alone)
         return 2
     except KeyboardInterrupt:
         return 130

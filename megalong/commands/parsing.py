@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 
-def tell(message: str) -> None:
-    """Print a user's mistake once: every rank of a run finds the same one."""
-    if os.environ.get("RANK", "0") == "0":
+def tell(message: str, alone: bool = False) -> None:
+    """Print a user's mistake once: every rank of a run finds the same one, unless this rank is `alone` with it."""
+    if alone or os.environ.get("RANK", "0") == "0":
         print(f"megalong: error: {message}", file=sys.stderr)
 
 

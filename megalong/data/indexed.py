@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from megalong.errors import UserError
+from megalong.errors import ForeignIdError, UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -32,7 +32,9 @@ HEADER = struct.Struct("<9sQBQQ")
 TOKEN_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 TYPE_CODES = {name: code for code, name in TOKEN_TYPES.items()}
 _LONG = 4096  # tokens of a piece that feels no slice
-CHECKED_AT_ONCE = 1 << 20  # index entries checked at a time: bounds the memory of the check
+CHECKED_AT_ONCE = 1 << 20  # index entries, or bytes of tokens, checked at a time: bounds the memory of the check
+# Places of CHECKED_AT_ONCE bytes where tokens are looked at before a run; a dataset of no more is looked at whole.
+LOOKED_AT = 256
 
 AGAIN = "copy it again, or write it again with `megalong data preprocess`"
 
@@ -69,6 +71,8 @@ class IndexedDataset:
         pointers: int64 [N], byte where each sequence starts in the .bin.
         document_indices: int64 [documents + 1], first sequence of each document, then N.
         sidecar: what P.json says, or None where there is none.
+        ids: ids there are, 0 to `ids` - 1, for a reader who has only those: reading any other is refused. None: not
+            looked at, which a dataset whose sidecar tells its vocabulary does not need.
 
     Raises:
         UserError: a file is missing, truncated, too long, of another format, or contradicts another one.
@@ -81,6 +85,7 @@ class IndexedDataset:
         if not checked:
             self._check_index(index_path(prefix))
         self._map_tokens(data_path(prefix))
+        self.ids: int | None = None
         self.sidecar = self._read_sidecar(sidecar_path(prefix))
 
     @property
@@ -92,6 +97,29 @@ class IndexedDataset:
     def num_documents(self) -> int:
         """Documents, empty ones included."""
         return len(self.document_indices) - 1
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Ids that its tokenizer has, None where no sidecar tells: the dataset may then hold any."""
+        return (self.sidecar or {}).get("vocabulary_size")
+
+    def range_of_ids(self) -> tuple[int, int, int]:
+        """(lowest id, highest id, tokens looked at): all tokens, or LOOKED_AT places of a large dataset, evenly spread.
+
+        256 MB are read at most: a second from memory, some seconds from a disk.
+        """
+        parts = [self._tokens[part] for part in self._looked_at()]
+        lowest = min((int(part.min()) for part in parts), default=0)
+        return lowest, max((int(part.max()) for part in parts), default=0), sum(map(len, parts))
+
+    def refuse_ids_from(self, ids: int) -> None:
+        """Refuse a dataset that holds an id below 0 or from `ids` on, as far as `range_of_ids` sees.
+
+        Raises:
+            ForeignIdError: it does; the first such token found is named by its document.
+        """
+        for part in self._looked_at():
+            self._refuse_foreign(self._tokens[part], part.start, ids)
 
     @cached_property
     def document_starts(self) -> np.ndarray:
@@ -136,14 +164,30 @@ class IndexedDataset:
         return self.read(start, end - start)
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """`length` tokens from token `start` of the .bin, whatever documents they belong to: a read-only view."""
-        return self._tokens[start : start + length]
+        """`length` tokens from token `start` of the .bin, whatever documents they belong to: a read-only view.
+
+        Raises:
+            ForeignIdError: one of them is none of `ids`.
+        """
+        found = self._tokens[start : start + length]
+        if self.ids is not None:
+            self._refuse_foreign(found, start, self.ids)
+        return found
 
     def gather(self, starts: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
         """Copy pieces of the .bin end to end: `lengths[i]` tokens from token `starts[i]`, together len(out).
 
         Where `out` has the dataset's own type, long pieces are copied at the speed of memcpy.
+
+        Raises:
+            ForeignIdError: one of them is none of `ids`.
         """
+        self._gather(starts, lengths, out)
+        if self.ids is not None and _any_foreign(out, self.ids):
+            for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+                self._refuse_foreign(self._tokens[start : start + length], start, self.ids)
+
+    def _gather(self, starts: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
         filled = 0
         # numpy leaves Python's lock while it copies, or waits for the disk; slices of a memoryview keep it, but cost a
         # third of those of an array, which short documents feel.
@@ -156,6 +200,27 @@ class IndexedDataset:
         for start, length in zip((starts * size).tolist(), (lengths * size).tolist(), strict=True):
             target[filled : filled + length] = source[start : start + length]
             filled += length
+
+    def _looked_at(self) -> list[slice]:
+        """Tokens to look at before a run: all, or LOOKED_AT parts of a large .bin, first and last included."""
+        size = CHECKED_AT_ONCE // self.dtype.itemsize
+        if self.num_tokens <= LOOKED_AT * size:
+            return list(_slices(self.num_tokens, size))
+        starts = np.linspace(0, self.num_tokens - size, LOOKED_AT).astype(np.int64).tolist()
+        return [slice(start, start + size) for start in starts]
+
+    def _refuse_foreign(self, tokens: np.ndarray, start: int, ids: int) -> None:
+        """Refuse `tokens`, which stand in the .bin from token `start` on, where one of them is none of `ids`."""
+        if not _any_foreign(tokens, ids):
+            return
+        place = start + int(np.argmax((tokens < 0) | (tokens >= ids)))
+        sequence = int(np.searchsorted(self.pointers, place * self.dtype.itemsize, side="right")) - 1
+        document = int(np.searchsorted(self.document_indices, sequence, side="right")) - 1
+        raise ForeignIdError(
+            f"{self.prefix}: document {document:,} holds the id {self._tokens[place]} (token "
+            f"{place - self.start_of(document):,} of it), but there are {ids:,} ids, 0 to {ids - 1:,}: the dataset was "
+            "made with another tokenizer or is damaged; tokenize it with the model's own tokenizer"
+        )
 
     def _map_index(self, path: Path) -> None:
         size = path.stat().st_size
@@ -225,9 +290,14 @@ def _mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _slices(total: int) -> Iterator[slice]:
-    for start in range(0, total, CHECKED_AT_ONCE):
-        yield slice(start, start + CHECKED_AT_ONCE)
+def _slices(total: int, size: int = CHECKED_AT_ONCE) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, start + size)
+
+
+def _any_foreign(tokens: np.ndarray, ids: int) -> bool:
+    """Whether any of `tokens` is below 0 or not below `ids`, in one pass: negative numbers are the largest unsigned."""
+    return len(tokens) > 0 and int(tokens.view(f"u{tokens.dtype.itemsize}").max()) >= ids
 
 
 def _refuse_missing(prefix: str) -> None:

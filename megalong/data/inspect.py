@@ -45,7 +45,7 @@ def decoder_for(dataset: IndexedDataset, tokenizer: str | None) -> TextTokenizer
     """The tokenizer that turns ids of `dataset` into text: `tokenizer`, else the recorded one; None where it is gone.
 
     Raises:
-        UserError: `tokenizer` is not the one the dataset was made with.
+        UserError: `tokenizer` is not the one the dataset was made with, as far as its record or its ids show.
     """
     made_with = (dataset.sidecar or {}).get("tokenizer")
     if tokenizer is not None:
@@ -55,6 +55,9 @@ def decoder_for(dataset: IndexedDataset, tokenizer: str | None) -> TextTokenizer
                 f"--tokenizer: {tokenizer} is not the one that {dataset.prefix} was made with "
                 f"({made_with['name']}, {made_with['path']}), the text would be wrong; give that one"
             )
+        if dataset.vocabulary_size is None:
+            dataset.refuse_ids_from(given.vocabulary_size)
+            dataset.ids = min(given.vocabulary_size, dataset.ids or given.vocabulary_size)
         return given
     if made_with and (Path(made_with["path"]) / "tokenizer.json").is_file():
         recorded = TextTokenizer(made_with["path"])
@@ -66,10 +69,13 @@ def _facts(dataset: IndexedDataset) -> str:
     lengths, sidecar = dataset.document_lengths, dataset.sidecar or {}
     made_with, separator = sidecar.get("tokenizer"), sidecar.get("separator")
     unknown = "not recorded" if not sidecar else "none"
+    lowest, highest, looked_at = dataset.range_of_ids()
+    some = "" if looked_at == dataset.num_tokens else f" (of {looked_at:,} tokens looked at)"
     rows = {
         "documents": f"{dataset.num_documents:,} ({int((lengths == 0).sum()):,} empty)",
         "sequences": f"{len(dataset.lengths):,}",
         "tokens": f"{dataset.num_tokens:,} ({dataset.dtype.name}, {dataset.num_tokens * dataset.dtype.itemsize:,} B)",
+        "ids": f"{lowest:,} to {highest:,}{some}",
         "longest": f"{int(lengths.max(initial=0)):,} tokens",
         "mean": f"{dataset.num_tokens / max(dataset.num_documents, 1):,.1f} tokens",
         "tokenizer": f"{made_with['name']}, sha256 {made_with['sha256'][:12]}…" if made_with else unknown,

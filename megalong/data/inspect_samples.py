@@ -25,6 +25,7 @@ from megalong.data.inspect import HEAD, TAIL, decoder_for, printable, shown
 from megalong.data.sample import Sample
 from megalong.data.sampler import PackedSamples
 from megalong.data.tokenizer import TextTokenizer
+from megalong.data.vocabulary import model_vocabulary
 
 AROUND = 12  # tokens shown to either side of what was planted
 RUNS = 3  # runs of positions told of one document
@@ -49,16 +50,20 @@ def inspect_samples(
     Raises:
         UserError: the configuration or a dataset is wrong, or the tokenizer is not the one it was made with.
     """
-    stages = load_config(config, list(overrides))
+    stages, vocabulary = load_config(config, list(overrides)), None
     for stage in stages:
+        vocabulary = model_vocabulary(stage) or vocabulary  # a stage that starts from the one before has its model
         if len(stages) > 1:
             print(f"stage {stage.run.name}")
-        blocks = conversations if conversations is not None and stage.task == "sft" else _blocks
-        for block in blocks(stage, samples, tokenizer):
+        if conversations is not None and stage.task == "sft":
+            blocks = conversations(stage, samples, tokenizer)
+        else:
+            blocks = _blocks(stage, samples, tokenizer, vocabulary)
+        for block in blocks:
             print(block + "\n")
 
 
-def _blocks(config: Config, count: int, tokenizer: str | None) -> Iterator[str]:
+def _blocks(config: Config, count: int, tokenizer: str | None, vocabulary: int | None) -> Iterator[str]:
     data = config.data
     packed = PackedSamples(
         data.mixture,
@@ -68,7 +73,10 @@ def _blocks(config: Config, count: int, tokenizer: str | None) -> Iterator[str]:
         separator=data.separator,
         packing=data.packing,
         pose=data.pose,
+        vocabulary=vocabulary,
     )
+    if vocabulary is not None:
+        packed.refuse_foreign_ids(vocabulary)
     streams = dict(zip(packed.names, packed.streams, strict=True))
     decoders = {name: decoder_for(stream.dataset, tokenizer) or stream.tokenizer for name, stream in streams.items()}
     for k in range(count):

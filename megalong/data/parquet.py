@@ -117,7 +117,7 @@ def _opened(path: str) -> Any:
 
 def _is_text(kind: Any) -> bool:
     """Whether a column's values are text, or bytes that may be: whatever its width, views, dictionaries, JSON."""
-    from pyarrow import types  # type: ignore[import-untyped]
+    from pyarrow import types
 
     kind = _plain(kind)
     binary = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)

@@ -5,7 +5,8 @@ draws them; how many samples hold a piece of one document of at least each lengt
 distances from; what is cut at the borders of samples, and what never comes.
 
 Counts of documents follow from the rules, exact to a document or two. Samples are looked at one by one, or LOOKED_AT of
-them, evenly spaced, where a run has more: only the `.idx` is read, and no torch.
+them, evenly spaced, where a run has more: only the `.idx` is read, and no torch. Ids of a dataset that does not tell
+its vocabulary are held against the model's, where that is known.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megalong.config.schema import Config
 from megalong.data.lengths import LengthHistogram
 from megalong.data.rows import Rows
 from megalong.data.sampler import DomainShare, PackedSamples
+from megalong.data.vocabulary import model_vocabulary
 
 LOOKED_AT = 5000
 
@@ -90,7 +92,10 @@ def plan(config_file: str, overrides: Sequence[str] = (), png: str | None = None
     """
     from megalong.data.plan_table import table
 
-    stages = [plan_stage(config) for config in load_config(config_file, list(overrides))]
+    stages, vocabulary = [], None
+    for config in load_config(config_file, list(overrides)):
+        vocabulary = model_vocabulary(config) or vocabulary  # a stage that starts from the one before has its model
+        stages.append(plan_stage(config, vocabulary))
     for stage in stages:
         print(table(stage), end="\n\n" if stage is not stages[-1] else "\n")
     if png is None:
@@ -103,13 +108,18 @@ def plan(config_file: str, overrides: Sequence[str] = (), png: str | None = None
         print(f"picture: {path}")
 
 
-def plan_stage(config: Config) -> StagePlan:
+def plan_stage(config: Config, vocabulary: int | None = None) -> StagePlan:
     """What the run, or stage, `config` will see.
 
+    Args:
+        vocabulary: ids the model has, None where that is not known.
+
     Raises:
-        UserError: a bad dataset, an empty part, a document shown more often than allowed.
+        UserError: a bad dataset, an empty part, ids the model does not have, a document shown more often than allowed.
     """
     packed = _opened(config, "train")
+    if vocabulary is not None:
+        packed.refuse_foreign_ids(vocabulary)
     if config.evaluation.interval:
         _opened(config, "validation")
     samples = config.training.train_iters * config.training.global_batch_size

@@ -74,6 +74,8 @@ class PackedSamples:
             of an entry with a `seq_length` are masked from each other with any of them.
         pose: `data.pose`: positions that skip ahead.
         separator: `data.separator`: what must stand between documents; None takes the datasets as they are.
+        vocabulary: ids the model has: reading any other, from a dataset that does not tell its own, is refused; None:
+            not known, and no id is looked at.
 
     Raises:
         UserError: an unreadable dataset, an empty part, a weight not above 0, separators or tokenizers that disagree.
@@ -90,6 +92,7 @@ class PackedSamples:
         index_folder: Path | None = None,
         packing: str = "naive",
         pose: PoseSettings | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         if part not in PARTS:
             raise ValueError(f"part {part!r} is none of {PARTS}")
@@ -116,11 +119,29 @@ class PackedSamples:
         self.masked = packing != "naive" or any(length is not None for length in lengths)
         self.tokenizer_sha256 = _common_tokenizer(self.names, self.streams)
         self.vocabulary_size = max((stream.vocabulary_size for stream in self.streams), default=0) or None
-        _check_separators(self.names, [stream.dataset for stream in self.streams], separator)
+        datasets = [stream.dataset for stream in self.streams]
+        _check_separators(self.names, datasets, separator)
+        self._untold = [dataset for dataset in datasets if dataset.vocabulary_size is None]
+        for dataset in self._untold:
+            dataset.ids = vocabulary
         # Rows of a batch are stacked: where one domain has targets of its own, every sample tells them.
         self._tells_targets = any(_synthetic(entry) and _synthetic(entry).answer_only for entry in mixture) or any(
             rows.packed for rows in self.rows
         )
+
+    def refuse_foreign_ids(self, vocabulary: int) -> None:
+        """Refuse datasets that hold ids from `vocabulary` on, where looking at a part of them shows it before a run.
+
+        Raises:
+            UserError: one was made with a tokenizer of more ids, or does not tell and holds an id that is none.
+        """
+        if (found := self.vocabulary_size or 0) > vocabulary:
+            raise UserError(
+                f"data.mixture: tokenized with a vocabulary of {found}, but the model has {vocabulary}; use "
+                "the model's own tokenizer"
+            )
+        for dataset in self._untold:
+            dataset.refuse_ids_from(vocabulary)
 
     @cached_property
     def token_type(self) -> np.dtype[Any]:

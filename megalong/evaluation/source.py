@@ -69,7 +69,8 @@ def open_held_out(data: str, seq_length: int, samples: int, source: ModelSource)
     Raises:
         UserError: no such dataset, too few tokens, or ids the model does not have.
     """
-    packed = PackedSamples([_Dataset(Path(data).name, data)], seq_length, SHUFFLE_SEED, "1,0")
+    vocabulary = source.architecture.vocab_size
+    packed = PackedSamples([_Dataset(Path(data).name, data)], seq_length, SHUFFLE_SEED, "1,0", vocabulary=vocabulary)
     held = packed.describe(samples)[0].tokens_per_epoch // seq_length
     if samples > held:
         mend = f"write --samples {held}" if held else "write a shorter --seq-length"
@@ -79,4 +80,5 @@ def open_held_out(data: str, seq_length: int, samples: int, source: ModelSource)
             f"--data {data}: tokenized with a vocabulary of {packed.vocabulary_size}, but {source} has "
             f"{source.architecture.vocab_size}; preprocess it with the model's own tokenizer"
         )
+    packed.refuse_foreign_ids(vocabulary)
     return packed

@@ -98,12 +98,13 @@ def _opened(config: Config, part: str, follows: bool) -> Samples | None:
 
 
 def _check_vocabulary(samples: Samples, vocabulary: int) -> None:
-    found = samples.vocabulary_size
-    if found is not None and found > vocabulary:
-        what = "data.mixture: " if isinstance(samples, PackedSamples) else "sft.sources: "
+    if isinstance(samples, PackedSamples):
+        if os.environ.get("RANK", "0") == "0":  # it reads up to 256 MB of each dataset
+            samples.refuse_foreign_ids(vocabulary)
+    elif samples.vocabulary_size > vocabulary:
         raise UserError(
-            f"{what}tokenized with a vocabulary of {found}, but the model has {vocabulary}; use "
-            "the model's own tokenizer"
+            f"sft.sources: tokenized with a vocabulary of {samples.vocabulary_size}, but the model has {vocabulary}; "
+            "use the model's own tokenizer"
         )
 
 

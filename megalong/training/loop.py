@@ -83,8 +83,9 @@ class Trainer:
                     if self.session.step % training.gc_interval == 0:
                         gc.collect()
                 self._tell_saved(self.session.saver.finish())
-        except UserError:  # raised by all ranks: the save under way is good
-            self._tell_saved(self.session.saver.finish())
+        except UserError as error:
+            if not error.alone:  # raised by all ranks: the save under way is good
+                self._tell_saved(self.session.saver.finish())
             raise
         finally:
             gc.enable()
@@ -252,7 +253,8 @@ class Trainer:
         )
 
     def _samples(self, part: str) -> Callable[[], Samples]:
-        opened = partial(open_samples, self.config, part, self.session.assets, Path(self.config.run.dir) / "index")
+        vocabulary, index = self.session.architecture.vocab_size, Path(self.config.run.dir) / "index"
+        opened = partial(open_samples, self.config, part, self.session.assets, index, vocabulary)
         if is_main_rank():  # the others read what this one has tokenized or shuffled
             opened().prepare(*self._sample_range(part))
         dist.barrier()

@@ -12,12 +12,15 @@ from megalong.sft.samples import ConversationSamples
 Samples = PackedSamples | ConversationSamples
 
 
-def open_samples(config: Config, part: str, assets: Path | None, index_folder: Path | None) -> Samples:
+def open_samples(
+    config: Config, part: str, assets: Path | None, index_folder: Path | None, vocabulary: int | None = None
+) -> Samples:
     """Samples of "train" or "validation".
 
     Args:
         assets: folder with the model's tokenizer, which conversations are read with unless `sft.tokenizer` names one.
         index_folder: where orders and tokenized conversations are kept for other ranks and the next start.
+        vocabulary: ids the model has; reading any other is refused.
 
     Raises:
         UserError: an unreadable dataset or source, an empty part, no tokenizer.
@@ -34,6 +37,7 @@ def open_samples(config: Config, part: str, assets: Path | None, index_folder: P
             index_folder=index_folder,
             packing=data.packing,
             pose=data.pose if part == "train" else None,  # held-out samples are measured at plain positions
+            vocabulary=vocabulary,
         )
     folder = config.sft.tokenizer or assets
     if folder is None:

@@ -20,7 +20,7 @@ from megalong.evaluation.buckets import bucket_edges
 from megalong.evaluation.command import perplexity
 from megalong.evaluation.perplexity import PerplexityResult
 from megalong.evaluation.source import find_model, open_held_out
-from tests.llama import make_dataset, make_llama
+from tests.llama import VOCABULARY, make_dataset, make_llama
 
 LENGTH, SAMPLES = 256, 3  # four times what the model's config promises
 
@@ -106,3 +106,16 @@ def test_a_dataset_of_another_vocabulary_is_refused(tmp_path):
         writer.finish({"vocabulary_size": 515})
     with pytest.raises(UserError, match=r"vocabulary of 515, but .*small has 128"):
         open_held_out(str(tmp_path / "data"), LENGTH, 1, find_model(hf=small))
+
+
+@pytest.mark.parametrize("id", [VOCABULARY, VOCABULARY + 90, 60_000])
+def test_ids_that_the_model_does_not_have_are_refused(sources, tmp_path, id):
+    """Of a dataset that does not tell its vocabulary: in the padding of the model's table, and beyond it."""
+    with IndexedDatasetWriter(tmp_path / "data", np.uint16) as writer:
+        writer.add_document(np.arange(2, 400, dtype=np.uint16))
+        writer.add_document(np.array([5, id], np.uint16))
+        writer.finish()
+    with pytest.raises(
+        UserError, match=rf"data: document 1 holds the id {id} \(token 1 of it\), but there are 515 ids"
+    ):
+        open_held_out(str(tmp_path / "data"), 64, 1, find_model(hf=sources[0]))

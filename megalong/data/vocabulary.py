@@ -1,0 +1,38 @@
+"""How many ids the model of a configuration has, by the files it starts from, and without torch.
+
+Looked up for reports that need no model (`megalong data plan`, `data inspect`): training itself reads the whole
+architecture, and refuses what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megalong.config.schema import Config
+
+
+def model_vocabulary(config: Config) -> int | None:
+    """Ids of the model that `config` starts from; None where its files do not tell, or are not here (yet)."""
+    load = config.model.load
+    if load is None:
+        return config.model.architecture.vocab_size if config.model.architecture is not None else None
+    if load.hf is not None:
+        return _number(_json(Path(load.hf) / "config.json").get("vocab_size"))
+    folder = Path(load.checkpoint or "")
+    steps = sorted(folder.glob("checkpoints/step-*[0-9]/megalong.json")) or [folder / "megalong.json"]
+    architecture = _json(steps[-1]).get("architecture")
+    return _number(architecture.get("vocab_size")) if isinstance(architecture, dict) else None
+
+
+def _number(value: Any) -> int | None:
+    return value if type(value) is int and value > 0 else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
