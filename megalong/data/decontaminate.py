@@ -12,6 +12,7 @@ words at a time by numpy, and each hit is compared word by word with the benchma
 """
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -58,7 +59,7 @@ class Benchmarks:
         self._wholes: dict[str, str] = {}
         self._spelling: list[str] = [""]
         content = sha256(str(ngram).encode())
-        for source in find_files(files):
+        for source in find_files(files, lambda line: print(f"megalong: --decontaminate: {line}", file=sys.stderr)):
             before = len(self._runs)
             for text in _texts(source):
                 self._learn(source.path, text)

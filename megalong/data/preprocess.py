@@ -75,7 +75,7 @@ def preprocess(
     workers = available_cores() if workers is None else workers
     _check_arguments(json_keys, workers)
     place, shards = _shard(shard)
-    files = find_files(inputs)
+    files = find_files(inputs, lambda line: print(f"megalong: --input: {line}", file=sys.stderr))
     _check_keys_fit(files, [*json_keys, *([group_by, group_path] if group_by else [])])
     text_tokenizer = TextTokenizer(tokenizer)
     ending = find_separator(text_tokenizer, append_eod, separator, separator_position)

@@ -16,9 +16,9 @@ file is one piece, for it can be read from its start only: a corpus packed into 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from glob import glob, has_magic
 from pathlib import Path
 
+from megalong.data.listing import Listing, Say
 from megalong.errors import UserError
 
 LINES = (".jsonl", ".json")
@@ -65,15 +65,23 @@ class Part:
     size: int
 
 
-def find_files(inputs: Sequence[str]) -> list[Source]:
+def find_files(inputs: Sequence[str], say: Say | None = None) -> list[Source]:
     """Files named by `inputs`, in order; folders (all they hold, in depth) and wildcards in sorted order.
+
+    Args:
+        say: told of what was left out, a line at a time (see listing.py).
 
     Raises:
         UserError: something is not there, cannot be opened, is of an unknown kind, or holds no corpus.
     """
-    files = [_source(file) for name in inputs for file in _files_of(name)]
+    listing = Listing(IN_FOLDERS)
+    for name in inputs:
+        listing.add(name)
+    files = [_source(file) for file in listing.files]
     if not files:
         raise UserError("--input: no file given; name at least one .jsonl, .txt or .parquet file, or a folder of them")
+    if say is not None:
+        listing.tell(say)
     return files
 
 
@@ -117,23 +125,6 @@ def _pieces(file: Source, size: int) -> Iterator[tuple[Piece, int]]:
             yield Piece(file, group, group + 1), taken
     else:
         yield Piece(file, 0, file.size), file.size
-
-
-def _files_of(name: str) -> list[Path]:
-    path = Path(name)
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.name.lower().endswith(IN_FOLDERS) and file.is_file())
-        if not found:
-            raise UserError(f"--input: the folder {name} holds none of {', '.join(IN_FOLDERS)}; name files instead")
-        return found
-    if not path.exists() and has_magic(name):
-        found = sorted(path for match in glob(name, recursive=True) if not (path := Path(match)).is_dir())
-        if not found:
-            raise UserError(f"--input: no file matches {name!r}; check the wildcard")
-        return found
-    if not path.is_file():
-        raise UserError(f"--input: {name} does not exist or is no file; check the path")
-    return [path]
 
 
 def _source(file: Path) -> Source:

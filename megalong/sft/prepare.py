@@ -18,10 +18,12 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,12 +183,17 @@ def _make(sft: Sft, files: dict[str, list[Source]], reader: Reader, place: Path)
     try:
         work = _Work(reader, aside)
         for source in sft.sources:
+            find_files([source.path], partial(_tell, source.name))
             work.read(source, files[source.name])
         work.close()
         with suppress(OSError):  # another process was first
             aside.rename(place)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _tell(name: str, line: str) -> None:
+    print(f"megalong: sft.sources: {name}: {line}", file=sys.stderr)
 
 
 def _benchmarks(sft: Sft) -> Benchmarks | None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -149,6 +150,115 @@ def test_folders_and_wildcards_are_sorted(tmp_path: Path) -> None:
     assert found == [str(tmp_path / name) for name in ("a/a.jsonl", "a/b.txt", "a/c.jsonl.zst", "z.txt")]
     found = [file.path for file in find_files([str(tmp_path / "**" / "*.txt")])]
     assert found == [str(tmp_path / name) for name in ("a/b.txt", "z.txt")]
+
+
+def names_and_lines(root: Path, *inputs: str) -> tuple[list[str], list[str]]:
+    """What is found, relative to `root`, and what is said of the rest."""
+    said: list[str] = []
+    found = find_files([str(root / name) for name in inputs], said.append)
+    return [os.path.relpath(file.path, root) for file in found], said
+
+
+LEFT_OUT = [
+    ".ipynb_checkpoints/a-checkpoint.jsonl",
+    ".git/objects/a.txt",
+    ".cache/huggingface/download/a.parquet",
+    "deep/er/.hidden/a.txt",
+    "._a.jsonl",
+    ".#a.jsonl",
+    ".a.jsonl.tmp-5.jsonl",
+    "__MACOSX/a.txt",
+    "_temporary/0/part-0.parquet",
+    "_delta_log/0.checkpoint.parquet",
+]
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_hidden_files_are_no_corpus_unless_named(tmp_path: Path, name: str) -> None:
+    """What editors, version control, downloads, macOS and Spark leave in folders."""
+    names = [name, "a.jsonl", "_books/b.txt", "c.d/e.jsonl", "_SUCCESS", "a.jsonl~", ".DS_Store"]
+    for one in names:
+        (tmp_path / one).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / one).write_bytes(b"")
+    hidden = name.split("/")[0] if not name.startswith("deep") else "deep/er/.hidden"
+    taken = ["_books/b.txt", "a.jsonl", "c.d/e.jsonl"]
+    found, said = names_and_lines(tmp_path, ".")
+    assert (found, len(said)) == (taken, 1)
+    assert said[0].startswith(f"left out as hidden: 1 ({tmp_path / hidden});")
+    ending = name[name.rindex(".") :]
+    (tmp_path / f"plain{ending}").write_bytes(b"")
+    matched = names_and_lines(tmp_path, f"**/*{ending}")[0]
+    assert f"plain{ending}" in matched
+    assert name not in matched
+    assert names_and_lines(tmp_path, name) == ([name], [])
+    if "/" in name:
+        assert names_and_lines(tmp_path, os.path.dirname(name)) == ([name], [])
+
+
+def test_links_are_walked_once(tmp_path: Path) -> None:
+    """Corpora put together from links, and loops of them; the file or folder itself comes before its links."""
+    for name in ("corpus/a/x.txt", "corpus/z/y.jsonl", "elsewhere/deep/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    corpus = tmp_path / "corpus"
+    (corpus / "more").symlink_to(tmp_path / "elsewhere")
+    (corpus / "again").symlink_to(tmp_path / "elsewhere")
+    (corpus / "a" / "loop").symlink_to(corpus)
+    (corpus / "a" / "first").symlink_to(corpus / "z")
+    (tmp_path / "elsewhere" / "back").symlink_to(corpus / "a")
+    found, said = names_and_lines(tmp_path, "corpus")
+    assert found == ["corpus/a/x.txt", "corpus/again/deep/b.txt", "corpus/z/y.jsonl"]
+    assert said == []
+
+
+def test_a_file_of_several_names_is_taken_once(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "m.jsonl").write_text("x")
+    (tmp_path / "data" / "a.jsonl").symlink_to("m.jsonl")
+    (tmp_path / "data" / "z.jsonl").hardlink_to(tmp_path / "data" / "m.jsonl")
+    (tmp_path / "data" / "copy.jsonl").write_text("x")
+    expected = ["data/copy.jsonl", "data/m.jsonl"]
+    found, (line,) = names_and_lines(tmp_path, "data")
+    assert found == expected
+    assert line.startswith("left out as other names of files already taken: 2 (")
+    assert f"{tmp_path}/data/a.jsonl is {tmp_path}/data/m.jsonl" in line
+    for inputs in (("data", "data/m.jsonl"), ("data/*.jsonl", "data"), ("dat*",)):
+        assert names_and_lines(tmp_path, *inputs)[0] == expected
+    assert names_and_lines(tmp_path, "data/a.jsonl") == (["data/a.jsonl"], [])
+
+
+def test_a_shard_in_two_forms_is_told(tmp_path: Path) -> None:
+    for name in ("x.jsonl", "x.jsonl.gz", "y.txt", "y.md", "z.jsonl", "deep/z.jsonl.zst", "w.parquet", "w.2.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found, (line,) = names_and_lines(tmp_path, ".")
+    assert len(found) == 7
+    assert line.startswith(f"{tmp_path}/x.jsonl and {tmp_path}/x.jsonl.gz may hold the same text")
+
+
+def test_what_a_walk_cannot_look_at_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than a corpus that is smaller than it looks."""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.txt").write_text("x")
+    for target in ("/nowhere/b.txt", "b.txt"):
+        (tmp_path / "b.txt").symlink_to(target)
+        with pytest.raises(UserError, match=r"b\.txt is no file, or a link to nothing"):
+            find_files([str(tmp_path)])
+        (tmp_path / "b.txt").unlink()
+    os.mkfifo(tmp_path / "c.txt")
+    with pytest.raises(UserError, match=r"c\.txt is no file"):
+        find_files([str(tmp_path)])
+    (tmp_path / "c.txt").unlink()
+    scandir = os.scandir
+
+    def closed(folder: Path) -> object:
+        if folder.name == "deep":
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match=r"the folder .*deep cannot be read \(Permission denied\)"):
+        find_files([str(tmp_path)])
 
 
 @settings(max_examples=60, deadline=None)
