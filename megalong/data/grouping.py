@@ -64,18 +64,29 @@ class Dealer:
         self._size = 0
 
 
-def documents(folder: PartFolder, dealt: Sequence[Finished], place: int, buckets: int) -> Iterator[list[str]]:
-    """The documents of one bucket, for each the joined texts of every key.
+def dealt_bytes(dealt: Sequence[Finished]) -> int:
+    """Bytes in all buckets together."""
+    return sum(part.files["dealt"][0] for part in dealt if "dealt" in part.files)
+
+
+def documents(
+    folder: PartFolder, dealt: Sequence[Finished], place: int, buckets: int
+) -> tuple[int, Iterator[list[str]]]:
+    """(bytes of one bucket, its documents: for each the joined texts of every key).
 
     Args:
         place: which of the dealt buckets, from 0; buckets: how many were dealt.
     """
-    entries = sorted(_entries(folder, dealt, place, buckets), key=itemgetter(0, 1))  # stable: then by place in corpus
-    for _, files in groupby(entries, key=itemgetter(0)):
-        yield ["\n".join(texts) for texts in zip(*(entry[2] for entry in files), strict=True)]
+    size, entries = 0, list[Entry]()
+    for block in _blocks(folder, dealt, place, buckets):
+        size += len(block)
+        entries += (tuple(orjson.loads(line)) for line in block.splitlines())
+    entries.sort(key=itemgetter(0, 1))  # stable: then by place in corpus
+    groups = (files for _, files in groupby(entries, key=itemgetter(0)))
+    return size, (["\n".join(texts) for texts in zip(*(entry[2] for entry in files), strict=True)] for files in groups)
 
 
-def _entries(folder: PartFolder, dealt: Sequence[Finished], place: int, buckets: int) -> Iterator[Entry]:
+def _blocks(folder: PartFolder, dealt: Sequence[Finished], place: int, buckets: int) -> Iterator[bytes]:
     for part in dealt:
         if "ends" not in part.files:
             continue
@@ -84,6 +95,5 @@ def _entries(folder: PartFolder, dealt: Sequence[Finished], place: int, buckets:
             start = 0
             for ends in runs:
                 file.seek(start + int(ends[place]))
-                data = file.read(int(ends[place + 1] - ends[place]))
-                yield from (tuple(orjson.loads(line)) for line in data.splitlines())
+                yield file.read(int(ends[place + 1] - ends[place]))
                 start += int(ends[-1])

@@ -15,6 +15,7 @@ import numpy as np
 
 from megalong.data.indexed import IndexedDataset, data_path
 from megalong.data.indexed_writer import SLICE, Entries, IndexedDatasetWriter
+from megalong.data.progress import Progress
 from megalong.errors import UserError
 
 ENDINGS = (".idx", ".bin", ".json")
@@ -37,9 +38,12 @@ def merge(inputs: Sequence[str], output_prefix: str) -> str:
         raise UserError(f"--output-prefix: {output_prefix} is one of the datasets to merge; give another one")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     _refuse_strangers(datasets)
+    progress = Progress(sum(dataset.num_tokens for dataset in datasets) * datasets[0].dtype.itemsize)
     with IndexedDatasetWriter(output_prefix, datasets[0].dtype) as writer:
         for dataset in datasets:
             writer.add_file(data_path(dataset.prefix), _entries(dataset))
+            progress.update(writer.num_tokens * writer.dtype.itemsize, writer.num_documents)
+        progress.finish()
         writer.finish(_merged([dataset.sidecar for dataset in datasets], writer))
     print(
         f"{output_prefix}: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens of {len(datasets)} datasets"
@@ -53,7 +57,7 @@ def _prefixes(inputs: Sequence[str]) -> list[str]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            indices = sorted(path.glob("*.idx"))
+            indices = sorted(index for index in path.glob("*.idx") if not index.name.startswith("."))
             if not indices:
                 raise UserError(f"--input: the folder {name} holds no .idx; name datasets by their prefix")
             found.update((str(index.with_suffix("")), None) for index in indices)

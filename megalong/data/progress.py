@@ -1,15 +1,20 @@
 """Progress of a long read: one moving line on a terminal, a plain line now and then in a log.
 
-12.3 MB of 125.0 MB (10 %) | 3,210 documents | 1,230 documents/s | 5.1 MB/s | ETA 0:00:22
+reading: 12.3 MB of 125.0 MB (10 %) | 3,210 documents | 1,230 documents/s | 5.1 MB/s | ETA 0:00:22
+
+Rates and the time that is left follow from the last minute. So what an earlier run had done counts in how far it has
+come and not in how fast it is, and a read that becomes slower says so.
 """
 
 import sys
 import time
+from collections import deque
 from datetime import timedelta
 from typing import TextIO
 
 TERMINAL_SECONDS = 0.2
 LOG_SECONDS = 10.0
+WINDOW_SECONDS = 60.0
 
 
 class Progress:
@@ -18,13 +23,24 @@ class Progress:
     Args:
         stream: where to; standard error unless told otherwise.
         what: what is counted.
+        doing: what is being done, where that is one thing of several.
+        position, documents: what was done before.
     """
 
-    def __init__(self, total_bytes: int, stream: TextIO | None = None, what: str = "documents") -> None:
-        self._total, self._what = total_bytes, what
+    def __init__(
+        self,
+        total_bytes: int,
+        stream: TextIO | None = None,
+        what: str = "documents",
+        doing: str = "",
+        position: int = 0,
+        documents: int = 0,
+    ) -> None:
+        self._total, self._what, self._doing = total_bytes, what, f"{doing}: " if doing else ""
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._start = self._last = time.monotonic()
+        self._marks = deque([(self._start, position, documents)])  # one a second, of the last minute
 
     @property
     def seconds(self) -> float:
@@ -32,13 +48,16 @@ class Progress:
         return time.monotonic() - self._start
 
     def update(self, position: int, documents: int) -> None:
-        """Tell it, unless it was told a moment ago: `position` bytes read, `documents` done."""
+        """Tell it, unless it was told a moment ago: `position` bytes read, `documents` done, of all times."""
         now = time.monotonic()
-        if now - self._last < (TERMINAL_SECONDS if self._terminal else LOG_SECONDS):
-            return
-        self._last = now
-        self._stream.write(self._dressed(self.line(position, documents)))
-        self._stream.flush()
+        if now - self._last >= (TERMINAL_SECONDS if self._terminal else LOG_SECONDS):
+            self._last = now
+            self._stream.write(self._dressed(self.line(position, documents)))
+            self._stream.flush()
+        if now - self._marks[-1][0] >= 1:
+            self._marks.append((now, position, documents))
+            while now - self._marks[1][0] > WINDOW_SECONDS:
+                self._marks.popleft()
 
     def finish(self) -> None:
         """Wipe the moving line, so that what follows starts on a line of its own."""
@@ -48,12 +67,14 @@ class Progress:
 
     def line(self, position: int, documents: int) -> str:
         """The line itself."""
-        seconds = max(self.seconds, 1e-9)
-        remaining = (self._total - position) * seconds / position if position else 0.0
+        since, first, done = self._marks[0]
+        seconds = max(time.monotonic() - since, 1e-9)
+        speed = (position - first) / seconds
+        left = f"{timedelta(seconds=round((self._total - position) / speed))}" if speed > 0 else "not known yet"
         return (
-            f"{position / 1e6:,.1f} MB of {self._total / 1e6:,.1f} MB ({position / max(self._total, 1):.0%}) | "
-            f"{documents:,} {self._what} | {documents / seconds:,.0f} {self._what}/s | "
-            f"{position / 1e6 / seconds:,.1f} MB/s | ETA {timedelta(seconds=round(remaining))}"
+            f"{self._doing}{position / 1e6:,.1f} MB of {self._total / 1e6:,.1f} MB "
+            f"({position / max(self._total, 1):.0%}) | {documents:,} {self._what} | "
+            f"{(documents - done) / seconds:,.0f} {self._what}/s | {speed / 1e6:,.1f} MB/s | ETA {left}"
         )
 
     def _dressed(self, line: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megalong.data.assemble import Assembly, publish_rejected
+from megalong.data.grouping import dealt_bytes
 from megalong.data.indexed_writer import IndexedDatasetWriter
 from megalong.data.part_files import Finished, PartFolder
 from megalong.data.progress import Progress
@@ -65,7 +66,8 @@ class Run:
         if buckets is None:
             mine = parts[len(parts) * shard // shards : len(parts) * (shard + 1) // shards]
             task = TokenizePart(self._folder, self._reading, self._tokenizing)
-            self._assemble(task, mine, [part.number for part in mine], [part.size for part in mine], checked)
+            read = [0, *accumulate(part.size for part in mine)]
+            self._assemble(task, mine, [part.number for part in mine], read[-1], lambda done: read[done.done], checked)
             return
         numbers = range(buckets * shard // shards, buckets * (shard + 1) // shards)
         self._dealt_in = PartFolder(self._folder.path / "dealt")
@@ -74,7 +76,8 @@ class Run:
         for part in dealt:
             self._count(part)
         bucket_task = TokenizeBucket(self._folder, self._reading.keys, self._tokenizing, self._dealt_in, dealt, numbers)
-        self._assemble(bucket_task, numbers, list(numbers), [1] * len(numbers))
+        size = dealt_bytes(dealt)
+        self._assemble(bucket_task, numbers, list(numbers), size, lambda done: done.counts.get("bytes", 0), two=True)
 
     def refuse_empty(self, inputs: Sequence[str]) -> None:
         """Refuse a corpus without a token under any key."""
@@ -136,38 +139,57 @@ class Run:
         task: Any,
         items: Sequence[Any],
         numbers: Sequence[int],
-        sizes: Sequence[int],
+        size: int,
+        read: Callable[[Assembly], int],
         meanwhile: Check | None = None,
+        two: bool = False,
     ) -> None:
-        """Run `task` on `items` (parts of `numbers` and `sizes`) and append what it makes, in order."""
+        """Run `task` on `items` (parts of `numbers`) and append what it makes, in order.
+
+        Args:
+            size: bytes of all items; read: those of the items that are in.
+            two: whether this is the second of two readings.
+        """
         prefixes = [f"{self._prefix}_{key}_document" for key in self._reading.keys]
         fingerprints = [task.fingerprint(item) for item in items]
         self._folder.forget_all_but(numbers)
         self._assembly = Assembly(self._folder, prefixes, self._tokenizing.dtype, fingerprints, self._reading.accepts)
-        read = [0, *accumulate(sizes)]
-        progress = Progress(read[-1])
         done = self._assembly.done
+        progress = Progress(
+            size,
+            doing="tokenizing groups, 2 of 2" if two else "",
+            position=read(self._assembly),
+            documents=self.writers[0].num_documents,
+        )
         workers = min(self._workers, max(len(items) - done, 1))
         results = map_in_order(task, items[done:], workers, PARTS_AHEAD, meanwhile, self._turns)
         try:
             for _, part in results:
                 self._assembly.add(part)
-                progress.update(read[self._assembly.done], self.writers[0].num_documents)
+                progress.update(read(self._assembly), self.writers[0].num_documents)
         finally:
             results.close()
             progress.finish()
-        for name, count in self._assembly.counts.items():
-            self.counts[name] += count
+        for name in self.counts:
+            self.counts[name] += self._assembly.counts.get(name, 0)
         self.seconds = progress.seconds
 
     def _all(self, task: DealPart, parts: Sequence[Part], meanwhile: Check) -> list[Finished]:
         assert self._dealt_in is not None
         self._dealt_in.forget_all_but(range(len(parts)))
+        progress = Progress(sum(part.size for part in parts), what="records", doing="dealing into groups, 1 of 2")
         results = map_in_order(task, parts, min(self._workers, len(parts)), PARTS_AHEAD, meanwhile, self._turns)
+        dealt: list[Finished] = []
+        size = records = 0
         try:
-            return [part for _, part in results]
+            for part, done in results:
+                dealt.append(done)
+                size, records = size + part.size, records + done.counts["documents"]
+                progress.update(size, records)
         finally:
             results.close()
+            progress.finish()
+        return dealt
 
     def _count(self, part: Finished) -> None:
         for name in ("bad", "contaminated"):

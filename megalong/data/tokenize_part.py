@@ -145,6 +145,7 @@ class DealPart:
         with PartWriter(self.folder, part.number) as writer:
             dealer = grouping.Dealer(writer, self.buckets, self.mine)
             for record in self.reading.records(part, writer, counts):
+                counts["documents"] += 1
                 *texts, group, path = record.texts
                 dealer.add(group, path, texts)
             dealer.flush()
@@ -172,9 +173,9 @@ class TokenizeBucket:
         if (done := self.folder.finished(bucket, fingerprint)) is not None:
             return done
         with PartWriter(self.folder, bucket) as writer:
-            texts = grouping.documents(self.dealt_in, self.dealt, bucket - self.mine.start, len(self.mine))
+            size, texts = grouping.documents(self.dealt_in, self.dealt, bucket - self.mine.start, len(self.mine))
             total = self.tokenizing.write(texts, len(self.keys), writer)
-            return writer.finish(fingerprint, {"documents": total, "bad": 0, "contaminated": 0})
+            return writer.finish(fingerprint, {"documents": total, "bad": 0, "contaminated": 0, "bytes": size})
 
     def fingerprint(self, bucket: int) -> str:
         """Identity of the work."""
