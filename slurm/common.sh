@@ -8,7 +8,19 @@
 # requeued. Restarting needs nothing else: the same command resumes.
 
 slurm_folder=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-python="${MEGALONG_PYTHON:-${VIRTUAL_ENV:-$SLURM_SUBMIT_DIR/.venv}/bin/python}"
+# The virtual environment is this machine's: a container has a Python of its own.
+if [ -n "${MEGALONG_PYTHON:-}" ]; then
+    python=$MEGALONG_PYTHON
+elif [ -n "${CONTAINER:-}" ]; then
+    python=python3
+else
+    python="${VIRTUAL_ENV:-$SLURM_SUBMIT_DIR/.venv}/bin/python"
+fi
+# The code that runs is that of this file's checkout, neither another one that the environment has installed nor one
+# that the job happens to run in (which `python -m` would look into first).
+checkout=$(dirname -- "$slurm_folder")
+if [ -f "$checkout/megalong/__init__.py" ]; then export PYTHONPATH="$checkout${PYTHONPATH:+:$PYTHONPATH}"; fi
+export PYTHONSAFEPATH=1
 
 # GPUS_PER_NODE=0 trains on CPUs: PROCESSES_PER_NODE then says how many processes torchrun starts on a node.
 gpus_per_node="${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}"
@@ -23,6 +35,12 @@ container=()
 if [ -n "${CONTAINER:-}" ]; then
     container=(--container-image="$CONTAINER")
     if [ -n "${CONTAINER_MOUNTS:-}" ]; then container+=(--container-mounts="$CONTAINER_MOUNTS"); fi
+    # An image has a working folder of its own, and paths of a configuration are relative to this one.
+    IFS=, read -r -a mounts <<<"${CONTAINER_MOUNTS:-}"
+    for mount in "${mounts[@]}"; do
+        IFS=: read -r outside inside _ <<<"$mount"
+        case "$PWD/" in "${outside%/}"/*) container+=(--container-workdir="${inside:-$outside}${PWD#"${outside%/}"}") && break ;; esac
+    done
 fi
 
 # Problems only: at INFO, 256 processes write more than anyone reads.
@@ -62,7 +80,7 @@ train_on_nodes() {
     local answer run_dir
     local -a run_dirs
     # Assignments of run_dir, run_dirs and preflight, quoted; a mistake ends the job here with its one line.
-    answer=$("$python" -m megalong.slurm.job "$((SLURM_JOB_NUM_NODES * processes_per_node))" "$@")
+    answer=$(on_first_node "$python" -m megalong.slurm.job "$((SLURM_JOB_NUM_NODES * processes_per_node))" "$@")
     eval "$answer"
     logs="$run_dir/logs/$SLURM_JOB_ID"
     mkdir -p -- "$logs"
@@ -76,6 +94,22 @@ train_on_nodes() {
     fi
     run_step training_step "$@" || end_job "training ended with status $status; the end of $logs/rank-0.log:" "$status"
     requeue_where_asked
+}
+
+# Here, which is the first node; in the container where there is one, whose Python and paths they are. There is no
+# other check that it shows this checkout.
+on_first_node() {
+    if [ ${#container[@]} -eq 0 ]; then
+        "$@"
+        return
+    fi
+    # shellcheck disable=SC2016
+    srun --nodes=1 --ntasks=1 "${container[@]}" bash -c '
+        if [ ! -e "$0" ]; then
+            echo "megalong: error: slurm.container_mounts: the container does not show $0; mount its folder" >&2
+            exit 2
+        fi
+        exec "$@"' "$slurm_folder/node.sh" "$@"
 }
 
 find_nodes() {

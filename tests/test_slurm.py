@@ -29,7 +29,9 @@ options=()
 while [[ $1 == --* ]]; do options+=("$1"); shift; done
 kind=srun
 for word; do if [ "$word" = preflight ]; then kind=preflight; fi; done
+if [[ " ${options[*]} " == *" --nodes=1 "* ]]; then kind=first; fi
 printf '%s\\n' "${options[@]}" >"$NOTES/$kind"
+if [ "$kind" = first ]; then exec "$@"; fi
 if [ "$kind" = preflight ]; then exit "${PREFLIGHT_STATUS:-0}"; fi
 for node in 0 1; do SLURM_NODEID=$node "$@" || exit; done
 """
@@ -46,6 +48,7 @@ if "megalong.slurm.job" in sys.argv:
     os.execv("{python}", sys.argv)
 names = ["MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "NCCL_DEBUG", "CUDA_DEVICE_MAX_CONNECTIONS"]
 noted = {{"words": sys.argv[1:], "env": {{name: os.environ.get(name) for name in names}}, "cwd": os.getcwd()}}
+noted |= {{"python": sys.argv[0], "path": os.environ["PYTHONPATH"], "safe": os.environ.get("PYTHONSAFEPATH")}}
 path = os.path.join(os.environ["NOTES"], "node-" + os.environ["SLURM_NODEID"])
 json.dump(noted, open(path, "w"))
 """
@@ -67,12 +70,15 @@ class Cluster:
         self._program("bin/squeue", '#!/bin/sh\necho "${JOB_STATE:-RUNNING}"\n')
         self._program("venv/bin/python", PYTHON.format(python=sys.executable))
         self.config.write_text(CONFIG.replace("RUN_DIR", f'"{self.run_dir}"'))
+        for name in ("llama/config.json", "llama/model.safetensors", "data/a.bin", "data/a.idx"):
+            (self.folder / name).parent.mkdir(exist_ok=True)
+            (self.folder / name).touch()
 
     def _program(self, name: str, text: str) -> None:
         (self.folder / name).write_text(text)
         (self.folder / name).chmod(0o755)
 
-    def submit(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def submit(self, *words: str, script: Path = SCRIPT, **environment: str) -> subprocess.CompletedProcess[str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMP", "NCCL"))}
         slurm = {
             "SLURM_SUBMIT_DIR": str(self.folder),
@@ -87,7 +93,7 @@ class Cluster:
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
         }
         return subprocess.run(
-            ["bash", str(SCRIPT), *words],
+            ["bash", str(script), *words],
             env={**kept, **slurm, **environment},
             capture_output=True,
             text=True,
@@ -111,6 +117,9 @@ def test_the_scripts_are_bash(script):
 
 def test_each_node_starts_one_torchrun_with_every_word_intact(cluster):
     words = ["data.separator='a  b'", "run.seed=7", 'data.mixture=[{name: a, path: "my data/$HOME *", weight: 1}]']
+    (cluster.folder / "my data").mkdir()
+    for ending in (".bin", ".idx"):
+        (cluster.folder / "my data" / f"$HOME *{ending}").touch()
     done = cluster.submit("my run.yaml", *words)
     assert done.returncode == 0, done.stderr
     for number in (0, 1):
@@ -174,10 +183,62 @@ def test_a_job_without_gpus_starts_as_many_processes_as_asked(cluster):
 
 
 def test_a_container_is_the_tasks_own(cluster):
+    """Its own Python too, with which the configuration is checked on one node before the others are asked."""
+    cluster._program("bin/python3", PYTHON.format(python=sys.executable))
     done = cluster.submit("my run.yaml", CONTAINER="/images/a b.sqsh", CONTAINER_MOUNTS="/data:/data")
     assert done.returncode == 0, done.stderr
+    for kind in ("first", "srun"):
+        options = (cluster.notes / kind).read_text().splitlines()
+        assert {"--container-image=/images/a b.sqsh", "--container-mounts=/data:/data"} <= set(options)
+        assert not any(option.startswith("--container-workdir") for option in options)
+    assert cluster.node(0)["python"] == str(cluster.folder / "bin" / "python3")
+    assert cluster.node(0)["words"][-5] == "python3"
+
+
+@pytest.mark.parametrize(
+    ("mounts", "inside"),
+    [("/x,{0}", "{0}"), ("{0}/:{0}:ro", "{0}"), ("{1}:/work", "/work/a cluster"), ("{0}x:/y", None)],
+)
+def test_a_container_works_in_the_jobs_folder_where_it_shows_it(cluster, mounts, inside):
+    cluster._program("bin/python3", PYTHON.format(python=sys.executable))
+    names = cluster.folder, cluster.folder.parent
+    assert cluster.submit("my run.yaml", CONTAINER="c", CONTAINER_MOUNTS=mounts.format(*names)).returncode == 0
     options = (cluster.notes / "srun").read_text().splitlines()
-    assert {"--container-image=/images/a b.sqsh", "--container-mounts=/data:/data"} <= set(options)
+    folders = [option for option in options if option.startswith("--container-workdir=")]
+    assert folders == ([f"--container-workdir={inside.format(*names)}"] if inside else [])
+
+
+@pytest.mark.parametrize("container", ["", "/images/a.sqsh"])
+def test_the_users_python_wins(cluster, container):
+    cluster._program("my python", PYTHON.format(python=sys.executable))
+    python = str(cluster.folder / "my python")
+    done = cluster.submit("my run.yaml", CONTAINER=container, MEGALONG_PYTHON=python)
+    assert done.returncode == 0, done.stderr
+    assert cluster.node(1)["python"] == python
+
+
+def test_a_container_without_the_checkout_is_told(cluster):
+    """A container that shows nothing of the host, but for the image's own programs."""
+    cluster._program("bin/srun", '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$1" "$2" "$3" "/gone$4"\n')
+    done = cluster.submit("my run.yaml", CONTAINER="c")
+    assert done.returncode == 2
+    assert done.stderr.startswith("megalong: error: slurm.container_mounts: the container does not show /gone")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_code_is_that_of_the_scripts_checkout(cluster, tmp_path):
+    """Not what lies where the job runs, such as another checkout, nor what its environment has installed."""
+    decoy = cluster.folder / "megalong"
+    decoy.mkdir()
+    (decoy / "__init__.py").write_text("raise SystemExit('the decoy')")
+    (cluster.folder / "slurm").unlink()
+    common = f'set -euo pipefail\ncd -- "$SLURM_SUBMIT_DIR"\nsource {ROOT}/slurm/common.sh\ntrain_on_nodes "$@"\n'
+    (tmp_path / "job.sh").write_text(common)
+    done = cluster.submit("my run.yaml", script=tmp_path / "job.sh", PYTHONPATH="/other")
+    assert done.returncode == 0, done.stderr
+    assert (cluster.node(0)["path"], cluster.node(0)["safe"]) == (f"{ROOT}:/other", "1")
+    assert cluster.node(0)["cwd"] == str(cluster.folder)
+    assert str(ROOT / "slurm" / "rank.sh") in cluster.node(0)["words"]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +249,11 @@ def test_a_container_is_the_tasks_own(cluster):
         (["my run.yaml", "run.sed=7"], "megalong: error: command line: run.sed: unknown key; did you mean seed?"),
         (["my run.yaml", "parallel.context_parallel_size=4"], "megalong: error: 16 processes cannot hold whole"),
         (["my run.yaml", "training.global_batch_size=3"], "global_batch_size 3 is not a multiple"),
+        (
+            ["my run.yaml", "model.load={hf: gone}"],
+            "my run.yaml: model.load.hf gone: no such file or directory. The job",
+        ),
+        (["my run.yaml", "data.mixture=[{name: b, path: b, weight: 1}]"], "data.mixture b b: b.idx: no such file or d"),
     ],
 )
 def test_a_mistake_ends_the_job_before_any_node_starts(cluster, words, message):

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+from megalong.runtime.checkout import same_code
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Found here: between fork and exec nothing may be looked up. Only Linux has it.
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)
@@ -42,6 +44,7 @@ def run_local(arguments: Sequence[str], nproc: int) -> int:
 def _spawn(arguments: Sequence[str], rank: int, nproc: int, port: int) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     environment.update(
+        same_code(),
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(nproc),

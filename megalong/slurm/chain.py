@@ -1,7 +1,8 @@
 """Jobs one behind the other: pretrain → SFT … → export, each started when the one before has ended well (`afterok`).
 
 A job that saves and goes back into the queue keeps its number and has not ended, so what waits for it goes on waiting.
-All configurations are checked before the first job is submitted: a mistake in the last must not show after days.
+All configurations are checked before the first job is submitted: a mistake in the last must not show after days. So are
+the weights and data they name, as far as this machine sees them: missing ones are told, and nothing is submitted.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megalong.config.load import load_config
 from megalong.errors import UserError
+from megalong.slurm.inputs import seen_from_here
+from megalong.slurm.job import missing_of, refuse_missing
 from megalong.slurm.script import Job, export_job, training_job
 
 _END = "END_OF_MEGALONG_JOB"
@@ -36,7 +40,8 @@ def slurm(
         output: the export's folder, `hf` in the last run's folder where not given; it may follow a single run too.
 
     Raises:
-        UserError: a configuration is wrong, does not fit, or does not start from the run before it; no SLURM here.
+        UserError: a configuration is wrong, does not fit, or does not start from the run before it; no SLURM here; or
+            one that is to be submitted reads what is not there.
     """
     jobs = [training_job(config, overrides, nodes)]
     last, last_overrides = config, list(overrides)
@@ -47,10 +52,28 @@ def slurm(
     if chain or output is not None:
         result = jobs[-1].result
         jobs.append(export_job(last, last_overrides, result, Path(output) if output else result / "hf"))
+    missing, waits = _missing(jobs), any(_waits(job) for job in jobs)
+    if submit and not waits:
+        refuse_missing(missing, "--submit")
+    for line in missing:
+        print(f"megalong: warning: {line}; the job ends at its start unless it is there by then", file=sys.stderr)
     if submit:
         _submit(jobs)
     else:
         print(jobs[0].script if len(jobs) == 1 else _driver(jobs), end="")
+
+
+def _missing(jobs: Sequence[Job]) -> list[str]:
+    """What the jobs read and none before them makes, as far as this machine can see."""
+    made: list[str] = []
+    return [
+        line for job in jobs if job.stages for line in missing_of(list(job.stages), made, seen_from_here(job.stages[0]))
+    ]
+
+
+def _waits(job: Job) -> bool:
+    """Whether its configuration makes it wait for another job, which may make what is missing now."""
+    return any(option.startswith("--dependency") for stage in job.stages for option in stage.slurm.options)
 
 
 def _refuse_other_start(config: str, before: Path) -> None:

@@ -2,12 +2,13 @@
 
     eval "$(python -m megalong.slurm.job 256 run.yaml optimizer.lr=1e-5)"
 
-The answer is shell assignments: `run_dir` (of all stages together), `run_dirs` (of each), `preflight`. A mistake is one
-line on stderr and status 2, before any node has started.
+The answer is shell assignments: `run_dir` (of all stages together), `run_dirs` (of each), `preflight`. A mistake, or
+weights or data that are not there, is one line on stderr and status 2, before any other node is asked for anything.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from megalong.config.checks import check_world
 from megalong.config.load import load_config
 from megalong.config.schema import Config
 from megalong.errors import UserError
+from megalong.slurm.inputs import Seen, missing_inputs
+
+NAMED = 3  # missing inputs that one line names
 
 
 def run_folder(stages: list[Config]) -> Path:
@@ -36,6 +40,29 @@ def checked(config: str, overrides: list[str], world: int) -> list[Config]:
     return stages
 
 
+def missing_of(stages: list[Config], made: list[str], seen: Seen = str) -> list[str]:
+    """What stages read that is not there; `made`, run folders of jobs before them, grows by their own."""
+    found = []
+    for stage in stages:
+        found += missing_inputs(stage, made, seen)
+        made.append(stage.run.dir)
+    return found
+
+
+def refuse_missing(missing: list[str], where: str) -> None:
+    """Refuse to run without its inputs.
+
+    Raises:
+        UserError: there are some missing; the first few are named.
+    """
+    if missing:
+        more = f"; and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+        raise UserError(
+            f"{where}: {'; '.join(missing[:NAMED])}{more}. The job runs in {os.getcwd()}: put it there, or write where "
+            "it is"
+        )
+
+
 def assignments(stages: list[Config]) -> str:
     """The answer, for bash's `eval`."""
     dirs = " ".join(shlex.quote(stage.run.dir) for stage in stages)
@@ -46,7 +73,9 @@ def assignments(stages: list[Config]) -> str:
 def main(words: list[str]) -> int:
     """Answer for `WORLD CONFIG [section.key=value …]`; returns the exit status."""
     try:
-        print(assignments(checked(words[1], words[2:], int(words[0]))), end="")
+        stages = checked(words[1], words[2:], int(words[0]))
+        refuse_missing(missing_of(stages, []), words[1])
+        print(assignments(stages), end="")
     except UserError as error:
         print(f"megalong: error: {error}", file=sys.stderr)
         return 2

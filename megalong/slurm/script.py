@@ -13,19 +13,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import megalong
 from megalong.config.schema import Config
 from megalong.errors import UserError
+from megalong.runtime.checkout import root
 from megalong.slurm.job import checked, run_folder
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job: its name in the queue, its script, and the folder its result lies in."""
+    """One job: its name in the queue, its script, the folder its result lies in, and the stages it trains."""
 
     name: str
     script: str
     result: Path
+    stages: tuple[Config, ...] = ()
 
 
 def training_job(config: str, overrides: Sequence[str], nodes: int) -> Job:
@@ -56,7 +57,7 @@ def training_job(config: str, overrides: Sequence[str], nodes: int) -> Job:
     title = f"{ranks} processes, {first[0].data_parallel_size(ranks)} replicas; run folder {run_folder(first)}"
     work = shlex.join(["train_on_nodes", config, *overrides])
     # A run of stages ends in its last one's folder.
-    return Job(first[0].run.name, _script(title, head, exports, work), Path(first[-1].run.dir))
+    return Job(first[0].run.name, _script(title, head, exports, work), Path(first[-1].run.dir), tuple(first))
 
 
 def export_job(config: str, overrides: Sequence[str], checkpoint: Path, output: Path) -> Job:
@@ -94,11 +95,13 @@ def _placement(config: Config) -> list[str]:
 
 def _script(title: str, head: Sequence[str], exports: dict[str, str], work: str) -> str:
     common = slurm_folder() / "common.sh"
-    exports = {**exports, "MEGALONG_PYTHON": sys.executable}
     lines = ["#!/usr/bin/env bash", f"# Written by megalong slurm: {title}".replace("\n", " ")]
     lines += [f"#SBATCH {option}" for option in head]
     lines += ["", "set -euo pipefail", f"cd -- {shlex.quote(os.getcwd())}"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items() if value]
+    # Of whoever submits the job, else of whoever wrote it; a container has a Python of its own.
+    python = os.environ.get("MEGALONG_PYTHON") or ("python3" if exports["CONTAINER"] else sys.executable)
+    lines += [f'[ -n "${{MEGALONG_PYTHON:-}}" ] || MEGALONG_PYTHON={shlex.quote(python)}', "export MEGALONG_PYTHON"]
     lines += [f"source {shlex.quote(str(common))}", work]
     return "\n".join(lines) + "\n"
 
@@ -109,7 +112,7 @@ def slurm_folder() -> Path:
     Raises:
         UserError: in neither.
     """
-    places = [Path(megalong.__file__).parents[1] / "slurm", Path(sys.prefix) / "share" / "megalong" / "slurm"]
+    places = [root() / "slurm", Path(sys.prefix) / "share" / "megalong" / "slurm"]
     for place in places:
         if (place / "common.sh").is_file():
             return place

@@ -86,3 +86,13 @@ def test_a_users_mistake_in_one_process_is_the_status_of_all(parent: subprocess.
     (tmp_path / "2").rename(tmp_path / "end")
     assert parent.wait(20) == 2
     assert not any(alive(process) for process in children(tmp_path))
+
+
+def test_children_run_the_code_of_their_parent(tmp_path: Path) -> None:
+    """And not what lies in the folder they are started in, where `python -m` looks first."""
+    (tmp_path / "megalong").mkdir()
+    (tmp_path / "megalong" / "__init__.py").write_text("raise SystemExit(7)")
+    code = "import sys; from megalong.runtime.launch import run_local; sys.exit(run_local(['--version'], 1))"
+    root = str(Path(__file__).parents[2])
+    started = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root})
+    assert started.returncode == 0

@@ -41,6 +41,7 @@ def folder(tmp_path, monkeypatch):
         CONFIG.replace("NAME", "small").replace("DIR", "runs/one").replace("LOAD", "{hf: h}")
     )
     (folder / "sft.yaml").write_text(SFT.replace("DIR", "runs/two").replace("LOAD", "{checkpoint: runs/one}"))
+    (folder / "chats.jsonl").touch()
     return folder
 
 
@@ -69,6 +70,28 @@ def test_bash_gets_every_word_as_it_was(folder, tmp_path):
     lines = [f"source '{note}'" if line.startswith("source ") else line for line in script.splitlines()]
     done = subprocess.run(["bash"], input="\n".join(lines), capture_output=True, text=True, check=True, cwd="/")
     assert json.loads(done.stdout) == [str(folder), "/a b.sqsh", "run.yaml", *words]
+
+
+@pytest.mark.parametrize("container", ["image.sqsh", "null"])
+@pytest.mark.parametrize(
+    ("written", "submitted", "expected"),
+    [(None, None, None), ("/w/python", None, "/w/python"), (None, "/s/python", "/s/python"), ("/w", "/s", "/s")],
+)
+def test_the_users_python_wins(folder, tmp_path, monkeypatch, container, written, submitted, expected):
+    """That of whoever submits the script, else of whoever wrote it; without one, a container's own or this one."""
+    monkeypatch.delenv("MEGALONG_PYTHON", raising=False)
+    if written is not None:
+        monkeypatch.setenv("MEGALONG_PYTHON", written)
+    script = training_job("run.yaml", [f"slurm.container={container}"], 2).script
+    monkeypatch.delenv("MEGALONG_PYTHON", raising=False)
+    if submitted is not None:
+        monkeypatch.setenv("MEGALONG_PYTHON", submitted)
+    note = tmp_path / "note.sh"
+    note.write_text("train_on_nodes() { env; }\n")
+    lines = [f"source '{note}'" if line.startswith("source ") else line for line in script.splitlines()]
+    done = subprocess.run(["bash"], input="\n".join(lines), capture_output=True, text=True, check=True)
+    default = sys.executable if container == "null" else "python3"
+    assert f"MEGALONG_PYTHON={expected or default}" in done.stdout.splitlines()
 
 
 def test_a_chain_is_submitted_by_dependency(folder, capsys, tmp_path, monkeypatch):
