@@ -1,8 +1,10 @@
 # Sourced by examples/quickstart.sh and tests/run.sh: leaves `python` and `megalong` ready on PATH.
 #
-# Uses the active virtual environment, else .venv in the checkout (made with Python 3.11 or newer). Installs the set
-# of constraints.txt, with a CPU build of torch where there is no NVIDIA GPU. A stamp in the environment remembers what
-# was installed for which checkout, so that the next start costs nothing. Ends the sourcing script on failure.
+# Uses the active virtual environment, else .venv in the checkout (made with Python 3.11 or newer). An active one that
+# has another checkout's megalong installed is left as it is, and .venv used instead: whoever works there would find
+# other code under their commands. Installs the set of constraints.txt, with a CPU build of torch where there is no
+# NVIDIA GPU. A stamp in the environment remembers what was installed for which checkout, so that the next start costs
+# nothing. Ends the sourcing script on failure.
 
 setup_root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -22,11 +24,37 @@ setup_find_python() {
     setup_fail "needs Python 3.11 or newer, and none of python3.11, python3.12, python3 is one; install it"
 }
 
+# The folder of the megalong that an environment has installed: a checkout where it is editable; nothing where none is.
+setup_installed() {
+    "$1" -I -c '
+import importlib.metadata, json, sys, urllib.parse
+try:
+    found = importlib.metadata.distribution("megalong")
+except importlib.metadata.PackageNotFoundError:
+    sys.exit()
+url = json.loads(found.read_text("direct_url.json") or "{}").get("url", "")
+print(urllib.parse.unquote(url.removeprefix("file://")) if url.startswith("file://") else found.locate_file(""))'
+}
+
+# Whether an environment has a megalong installed that is not this checkout and is still there; `setup_other` is where.
+setup_holds_another() {
+    setup_other=$(setup_installed "$1")
+    [ -n "$setup_other" ] && [ -d "$setup_other" ] && ! [ "$setup_other" -ef "$setup_root" ]
+}
+
+setup_is_active() {
+    [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ] || return 1
+    [ "$VIRTUAL_ENV" -ef "$setup_root/.venv" ] && return 0
+    setup_is_recent "$VIRTUAL_ENV/bin/python" \
+        || setup_fail "the active environment $VIRTUAL_ENV has a Python older than 3.11; deactivate it and start again"
+    setup_holds_another "$VIRTUAL_ENV/bin/python" || return 0
+    setup_say "the active environment $VIRTUAL_ENV has megalong of $setup_other and is left as it is; using" \
+        "$setup_root/.venv (to use the active one for this checkout: pip install -e $setup_root)"
+    return 1
+}
+
 setup_environment() {
-    if [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then
-        setup_is_recent "$VIRTUAL_ENV/bin/python" \
-            || setup_fail "the active environment $VIRTUAL_ENV has a Python older than 3.11; deactivate it and start again"
-    else
+    if ! setup_is_active; then
         export VIRTUAL_ENV="$setup_root/.venv"
         if ! setup_is_recent "$VIRTUAL_ENV/bin/python"; then
             local python
@@ -66,7 +94,9 @@ setup_main() {
     setup_has_gpu && accelerator=gpu
     stamp="$VIRTUAL_ENV/.megalong-installed"
     wanted="$accelerator $(cd -- "$setup_root" && cksum setup.py constraints.txt) $setup_root"
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+    if setup_holds_another "$VIRTUAL_ENV/bin/python"; then
+        setup_say "$VIRTUAL_ENV has megalong of $setup_other; it is this checkout's own, which takes its place there"
+    elif [ "$setup_other" -ef "$setup_root" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
         return
     fi
     python -m pip --version >/dev/null 2>&1 || python -m ensurepip >/dev/null 2>&1 \

@@ -8,9 +8,15 @@ The package called apex on PyPI is a web toolkit; NVIDIA's is built from source 
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
+import sys
 from pathlib import Path
+from urllib.parse import unquote
+
+import megalong
+from megalong.runtime.checkout import checkout, root
 
 PACKAGES = {
     "torch": "torch",
@@ -33,6 +39,7 @@ def report() -> list[tuple[str, str]]:
     rows = [
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs")
     ]
+    rows.append(("  megalong", _megalong()))
     rows += [(name, _package(name)) for name in PACKAGES]
     devices = gpus()
     rows.append(("GPU", ", ".join(devices) if devices else "none that torch can use"))
@@ -44,6 +51,27 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _megalong() -> str:
+    """The one that runs; another one that is installed here is what commands started elsewhere would run."""
+    where = f"checkout {root()}" if checkout() is not None else f"installed in {root()}"
+    other = _installed_elsewhere()
+    return f"{megalong.__version__}, {where}" + (f" (this environment has {other} installed)" if other else "")
+
+
+def _installed_elsewhere() -> Path | None:
+    """The folder of an installed megalong that is not the one that runs."""
+    places = [place for place in sys.path if place and Path(place).resolve() != root()]
+    found = next(iter(importlib.metadata.distributions(name="megalong", path=places)), None)
+    if found is None:
+        return None
+    try:
+        url = json.loads(found.read_text("direct_url.json") or "{}").get("url", "")
+    except ValueError:
+        return None
+    folder = Path(unquote(url.removeprefix("file://")) if url.startswith("file://") else str(found.locate_file("")))
+    return None if folder.resolve() == root() else folder
 
 
 def _package(name: str) -> str:

@@ -1,10 +1,13 @@
 """What the doctor says about packages that are missing, broken or not what their name says."""
 
 import importlib.metadata
+import json
 import sys
+from pathlib import Path
 
 import pytest
 
+import megalong
 from megalong.runtime import doctor
 
 
@@ -49,3 +52,21 @@ def test_nvidias_apex_is_used(installed):
     rows = dict(doctor.report())
     assert rows["apex"] == "0.1, NVIDIA's"
     assert doctor.is_nvidia_apex()
+
+
+def test_the_running_megalong_is_told_apart_from_an_installed_one(tmp_path, monkeypatch):
+    root = Path(megalong.__file__).parents[1]
+    told = doctor.report()[1]
+    assert told[0] == "  megalong"
+    assert told[1].startswith(f"{megalong.__version__}, checkout {root}")
+    info = tmp_path / "site" / "megalong-0.0.7.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: megalong\n")
+    other = (tmp_path / "an other").as_uri()
+    (info / "direct_url.json").write_text(json.dumps({"url": other, "dir_info": {"editable": True}}))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert doctor.report()[1][1] == (
+        f"{megalong.__version__}, checkout {root} (this environment has {tmp_path}/an other installed)"
+    )
+    (info / "direct_url.json").write_text(json.dumps({"url": root.as_uri(), "dir_info": {"editable": True}}))
+    assert doctor.report()[1][1] == f"{megalong.__version__}, checkout {root}"
