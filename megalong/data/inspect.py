@@ -6,6 +6,7 @@ Separators are shown between ⟦ and ⟧, so that one can see whether documents 
     | Call me Ishmael.⟦<s>⟧
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from megalong.errors import UserError
 BAR = 40
 SET_ASIDE = {"bad": "records", "contaminated": "documents"}
 HEAD, TAIL = 200, 40  # tokens shown of a long document
+MARKS = (
+    ("⟨", "⟩", "read, but not learnt: no target (loss mask)"),
+    ("⟦", "⟧", "a separator, or how much is not shown"),
+    ("«", "»", "put into the text (synthetic)"),
+)
 
 
 def inspect(prefix: str, documents: int = 3, tokenizer: str | None = None, png: str | None = None) -> None:
@@ -33,12 +39,18 @@ def inspect(prefix: str, documents: int = 3, tokenizer: str | None = None, png: 
     decoder = decoder_for(dataset, tokenizer)
     blocks = [_facts(dataset), _histogram(dataset)]
     blocks += [_document(dataset, number, decoder) for number in range(min(documents, dataset.num_documents))]
-    print("\n\n".join(blocks))
+    print("\n\n".join([*blocks, *legend(blocks)]))
     if png is not None:
         from megalong.data.length_plot import plot_lengths  # matplotlib is slow to import
 
         plot_lengths(length_histogram(dataset.document_lengths), Path(prefix).name, Path(png))
         print(f"\n{png}")
+
+
+def legend(blocks: Sequence[str]) -> list[str]:
+    """What the marks in `blocks` mean, in one line, for those that are there."""
+    found = [f"{begin} {end} {meaning}" for begin, end, meaning in MARKS if any(begin in block for block in blocks)]
+    return [f"legend: {' | '.join(found)}"] if found else []
 
 
 def decoder_for(dataset: IndexedDataset, tokenizer: str | None) -> TextTokenizer | None:

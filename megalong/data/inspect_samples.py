@@ -7,7 +7,8 @@
       | ⟨Call⟩ me Ishmael. Some years ago⟦… 3,839 tokens …⟧and there is all his might before you.
 
 Of a document with notes in its text, or a question at its end (`synthetic`), these are shown too, between « and ».
-Separators stand between ⟦ and ⟧; tokens that do not count when they are predicted (loss mask) between ⟨ and ⟩.
+Separators stand between ⟦ and ⟧; tokens that do not count when they are predicted (loss mask) between ⟨ and ⟩. The
+last line says so of the marks that were printed.
 Positions are those the model is given. The sample is what training reads, from the same code; no torch is needed.
 """
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from megalong.config.load import load_config
 from megalong.config.schema import Config
-from megalong.data.inspect import HEAD, TAIL, decoder_for, printable, shown
+from megalong.data.inspect import HEAD, TAIL, decoder_for, legend, printable, shown
 from megalong.data.sample import Sample
 from megalong.data.sampler import PackedSamples
 from megalong.data.tokenizer import TextTokenizer
@@ -50,7 +51,7 @@ def inspect_samples(
     Raises:
         UserError: the configuration or a dataset is wrong, or the tokenizer is not the one it was made with.
     """
-    stages, vocabulary = load_config(config, list(overrides)), None
+    stages, vocabulary, shown_blocks = load_config(config, list(overrides)), None, list[str]()
     for stage in stages:
         vocabulary = model_vocabulary(stage) or vocabulary  # a stage that starts from the one before has its model
         if len(stages) > 1:
@@ -61,6 +62,8 @@ def inspect_samples(
             blocks = _blocks(stage, samples, tokenizer, vocabulary)
         for block in blocks:
             print(block + "\n")
+            shown_blocks.append(block)
+    print("\n".join(legend(shown_blocks)))
 
 
 def _blocks(config: Config, count: int, tokenizer: str | None, vocabulary: int | None) -> Iterator[str]:

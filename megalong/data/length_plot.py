@@ -4,6 +4,7 @@ Both are shown because they differ: most documents of a crawl are short, and mos
 few long ones. Drawn on matplotlib's Agg canvas without pyplot: no display, no global state.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,7 +31,7 @@ def plot_lengths(buckets: list[Bucket], title: str, path: Path) -> None:
         total = sum(bucket[counted] for bucket in buckets)
         shares = [bucket[counted] / total for bucket in buckets]
         axes.bar([place + offset for place in places], shares, 0.4, color=colour, label=f"share of {total:,} {counted}")
-    axes.set_xticks(list(places), [length_label(bucket["from"]) for bucket in buckets])
+    axes.set_xticks(list(places), sparse([length_label(bucket["from"]) for bucket in buckets]))
     axes.set_xlabel("tokens of a document, from … to the next mark")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title(title, fontsize=10)
@@ -45,6 +46,12 @@ def plot_lengths(buckets: list[Bucket], title: str, path: Path) -> None:
         raise UserError(f"--png: {path} cannot be written ({error.strerror}); give another path") from None
     finally:
         aside.unlink(missing_ok=True)
+
+
+def sparse(labels: Sequence[str], most: int = 12) -> list[str]:
+    """`labels` of marks side by side with every second, third, … kept, so that at most `most` are and none overlap."""
+    step = -(-len(labels) // most)
+    return ["" if place % step else label for place, label in enumerate(labels)]
 
 
 def length_label(length: int) -> str:

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from megalong.data.length_plot import length_label
+from megalong.data.length_plot import length_label, sparse
 from megalong.data.plan import StagePlan
 from megalong.errors import UserError
 
@@ -26,11 +26,15 @@ def plot_plan(stage: StagePlan, path: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    figure = Figure(figsize=(12, 4.6), dpi=110, layout="constrained")
+    names = [domain.share.name for domain in stage.domains]
+    columns = max(1, min(5, 1280 // (100 + 8 * max(map(len, names)))))  # pixels of the picture, and of a name in it
+    figure = Figure(figsize=(12, 4.6 + 0.23 * -(-len(names) // columns)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     lengths, samples = figure.subplots(1, 2, width_ratios=[3, 2])
     _lengths(lengths, stage)
     _samples(samples, stage)
+    # Under both: there is no place inside that no bar can reach.
+    figure.legend(*lengths.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(f"{stage.config.run.name}: {stage.samples:,} samples of {stage.config.data.seq_length:,} tokens")
     for axes in (lengths, samples):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -49,7 +53,7 @@ def plot_plan(stage: StagePlan, path: Path) -> None:
 def _lengths(axes: Axes, stage: StagePlan) -> None:
     met = np.flatnonzero(sum(domain.held.documents + domain.seen.documents for domain in stage.domains))
     doublings = np.arange(met[0], met[-1] + 1)
-    colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    colours = colormaps["tab10" if len(stage.domains) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     for offset, pale, what in ((-0.21, True, "held"), (0.21, False, "seen")):
         tokens = np.array([getattr(domain, what).tokens[doublings] for domain in stage.domains])
         tokens /= max(1.0, tokens.sum())
@@ -58,10 +62,9 @@ def _lengths(axes: Axes, stage: StagePlan) -> None:
             axes.bar(doublings + offset, height, 0.4, bottom=below, color=colours[number % len(colours)],
                      alpha=0.4 if pale else 1.0, label=None if pale else domain.share.name)  # fmt: skip
             below += height
-    axes.set_xticks(doublings, [length_label(2 ** int(doubling)) for doubling in doublings])
+    axes.set_xticks(doublings, sparse([length_label(2 ** int(doubling)) for doubling in doublings]))
     axes.set_xlabel("tokens of a document, from … to the next mark")
     axes.set_title("tokens by length: pale as the datasets hold them, strong as the run shows them", fontsize=10)
-    axes.legend(frameon=False)
 
 
 def _samples(axes: Axes, stage: StagePlan) -> None:
@@ -72,6 +75,7 @@ def _samples(axes: Axes, stage: StagePlan) -> None:
     axes.set_xlim(max(1, longest[0] / 2), stage.config.data.seq_length * 1.1)
     axes.set_ylim(0, 1.05)
     ticks = [mark for mark in axes.get_xticks() if longest[0] / 2 <= mark <= stage.config.data.seq_length * 1.1]
-    axes.set_xticks(ticks, [length_label(int(mark)) for mark in ticks])
+    axes.set_xticks(ticks, sparse([length_label(int(mark)) for mark in ticks], 8))
+    axes.minorticks_off()  # matplotlib labels them too where there are few others
     axes.set_xlabel("tokens of one document in a row")
     axes.set_title("samples that hold at least so many", fontsize=10)

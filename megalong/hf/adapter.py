@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from megalong.config.lora import MODULES, Lora
 from megalong.errors import UserError
 from megalong.hf.config import read_json
+from megalong.runtime.folders import with_default_mode
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What plain LoRA does not have; falsy, absent or these values where it is not used.
@@ -129,3 +130,4 @@ def write_adapter(
     (output / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     whole = {name: tensor.detach().to(dtype).contiguous() for name, tensor in tensors.items()}
     save_file(whole, output / WEIGHTS, metadata={"format": "pt"})
+    with_default_mode(output / WEIGHTS)

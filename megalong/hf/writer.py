@@ -24,7 +24,7 @@ from megalong.checkpoint.folder import copy_assets
 from megalong.errors import UserError
 from megalong.hf.config import CONFIG_FILE
 from megalong.hf.reader import INDEX_FILE, SINGLE_FILE
-from megalong.runtime.folders import refuse_unwritable, sync
+from megalong.runtime.folders import refuse_unwritable, sync, with_default_mode
 
 log = logging.getLogger("megalong")
 
@@ -103,6 +103,7 @@ def _write_shards(
     for number, names in enumerate(shards, start=1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(_gather(names, shapes, tensors, dtype), folder / file, metadata={"format": "pt"})
+        with_default_mode(folder / file)
         weight_map.update(dict.fromkeys(names, file))
         log.info("wrote %s (%d of %d)", file, number, len(shards))
     extra = next(tensors, None)

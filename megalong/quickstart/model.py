@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megalong.quickstart.corpus import training_texts
+from megalong.runtime.folders import with_default_mode
 
 VOCABULARY = 512
 SEPARATOR = "<s>"
@@ -80,4 +81,6 @@ def make_random_llama(tokenizer: Path, folder: Path) -> None:
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     words.save_pretrained(folder)
+    for file in folder.iterdir():
+        with_default_mode(file)
     print(f"{model.num_parameters() / 1e6:.2f} million parameters, {ORIGINAL_LENGTH} positions, {SIZES}")

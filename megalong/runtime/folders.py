@@ -1,10 +1,12 @@
-"""Whether a folder can be written to, asked before there is anything to write; and that a thing written is on disk.
+"""Whether a folder can be written to, asked before there is anything to write; that a thing written is on disk; and
+that those may read it who may read new files.
 
 A run whose folder lies below a file, on a read-only mount or in someone else's home would otherwise fail in one process
 of many, after all of them have started. Asking makes no folder, so a mistake leaves nothing behind.
 """
 
 import os
+import stat
 from pathlib import Path
 
 from megalong.errors import UserError
@@ -26,6 +28,22 @@ def refuse_unwritable(folder: Path, key: str) -> None:
         raise UserError(f"{key} {folder}: {nearest} is a file, so no folder can be there; choose another")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{key} {folder}: {nearest} is not writable by this user; choose another")
+
+
+def with_default_mode(path: Path) -> None:
+    """Give a file the mode that new files have where it lies, by the umask and what the folder passes on.
+
+    Libraries that write aside make a file for its owner alone (0600), and keep that when they publish it: a model
+    exported to a folder of a group could be read by nobody else of the group.
+    """
+    probe = path.with_name(f".{path.name}.mode-{os.getpid()}")
+    try:
+        probe.touch()
+        path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    except PermissionError:  # file systems without modes
+        pass
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

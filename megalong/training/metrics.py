@@ -6,8 +6,9 @@ Both start from one `StepRecord` a logged step; rates and shares are worked out 
     MFU      = tokens/s/GPU x model FLOPs per token (flops.py) / peak of the device (hardware.py)
 
 Curves are named `group/name` so that TensorBoard shows one panel a subject: loss, loss_by_position, schedule, speed,
-time (seconds a step; of a checkpoint or an evaluation as a whole), memory, progress. Only the writer rank writes; on
-the others a `Metrics` does nothing.
+time (seconds a step; of a checkpoint or an evaluation as a whole), memory, progress. It shows them in the order of
+their names: loss comes first, and what is looked at only when something is wrong, z_health, last (a run that skipped
+steps has its few events, guard, before the loss). Only the writer rank writes; elsewhere a `Metrics` does nothing.
 
 A run that dies at step 170 and resumes from the checkpoint of step 150 does steps 151-170 again. `purge_step` tells
 TensorBoard to forget what the first life wrote from step 151 on, so a curve never runs back and forth (zigzag).
@@ -35,6 +36,7 @@ from megalong.training.health import Health
 
 LOG = logging.getLogger("megalong")
 FLUSH_SECONDS = 10
+HEALTH = "z_health"
 OCCASIONAL = ("checkpoint", "evaluation")  # timed as a whole; the rest is time of every step
 
 
@@ -173,8 +175,8 @@ class Metrics:
         if self._writer is None:
             return
         for name, value in health.scalars.items():
-            self._writer.add_scalar(f"health/{name}", value, step)
-        self._writer.add_histogram("health/own_step_s_by_rank", torch.tensor(health.own_seconds), step)
+            self._writer.add_scalar(f"{HEALTH}/{name}", value, step)
+        self._writer.add_histogram(f"{HEALTH}/own_step_s_by_rank", torch.tensor(health.own_seconds), step)
 
     def log_event(self, step: int, kind: str, told: str) -> None:
         """Mark a step the guard was against: a spike in the curve of its kind, and the words."""

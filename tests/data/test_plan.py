@@ -1,15 +1,22 @@
 """What `data plan` says against what the samples of the run really hold."""
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from megalong import cli
 from megalong.config.load import load_config
-from megalong.data.plan import plan, plan_stage
+from megalong.data.length_plot import plot_lengths
+from megalong.data.lengths import length_histogram
+from megalong.data.plan import Lengths, plan, plan_stage
+from megalong.data.plan_plot import plot_plan
 from megalong.data.sampler import PackedSamples
 from megalong.data.splitting import documents_of_part
 from megalong.errors import UserError
@@ -126,3 +133,46 @@ def test_what_the_run_would_refuse_the_plan_refuses(run: Path) -> None:
     run.write_text(text.replace(f"{run.parent}/b", "nowhere"))
     with pytest.raises(UserError, match="no dataset at 'nowhere'"):
         plan(str(run))
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, draw: Callable[[], None]) -> Figure:
+    """The figure that `draw` saves, laid out."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (figures.append(self), Path(path).touch()))
+    draw()
+    figures[0].canvas.draw()
+    return figures[0]
+
+
+def assert_apart(texts: list[Text], figure: Figure) -> None:
+    """No two of `texts` cover each other, and none reaches out of the picture."""
+    boxes = [text.get_window_extent() for text in texts if text.get_text() and text.get_visible()]
+    assert len(boxes) > 1
+    assert not any(one.overlaps(other) for number, one in enumerate(boxes) for other in boxes[:number])
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes)
+
+
+@pytest.mark.parametrize("longest", [64, 4096, 1 << 22])
+@pytest.mark.parametrize("names", [["books", "code"], [f"a domain of a long name {n}" for n in range(14)]])
+def test_labels_of_the_pictures_do_not_overlap(
+    run: Path, monkeypatch: pytest.MonkeyPatch, longest: int, names: list[str]
+) -> None:
+    stage = plan_stage(load_config(run)[0])
+    lengths = np.unique(np.geomspace(1, longest, 60).astype(np.int64))
+    histogram = Lengths(np.zeros(63), np.zeros(63))
+    np.add.at(histogram.documents, np.log2(lengths).astype(int), 1)
+    np.add.at(histogram.tokens, np.log2(lengths).astype(int), lengths)
+    domain = replace(stage.domains[0], held=histogram, seen=histogram)
+    domains = [replace(domain, share=replace(domain.share, name=name)) for name in names]
+    data = stage.config.data.model_copy(update={"seq_length": longest})
+    config = stage.config.model_copy(update={"data": data})
+    large = replace(stage, config=config, domains=domains, longest=lengths)
+    figure = drawn(monkeypatch, lambda: plot_plan(large, run.parent / "p.png"))
+    (legend,) = figure.legends
+    assert_apart([*figure.axes[0].get_xticklabels(), *legend.get_texts()], figure)
+    assert_apart([*figure.axes[1].get_xticklabels(which="both"), *(axes.title for axes in figure.axes)], figure)
+    assert not any(legend.get_window_extent().overlaps(axes.get_tightbbox()) for axes in figure.axes)
+
+    buckets = length_histogram(lengths)
+    figure = drawn(monkeypatch, lambda: plot_lengths(buckets, "books", run.parent / "l.png"))
+    assert_apart(figure.axes[0].get_xticklabels(), figure)

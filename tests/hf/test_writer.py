@@ -1,6 +1,7 @@
 """Written folders read back with safetensors and transformers, and what a kill leaves behind."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megalong.config.lora import Lora
 from megalong.errors import UserError
+from megalong.hf.adapter import write_adapter
 from megalong.hf.reader import HFReader
 from megalong.hf.writer import check_target, plan_shards, write_folder
 
@@ -116,3 +119,21 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(tmp_path: Path) -> None
     subprocess.run([*command, "0"], check=True, stdout=subprocess.DEVNULL)
     with HFReader(output) as reader:
         assert len(reader.names) == 40
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+def test_a_group_may_read_what_the_umask_lets_it(umask: int, tmp_path: Path) -> None:
+    """safetensors itself writes files for their owner alone; the tokenizer they come with may be its owner's alone."""
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    (assets / "tokenizer.json").touch(0o600)
+    before = os.umask(umask)
+    try:
+        write_folder(tmp_path / "out", SHAPES, tensors(), DTYPE, {}, assets, max_shard_bytes=64)
+        write_adapter(tmp_path / "adapter", Lora(rank=1), {"a": torch.zeros(2)}, DTYPE, None)
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "out", tmp_path / "adapter"):
+        assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+        for file in folder.iterdir():
+            assert file.stat().st_mode & 0o777 == 0o666 & ~umask, file

@@ -15,6 +15,7 @@ from megalong.config.schema import Config
 from megalong.training.console import RemainingTime, amount, duration
 from megalong.training.flops import flops_per_token, matrix_entries, mean_flops_per_token
 from megalong.training.hardware import Peak
+from megalong.training.health import Health
 from megalong.training.metrics import Metrics, StepRecord
 
 ARCHITECTURE = Architecture(
@@ -115,6 +116,21 @@ def test_every_promised_curve_is_there(open_metrics, tmp_path):
     split = {name for name in values if name.startswith("time/")}
     assert split == {"time/data", "time/forward_backward", "time/optimizer", "time/checkpoint"}
     assert {"loss/train", "loss/validation", "schedule/learning_rate", "schedule/gradient_norm"} <= values.keys()
+
+
+def test_loss_comes_first_and_health_last(open_metrics, tmp_path):
+    """TensorBoard orders groups of curves by name."""
+    metrics = open_metrics()
+    held_out = {"validation_loss": 1.9, "validation_position_losses": [1.0, 2.0]}
+    metrics.log_step(record(1, gradient_norm=0.5, position_losses=[2.5, 2.0], **held_out))
+    metrics.log_health(1, Health({"goodput": 0.9, "restarts": 1}, [0.1, 0.2]))
+    metrics.close()
+    events = curves(tmp_path)
+    names = sorted(events.Tags()["scalars"])
+    assert names[:2] == ["loss/train", "loss/validation"]
+    groups = list(dict.fromkeys(name.partition("/")[0] for name in [*names, *sorted(events.Tags()["histograms"])]))
+    assert groups[:2] == ["loss", "loss_by_position"]
+    assert groups[-1] == "z_health"
 
 
 def test_times_are_per_step_whatever_the_log_interval(open_metrics, tmp_path):
