@@ -136,11 +136,11 @@ def _attention(device: torch.device | str, dtype: str, head_dim: int, backend: s
         return Choice("Transformer Engine")
     import torch
 
-    from megalong.attention.kernels import choose_kernel
+    from megalong.attention.kernels import kernel_of
 
     types = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    probe = torch.empty(1, 1, 1, head_dim, dtype=types[dtype], device=device)
-    return Choice(choose_kernel(probe, backend).name)
+    found = kernel_of(torch.empty(1, 1, 1, head_dim, dtype=types[dtype], device=device))
+    return Choice(found.kernel.name, found.reason)
 
 
 def _linears(fp8: str | None) -> Choice:

@@ -23,7 +23,7 @@ BARE_HOPPER = Machine((9, 0), has_engine=False)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """As much of a GPU as the choices ask for."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(kernels, "choose_kernel", lambda q, backend: kernels.CUDNN)
+    monkeypatch.setattr(kernels, "kernel_of", lambda q: kernels.Choice(kernels.CUDNN, ""))
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, device, **options: empty(*shape, device="meta", **options))
     monkeypatch.setattr("megalong.model.swiglu.why_not_compiled", lambda device: None)
