@@ -65,6 +65,8 @@ class Meta(BaseModel):
     `data` is what decided the order of samples (`data.fingerprint`); empty where an
     earlier version saved it, or nothing was trained on.
     `guard` is what the guard knows: samples left out, losses and gradient norms of the last good steps.
+    `settings` are the keys of the configuration that the step was trained under and that a resume may change
+    (`training.optimizer.recorded`); empty where an earlier version saved it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,6 +83,7 @@ class Meta(BaseModel):
     checksums: dict[str, str] = {}
     data: dict[str, Any] = {}
     guard: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
 
 
 def step_folder(run: Path, step: int) -> Path:

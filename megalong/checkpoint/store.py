@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megalong import __version__
 from megalong.checkpoint.data_only import refusal
 from megalong.checkpoint.folder import DamagedError, Meta, SavedLayout, read_meta
+from megalong.checkpoint.groups import use_configured
 from megalong.checkpoint.reading import direct_reading
 from megalong.checkpoint.strategy import HeldBack
 from megalong.checkpoint.verification import Verification
@@ -83,6 +84,8 @@ def load_training(
 ) -> None:
     """Put model, optimizer, schedule and, where the layout is the same, random states back.
 
+    Hyper-parameters are no state: those of `optimizer` and `scheduler` stay as they were built.
+
     Args:
         verification: of this checkpoint, which was begun earlier and is finished here.
 
@@ -101,6 +104,7 @@ def load_training(
         wanted["random"] = _random_state()
     state = _load(wanted, checkpoint, verification)
     _set_model_state(chunks, state["model"])
+    use_configured(state["optimizer"], optimizer.param_groups)
     with torch.no_grad():  # fp32 masters are views of the weights, which dp_reshardable copies into
         optimizer.load_state_dict(state["optimizer"])
     # Megatron-Core adds the saved count to what the schedule has counted already.

@@ -233,7 +233,10 @@ class Memory(Section):
 
 
 class Optimizer(Section):
-    """AdamW and its learning-rate schedule; `warmup_iters` rise linearly from 0 to `lr`, then down to `min_lr`."""
+    """AdamW and its learning-rate schedule, a function of the step's number (training/optimizer.py).
+
+    Steps 1 to `warmup_iters` rise linearly to `lr`; the last step runs at `min_lr`, or one step before a rate of 0.
+    """
 
     lr: float = Field(gt=0)
     min_lr: float = Field(default=0.0, ge=0)

@@ -41,7 +41,7 @@ from megalong.model.implementations import Implementations, implementations
 from megalong.model.lora import adapters, random_adapters
 from megalong.runtime import distributed
 from megalong.training.guard import Guard
-from megalong.training.optimizer import build_optimizer, build_scheduler
+from megalong.training.optimizer import build_optimizer, build_scheduler, changed, recorded
 from megalong.training.start import Start, exchange_of, find_start
 
 log = logging.getLogger("megalong")
@@ -210,11 +210,27 @@ def _resume(session: Session, start: Start, verification: Verification) -> None:
         time.perf_counter() - started,
         meta.step,
     )
+    _say_changes(session, meta)
     if start.changed_data:
         log.warning(
             "data.allow_change: samples from %d on are other data's: %s",
             session.consumed_samples,
             "; ".join(start.changed_data),
+        )
+
+
+def _say_changes(session: Session, meta: folder.Meta) -> None:
+    """Which settings of the optimizer and the schedule are not those that the checkpoint was trained under."""
+    if not meta.settings:
+        log.info(
+            "step %d does not say its optimizer settings (an earlier version's): the configuration's hold", meta.step
+        )
+    elif found := changed(meta.settings, recorded(session.config)):
+        log.warning(
+            "changed since step %d: %s; the configuration's values hold from step %d on",
+            meta.step,
+            "; ".join(found),
+            meta.step + 1,
         )
 
 
@@ -272,6 +288,7 @@ def save(session: Session) -> Saved | None:
         versions=store.versions(),
         data=session.data,
         guard=session.guard.state(),
+        settings=recorded(config),
     )
     if config.parallel.overlap_param_gather:  # the weights of the last step may still lie scattered
         for chunk in session.chunks:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalong.attention.choice import Exchange, choose_exchange
-from megalong.checkpoint.folder import ASSETS, find_checkpoint, newest_good, read_meta
+from megalong.checkpoint.folder import ASSETS, Meta, find_checkpoint, newest_good, read_meta
 from megalong.config.architecture import Architecture
 from megalong.config.attention_checks import ENGINE
 from megalong.config.lora import Lora
@@ -19,7 +19,7 @@ from megalong.errors import UserError
 from megalong.hf.adapter import check_adapter
 from megalong.hf.config import read_architecture
 
-# What must be equal for a checkpoint's tensors to fit a model; rope, lengths and windows may change between runs.
+# What must be equal for a checkpoint to be the same model; rope and windows are told of by themselves.
 _SHAPE = (
     "hidden_size",
     "ffn_hidden_size",
@@ -29,6 +29,7 @@ _SHAPE = (
     "kv_channels",
     "vocab_size",
     "tie_word_embeddings",
+    "norm_epsilon",
 )
 
 
@@ -67,6 +68,7 @@ def find_start(config: Config) -> Start:
     meta = read_meta(own)
     _check_same_model(config, meta.architecture, own)
     _check_same_adapters(config, meta.lora, own)
+    _check_same_optimizer(config, meta, own)
     changed = changes(meta.data, fingerprint(config))
     if changed and not config.data.allow_change:
         raise UserError(
@@ -150,6 +152,23 @@ def _check_same_adapters(config: Config, found: Lora | None, checkpoint: Path) -
             f"the same, or start another run.dir from what `megalong checkpoint export --checkpoint {checkpoint}` "
             "merges"
         )
+
+
+def _check_same_optimizer(config: Config, meta: Meta, checkpoint: Path) -> None:
+    """Refuse an optimizer whose state has another form than the checkpoint's; an earlier version's does not say."""
+    sharded, dtype = config.parallel.use_distributed_optimizer, config.precision.params_dtype
+    was_sharded = meta.settings.get("parallel.use_distributed_optimizer", sharded)
+    was_dtype = meta.settings.get("precision.params_dtype", dtype)
+    if was_sharded != sharded:
+        key, now, was = "parallel.use_distributed_optimizer", str(sharded).lower(), str(was_sharded).lower()
+    elif was_dtype != dtype and not (sharded and meta.optimizer == "fully_reshardable"):
+        key, now, was = "precision.params_dtype", dtype, was_dtype
+    else:
+        return
+    raise UserError(
+        f"{key} {now}: {checkpoint} holds the optimizer's state as {key} {was} has it, which cannot be converted; "
+        f"write {was}, or start a new run.dir with model.load: {{checkpoint: {config.run.dir}}}"
+    )
 
 
 def _windows(architecture: Architecture) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -81,6 +82,34 @@ def train_beside_slow_rank(settings: dict[str, Any], rank: int, seconds: float) 
         finally:
             close_logging()
         return None if records.health is None else dict(vars(records.health))
+
+
+def learning_rates(many: list[dict[str, Any]]) -> list[list[float]]:
+    """The rate of every step under each of many configurations, from step 1 on."""
+    distributed.start(torch.device("cpu"))
+    from megalong.training.optimizer import build_scheduler
+
+    found = []
+    for config in map(Config.model_validate, many):
+        group: dict[str, Any] = {}
+        scheduler = build_scheduler(config, SimpleNamespace(param_groups=[group]))
+        rates = []
+        for _ in range(config.training.train_iters):
+            rates.append(group["lr"])
+            scheduler.step(1)
+        found.append(rates)
+    return found
+
+
+def largest_move(settings: dict[str, Any]) -> float:
+    """How far a whole run moves the weight that it moves farthest."""
+    from megalong.training.loop import Trainer
+
+    with _session(settings) as session:
+        weights = [weight for chunk in session.chunks for weight in chunk.parameters()]
+        before = [weight.detach().clone() for weight in weights]
+        Trainer(session, _Records()).run()  # type: ignore[arg-type]
+        return max(float((weight - old).abs().max()) for weight, old in zip(weights, before, strict=True))
 
 
 def start_run(settings: dict[str, Any]) -> None:
