@@ -51,6 +51,7 @@ def begin_training(
 ) -> Begun:
     """Everything a run needs to go on as if it had never stopped, for `complete` to write; see `begin`."""
     model, metadata = _model_state(chunks), _metadata(meta)
+    _begin_moments(optimizer)
     state = {
         "model": model,
         "optimizer": optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata),
@@ -127,6 +128,13 @@ def current_layout() -> SavedLayout:
 
 def _metadata(meta: Meta) -> dict[str, Any]:
     return {"distrib_optim_sharding_type": meta.optimizer}
+
+
+def _begin_moments(optimizer: Any) -> None:
+    """Zeros for moments that no update has made yet, as where every step so far was skipped: what AdamW begins with."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if one.optimizer is not None:
+            one.init_state_fn(one.optimizer, one.config)
 
 
 def _check_optimizer(checkpoint: Path, meta: Meta) -> None:

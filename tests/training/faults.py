@@ -91,7 +91,7 @@ def digest(session: Any) -> int:
     value = 0
     for chunk in session.chunks:
         for parameter in chunk.parameters():
-            value = crc32(parameter.detach().contiguous().numpy().tobytes(), value)
+            value = crc32(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes(), value)
     return value
 
 

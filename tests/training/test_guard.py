@@ -55,6 +55,44 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(
     assert ("loss nan" if what == "loss" else "gradient norm nan") in event["what"]
 
 
+@pytest.mark.parametrize(
+    ("world", "after", "sections"),
+    [
+        pytest.param(2, {}, {}, id="dp2"),
+        pytest.param(2, TP2, {}, id="dp2-to-tp2"),
+        pytest.param(2, {}, {"checkpoint": {"optimizer": "dp_reshardable"}}, id="dp_reshardable"),
+        pytest.param(1, {}, {"parallel": {"use_distributed_optimizer": False}}, id="whole"),
+        pytest.param(2, {}, {"lora": {"rank": 2, "target_modules": ["q_proj"]}}, id="adapters"),
+        pytest.param(1, {}, {"precision": {"params_dtype": "bf16"}}, id="bf16"),
+    ],
+)
+def test_a_save_before_any_step_was_learnt_can_be_gone_on_from(
+    world: int,
+    after: dict[str, Any],
+    sections: dict[str, Any],
+    sources: tuple[Path, Path],
+    pool: WorkerPool,
+    tmp_path: Path,
+) -> None:
+    """Step 1 is skipped, saved and all there is; what goes on from there is the run that never stopped."""
+
+    def settings(name: str, iterations: int, **parallel: Any) -> dict[str, Any]:
+        tree = single_sample_settings(tmp_path / name, *sources, training={"train_iters": iterations})
+        for section, values in sections.items():
+            tree.setdefault(section, {}).update(values)
+        tree["parallel"].update(parallel)
+        tree["checkpoint"]["save_interval"] = 1
+        tree["optimizer"] |= {"lr_schedule": "constant", "warmup_iters": 0}
+        return tree
+
+    fault = [Fault("loss", 0, rank=0)]
+    pool.run(world, RUN, settings("run", 1), fault)
+    resumed = pool.run(world, RUN, settings("run", 3, **after), [])
+    unbroken = pool.run(world, RUN, settings("unbroken", 3, **after), fault)
+    for rank, other in zip(resumed, unbroken, strict=True):
+        assert rank["digests"] == {step: other["digests"][step] for step in (2, 3)}
+
+
 @pytest.mark.parametrize("place", [4, pytest.param(13, marks=pytest.mark.slow)])
 def test_going_back_equals_a_run_that_never_had_the_batch(
     place: int, sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
