@@ -5,9 +5,12 @@ factories, and `Tensor.cuda()`. It recognises parameters by the string `torch.cu
 "CUDA" random state per tensor-parallel rank. On a machine without a GPU each of these has one sensible answer, so the
 same unmodified training code runs on gloo, and a test on a laptop tests what runs on a cluster.
 
-The trade-off: this is monkey-patching, with a process-wide effect. It is therefore all in this file, is installed only
-when no GPU is in use, is idempotent, and says so in the log. Factories are wrapped one by one instead of through a
-`TorchFunctionMode`, because a mode costs a Python call on *every* torch operation and a wrapper only on these few.
+The trade-off: this is monkey-patching. It is therefore all in this file, is installed only when no GPU is in use, is
+idempotent, and says so in the log. Whoever else lives in the process (transformers, lm-eval) is to see torch as it is:
+what is asked for by other modules than Megatron-Core's and ours goes to torch unchanged, but for the questions about
+devices, which a machine without a GPU has no answer to. Factories are wrapped one by one instead of through a
+`TorchFunctionMode`, because a mode costs a Python call on *every* torch operation and a wrapper only on these few. A
+wrapper is not the function that torch's own modes and compilers know, so these are shown both (`_patch_factories`).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -95,7 +99,7 @@ def _patch_device_queries() -> None:
     """`current_device()` names the CPU; waiting for the device and its markers cost nothing."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
-    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.manual_seed = _for_megatron(cuda.manual_seed, lambda seed: torch.manual_seed(seed))
     cuda.current_stream = lambda device=None: _Stream()
     cuda.default_stream = lambda device=None: _Stream()
     cuda.Stream = _Stream
@@ -109,22 +113,42 @@ def _patch_device_queries() -> None:
 
 def _patch_factories() -> None:
     """`torch.zeros(..., device="cuda")` and its sisters make CPU tensors."""
+    with torch.device("meta"):  # it notes which functions a device context is for when it is first used
+        torch.empty(0)
     module: Any = torch
     for name in _FACTORIES:
-        setattr(module, name, _on_cpu(getattr(torch, name)))
+        wrapped = _on_cpu(getattr(torch, name))
+        setattr(module, name, wrapped)
+        torch.jit._builtins._register_builtin(wrapped, f"aten::{name}")
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(factory)
     def made(*args: Any, **kwargs: Any) -> torch.Tensor:
-        device = kwargs.get("device")
-        if device is not None and str(device).startswith("cuda"):
-            kwargs["device"] = _CPU
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
+        if not torch.compiler.is_compiling() and _asks_for_cuda(sys._getframe(1)):
+            device = kwargs.get("device")
+            if device is not None and str(device).startswith("cuda"):
+                kwargs["device"] = _CPU
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
         return factory(*args, **kwargs)
 
     return made
+
+
+def _asks_for_cuda(frame: FrameType) -> bool:
+    """Whether code that means the CPU when it says CUDA is being run."""
+    return frame.f_globals.get("__name__", "").startswith(("megatron.", "megalong."))
+
+
+def _for_megatron(plain: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
+    """`answer` for Megatron-Core, and `plain` for everybody else."""
+
+    @functools.wraps(plain)
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        return (answer if _asks_for_cuda(sys._getframe(1)) else plain)(*args, **kwargs)
+
+    return asked
 
 
 def _patch_tensor_methods() -> None:
@@ -139,17 +163,18 @@ def _patch_tensor_methods() -> None:
         return answer
 
     tensor: Any = torch.Tensor
-    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.cuda = _for_megatron(torch.Tensor.cuda, lambda self, *args, **kwargs: self)
     tensor.type = megatron_type
     module: Any = torch.nn.Module
-    module.cuda = lambda self, device=None: self
+    module.cuda = _for_megatron(torch.nn.Module.cuda, lambda self, device=None: self)
 
 
 def _patch_random_state() -> None:
     """The tracker of tensor-parallel random states works on the CPU generator."""
     cuda: Any = torch.cuda
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
-    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    for owner in (cuda, cuda.random):
+        owner.get_rng_state = _for_megatron(owner.get_rng_state, lambda device=None: torch.get_rng_state())
+        owner.set_rng_state = _for_megatron(owner.set_rng_state, lambda state, device=None: torch.set_rng_state(state))
 
     from megatron.core.tensor_parallel import random as megatron_random
 
