@@ -3,36 +3,60 @@
     base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight   [rank, in]
     base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight   [out, rank]
 
-Only plain LoRA is read: a folder with biases, trained embeddings, DoRA or ranks by module says so in one line.
+Only plain LoRA is read, and nothing that belongs to another kind may be passed over: a setting either is read, or is
+known not to change what the adapter computes, or must be off; a tensor is either the A or B of a module that every
+layer has, or refused by its name. The tensors, not `target_modules`, say which modules there are: peft writes these as
+a list, a regular expression or "all-linear", with exclusions beside.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megalong.config.lora import MODULES, Lora
+from megalong.config.architecture import Architecture
+from megalong.config.lora import ATTENTION, MODULES, Lora
 from megalong.errors import UserError
 from megalong.hf.config import read_json
+from megalong.hf.layout import hf_shapes
+from megalong.hf.tensor_file import open_tensors
 from megalong.runtime.folders import with_default_mode
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What plain LoRA does not have; falsy, absent or these values where it is not used.
-_UNREAD: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "use_dora": (),
-    "rank_pattern": (),
-    "alpha_pattern": (),
-    "modules_to_save": (),
-    "fan_in_fan_out": (),
-    "layers_to_transform": (),
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_READ = {"peft_type", "task_type", "r", "lora_alpha", "use_rslora", "target_modules", "bias", "init_lora_weights"}
+# What the adapter computes does not depend on these. Exclusions show in the tensors; dropout is training's alone; how
+# A and B were drawn does not matter once they are trained, unless the base was changed with them (`_INITS`).
+_HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
 }
+# The other ways to begin (pissa, olora, corda, loftq, lora_ga, ...) take what A and B hold out of the base weights.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
+_DTYPES = ("F32", "BF16", "F16")
+_MEND = "only plain LoRA is read; where peft can merge it into its base (merge_and_unload), start from that instead"
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 def tensor_names(module: str) -> tuple[str, str]:
@@ -44,69 +68,148 @@ def read_adapter_config(folder: Path) -> Lora:
     """What the adapter in `folder` is.
 
     Raises:
-        UserError: it is no adapter of `peft`, or none of plain LoRA on a Llama's linear layers.
+        UserError: it is no adapter of `peft`, or not plain LoRA beside the same linear layers of every layer.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"lora.load: {folder} holds no {name}; give a folder that peft's save_pretrained wrote")
-    config = read_json(folder / CONFIG)
-    for key, allowed in _UNREAD.items():
-        if config.get(key) and config[key] not in allowed:
-            raise UserError(
-                f"lora.load: {folder} has {key} {config[key]!r}, which is not read; merge it with peft first"
-            )
-    modules = config.get("target_modules")
-    if config.get("peft_type") != "LORA" or not isinstance(modules, list) or set(modules) - set(MODULES):
-        raise UserError(
-            f"lora.load: {folder} is a {config.get('peft_type')} adapter of {modules}; only LORA beside "
-            f"{', '.join(MODULES)} is read"
-        )
-    try:
-        return Lora(
-            rank=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
-            rs=bool(config.get("use_rslora")),
-            target_modules=tuple(modules),
-        ).shape
-    except (KeyError, TypeError, ValueError):
-        found = {key: config.get(key) for key in ("r", "lora_alpha")}
-        raise UserError(f"lora.load: {folder / CONFIG} is damaged ({found}); copy it again") from None
+    return _read(folder, _shapes(folder))
 
 
-def check_adapter(lora: Lora) -> None:
-    """Refuse `lora.load` where the folder's adapter is not what the section says."""
+def check_adapter(lora: Lora, architecture: Architecture) -> None:
+    """Refuse `lora.load` where the folder's adapter is not what the section says, or of another model than this."""
     if lora.load is None:
         return
-    found = read_adapter_config(Path(lora.load))
+    folder = Path(lora.load)
+    shapes = _shapes(folder)
+    found = _read(folder, shapes)
     if found != lora.shape:
         raise UserError(f"lora.load: {lora.load} has {found}, but lora says {lora.shape}; write what the adapter has")
+    assert found.rank is not None
+    weights, wanted = hf_shapes(architecture), set()
+    for module in _modules(architecture.num_layers, found.target_modules):
+        rows, columns = weights[f"{module}.weight"]
+        for name, shape in zip(tensor_names(module), ((found.rank, columns), (rows, found.rank)), strict=True):
+            wanted.add(name)
+            if shapes.get(name) != shape:
+                have = f"has {name} as {list(shapes[name])}" if name in shapes else f"has no {name}"
+                raise UserError(f"lora.load: {folder} {have}, this model needs {list(shape)}; it is another model's")
+    if len(shapes) > len(wanted):
+        name = next(name for name in shapes if name not in wanted)
+        raise UserError(
+            f"lora.load: {folder} has {name}, and this model {architecture.num_layers} layers; it is another model's"
+        )
 
 
 class AdapterReader:
-    """The tensors of an adapter folder, called as `Adapter.fill` calls its source."""
+    """The tensors of an adapter folder that `check_adapter` has seen, called as `Adapter.fill` calls its source."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        try:
-            self._file = safe_open(folder / WEIGHTS, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"lora.load: {folder / WEIGHTS} cannot be read ({error}); copy it again") from None
+        self._file = open_tensors(folder / WEIGHTS, "lora.load: ")
 
     def __call__(self, module: str, a: tuple[int, int], b: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of `module`; UserError where they are absent or of another model's shape."""
-        found = []
-        for name, shape in zip(tensor_names(module), (a, b), strict=True):
-            try:
-                tensor = self._file.get_tensor(name)
-            except SafetensorError:
-                raise UserError(f"lora.load: {self.folder} has no {name}; it is another model's adapter") from None
-            if tuple(tensor.shape) != shape:
+        """A and B of `module`."""
+        first, second = (self._file.get_tensor(name) for name in tensor_names(module))
+        assert (tuple(first.shape), tuple(second.shape)) == (a, b)
+        return first, second
+
+
+def _shapes(folder: Path) -> Shapes:
+    """Every tensor of the adapter's file, from its header alone."""
+    for name in (CONFIG, WEIGHTS):
+        if (folder / name).is_file() or (folder / name).is_symlink():
+            continue
+        if name == WEIGHTS and (folder / PICKLE).is_file():
+            raise UserError(
+                f"lora.load: {folder} holds {PICKLE} (a pickle, which can run code when loaded); load it with peft and "
+                "save_pretrained(NEW), which writes safetensors"
+            )
+        raise UserError(f"lora.load: {folder} holds no {name}; give a folder that peft's save_pretrained wrote")
+    file = open_tensors(folder / WEIGHTS, "lora.load: ")
+    shapes: Shapes = {}
+    for name in file.keys():  # noqa: SIM118 (a safe_open is no mapping)
+        part = file.get_slice(name)
+        if part.get_dtype() not in _DTYPES:
+            raise UserError(f"lora.load: {folder}: {name} is stored as {part.get_dtype()}; save it in bf16 or fp32")
+        shapes[name] = tuple(part.get_shape())
+    return shapes
+
+
+def _read(folder: Path, shapes: Shapes) -> Lora:
+    config = read_json(folder / CONFIG)
+    _refuse_settings(folder, config)
+    modules = _check_tensors(folder, shapes, config)
+    rank, alpha, rs = _positive(config.get("r")), _positive(config.get("lora_alpha")), config.get("use_rslora")
+    if rank is None or rank % 1 or alpha is None or not isinstance(rs, bool | None):
+        found = {key: config.get(key) for key in ("r", "lora_alpha", "use_rslora")}
+        raise UserError(f"lora.load: {folder / CONFIG} is damaged ({found}); copy it again")
+    return Lora(rank=int(rank), alpha=alpha, rs=bool(rs), target_modules=modules).shape
+
+
+def _refuse_settings(folder: Path, config: dict[str, Any]) -> None:
+    """Everything that `_read` does not turn into a `Lora`, and that may be more than it."""
+    targets = config.get("target_modules")
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"lora.load: {folder} is a {config.get('peft_type')} adapter, not LORA; {_MEND}")
+    if isinstance(targets, list) and {str(target).rpartition(".")[2] for target in targets} - set(MODULES):
+        raise UserError(
+            f"lora.load: {folder} is a LORA adapter of {targets}; only LORA beside {', '.join(MODULES)} is read"
+        )
+    refused = {key: value for key, value in config.items() if key not in _READ | _HARMLESS and not _off(value)}
+    if config.get("bias", "none") not in ("none", None):
+        refused["bias"] = config["bias"]
+    if config.get("task_type") not in ("CAUSAL_LM", None):
+        refused["task_type"] = config["task_type"]
+    if config.get("init_lora_weights") not in _INITS:
+        refused["init_lora_weights"] = config["init_lora_weights"]
+    for key, value in refused.items():
+        raise UserError(f"lora.load: {folder} has {key} {str(value)[:60]!r}, which is not read; {_MEND}")
+
+
+def _check_tensors(folder: Path, shapes: Shapes, config: dict[str, Any]) -> tuple[Any, ...]:
+    """The modules that have an A and a B in every layer; every tensor is one of these."""
+    found = {name: match.groups() for name in shapes if (match := _TENSOR.fullmatch(name))}
+    strange = [name for name in shapes if name not in found or not _belongs(*found[name][1:3])]
+    if strange:
+        raise UserError(
+            f"lora.load: {folder}: tensor {strange[0]} (one of {len(strange)}) is not read, but only "
+            f"{tensor_names('…')[0]} and B of {', '.join(MODULES)}; {_MEND}"
+        )
+    modules = tuple(name for name in MODULES if any(name == groups[2] for groups in found.values()))
+    targets, layers = config.get("target_modules"), 1 + max((int(groups[0]) for groups in found.values()), default=0)
+    by_name = isinstance(targets, list) and not config.get("exclude_modules")  # else a name may have no module
+    listed = [target for target in targets if target in MODULES] if by_name and targets else []
+    wanted = tuple(name for name in MODULES if name in modules or name in listed)
+    for module in _modules(layers, wanted):
+        for name in tensor_names(module):
+            if name not in shapes:
                 raise UserError(
-                    f"lora.load: {self.folder}: {name} is {list(tensor.shape)}, this model needs {list(shape)}; give "
-                    "an adapter of this model"
+                    f"lora.load: {folder} has no {name}; only adapters of the same modules in every layer are read"
                 )
-            found.append(tensor)
-        return found[0], found[1]
+    if not modules:
+        raise UserError(f"lora.load: {folder / WEIGHTS} holds no tensor; copy it again")
+    return modules
+
+
+def _modules(layers: int, names: tuple[Any, ...]) -> list[str]:
+    """Hugging Face names of these modules in so many layers."""
+    return [f"model.layers.{layer}.{_part(name)}.{name}" for layer in range(layers) for name in names]
+
+
+def _part(module: str) -> str:
+    return "self_attn" if module in ATTENTION else "mlp"
+
+
+def _belongs(part: str, module: str) -> bool:
+    return module in MODULES and part == _part(module)
+
+
+def _off(value: Any) -> bool:
+    """Unset: 0 is not, where layer 0 can be meant."""
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
+def _positive(value: Any) -> float | None:
+    """A finite number above 0; JSON does not tell 8 from 8.0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and 0 < value < math.inf else None
 
 
 def write_adapter(

@@ -62,7 +62,6 @@ def find_start(config: Config) -> Start:
     """
     run = Path(config.run.dir)
     own, damaged = newest_good(run)
-    check_adapter(config.lora)
     if own is None:
         return _first_start(config)
     meta = read_meta(own)
@@ -92,6 +91,12 @@ def as_configured(config: Config, architecture: Architecture) -> Architecture:
 
 
 def _first_start(config: Config) -> Start:
+    start = _first_weights(config)
+    check_adapter(config.lora, start.architecture)
+    return start
+
+
+def _first_weights(config: Config) -> Start:
     load = config.model.load
     if load is None:
         assert config.model.architecture is not None

@@ -174,7 +174,7 @@ def test_fresh_adapters_change_nothing_and_do_not_depend_on_the_layout(sources, 
     ("changed", "message"),
     [
         ({"r": None}, "adapter_config.json is damaged"),
-        ({"use_dora": True}, "has use_dora True, which is not read"),
+        ({"use_dora": True}, "has use_dora 'True', which is not read"),
         ({"bias": "all"}, "has bias 'all', which is not read"),
         ({"target_modules": ["lm_head"]}, r"LORA adapter of \['lm_head'\]; only LORA beside q_proj"),
     ],
