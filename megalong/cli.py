@@ -21,6 +21,11 @@ from megalong.commands.parsing import Parser, nearest, tell
 from megalong.errors import UserError
 
 _STDOUT = 1
+_FULL, _DENIED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS), (errno.EACCES, errno.EPERM)
+# What a machine refuses wherever it is asked; with the file's name, else it is a bug of ours.
+_MENDS = dict.fromkeys(_FULL, "make room there, or write elsewhere") | dict.fromkeys(
+    _DENIED, "let this user read and write there, or give another path"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        mend = _MENDS.get(error.errno or 0)
+        if mend is None or (error.errno in _DENIED and error.filename is None):
             raise
-        tell(f"{error.filename or 'output'}: {error.strerror}; make room there, or write elsewhere")
+        tell(f"{error.filename or 'output'}: {error.strerror}; {mend}")
         return 2
     return status
 

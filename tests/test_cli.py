@@ -115,6 +115,9 @@ def test_exit_statuses(answers, capsys):
     answers("doctor", stop(OSError(errno.ENOSPC, "No space left on device", "runs/config.yaml")))
     assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().err.startswith("megalong: error: runs/config.yaml: No space left on device; make room")
+    answers("doctor", stop(PermissionError(errno.EACCES, "Permission denied", "data/c4.bin")))
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err.startswith("megalong: error: data/c4.bin: Permission denied; let this user")
     for bug in (ValueError("a bug"), BrokenPipeError("between processes"), OSError(errno.EIO, "a broken disk")):
         answers("doctor", stop(bug))
         with pytest.raises(type(bug)):

@@ -11,6 +11,7 @@ what it is called follows from its windows (`megalong.hf.family`).
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from pydantic import ValidationError
 from megalong.config.architecture import Architecture
 from megalong.errors import UserError
 from megalong.hf.family import CLASSES, WINDOW_FIELDS, defaults, read_windows, write_windows
+from megalong.hf.tensor_file import unopened
+from megalong.hf.weight_files import ADAPTER_FILE
 from megalong.rope.hf import from_hf, to_hf
 
 CONFIG_FILE = "config.json"
@@ -56,10 +59,12 @@ _DROPPED = (
 
 def read_json(path: Path) -> dict[str, Any]:
     """The table in a JSON file; UserError where there is none."""
-    if not path.is_file():
+    if not path.is_file() and not path.is_symlink():
         raise UserError(f"{path}: no such file; give the folder of a whole Hugging Face checkpoint")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {unopened(path, error)}") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
@@ -74,6 +79,8 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
     a missing or malformed file and for every model that is not a plain Llama, Mistral or Ministral.
     """
     path = Path(hf_dir) / CONFIG_FILE
+    if not path.is_file() and not path.is_symlink():
+        raise UserError(f"{path}: no such file; {_where_a_model_is(Path(hf_dir))}")
     config = read_json(path)
     _refuse_other_models(path, config)
     try:
@@ -99,6 +106,16 @@ def write_config(architecture: Architecture, base_config: dict[str, Any] | None 
     config.update(to_hf(architecture.rope, architecture.max_position_embeddings, architecture.kv_channels))
     config.update(torch_dtype=architecture.torch_dtype, dtype=architecture.torch_dtype)
     return config
+
+
+def _where_a_model_is(folder: Path) -> str:
+    """What to give instead of a folder without config.json."""
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        return f"if it is a model of the Hugging Face hub, fetch it first: hf download {folder} --local-dir DIR"
+    if (folder / ADAPTER_FILE).is_file():
+        return f"the folder holds an adapter; give its base model here, and write lora.load: {folder}"
+    inner = sorted([*folder.glob(f"snapshots/*/{CONFIG_FILE}"), *folder.glob(f"*/{CONFIG_FILE}")])
+    return f"give {inner[0].parent}" if inner else "give the folder of a whole Hugging Face checkpoint"
 
 
 def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:

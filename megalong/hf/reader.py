@@ -8,42 +8,42 @@ read: a `pytorch_model.bin` is a pickle, and loading one runs whatever code it c
 one line at the start and not a half-filled model.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megalong.config.architecture import Architecture
 from megalong.errors import UserError
 from megalong.hf.layout import hf_shapes
+from megalong.hf.tensor_file import open_tensors
+from megalong.hf.weight_files import INDEX_FILE, SINGLE_FILE, shards
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class HFReader:
     """Tensors of one Hugging Face folder, by name.
 
-    Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists. Raises UserError where files
-    are missing, truncated or not safetensors. Use it as a context manager, or call `close`.
+    Opens the files that `hf.weight_files` chooses, each with all it holds, listed or not. Raises UserError where files
+    are missing, unreadable, truncated or not safetensors. Use it as a context manager, or call `close`.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
-        index = self.folder / INDEX_FILE
-        if index.is_file():
-            self._open_shards(index)
-        elif (self.folder / SINGLE_FILE).is_file():
-            self._file_of = dict.fromkeys(self._open(SINGLE_FILE), SINGLE_FILE)
-        else:
-            raise UserError(_nothing_to_read(self.folder))
+        listed = shards(self.folder)
+        for file in sorted(set(listed.values())) or [SINGLE_FILE]:
+            self._open(file, listed=bool(listed))
+        for name, file in listed.items():
+            if self._file_of.get(name) != file:
+                raise UserError(
+                    f"{self.folder / INDEX_FILE}: lists tensor {name} in {file}, which does not hold it; download both "
+                    "again"
+                )
 
     def __enter__(self) -> "HFReader":
         return self
@@ -140,48 +140,16 @@ class HFReader:
     def _path_of(self, name: str) -> Path:
         return self.folder / self._file_of[name]
 
-    def _open(self, file: str) -> list[str]:
-        """Map one file; returns the names of its tensors."""
+    def _open(self, file: str, listed: bool) -> None:
+        """Map one file and note its tensors."""
         path = self.folder / file
-        if not path.is_file():
+        if listed and not path.is_file() and not path.is_symlink():
             raise UserError(f"{path}: this shard is listed in {INDEX_FILE} but missing; download it again")
-        try:
-            self._files[file] = safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: truncated or not a safetensors file ({error}); download it again") from error
-        return list(self._files[file].keys())
-
-    def _open_shards(self, index: Path) -> None:
-        """Map every shard the index lists and check that it holds what the index promises."""
-        weight_map = _read_index(index)
-        held = {file: set(self._open(file)) for file in sorted(set(weight_map.values()))}
-        for name, file in weight_map.items():
-            if name not in held[file]:
-                raise UserError(f"{index}: lists tensor {name} in {file}, which does not hold it; download both again")
-        self._file_of = weight_map
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """The index's weight_map (tensor name → file name in the same folder)."""
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a safetensors index ({error!r}); download it again") from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path}: weight_map must be a table of tensor name to file name; download it again")
-    for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{path}: {file!r} is not the name of a file beside the index; download it again")
-    return weight_map
-
-
-def _nothing_to_read(folder: Path) -> str:
-    """Why a folder without safetensors cannot be read, and what to do."""
-    if not folder.is_dir():
-        return f"{folder}: no such folder; give the folder of a Hugging Face checkpoint (config.json, *.safetensors)"
-    if any(folder.glob("pytorch_model*.bin*")):
-        return (
-            f"{folder}: holds only pytorch_model.bin (a pickle, which can run code when loaded); convert it with "
-            "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW, safe_serialization=True)"
-        )
-    return f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; give the folder of a Hugging Face checkpoint"
+        self._files[file] = open_tensors(path)
+        for name in self._files[file].keys():  # noqa: SIM118 (a safe_open is no mapping)
+            if name in self._file_of:
+                raise UserError(
+                    f"{self.folder}: tensor {name} is in {self._file_of[name]} and in {file}; delete what is left "
+                    "over, or download all again"
+                )
+            self._file_of[name] = file

@@ -43,7 +43,7 @@ def open_tensors(path: Path, what: str = "") -> Any:
         if fault is None:
             return safe_open(path, framework="pt", device="cpu")
     except OSError as error:
-        fault = _denied(path, error)
+        fault = unopened(path, error)
     except SafetensorError as error:
         fault = f"not readable as safetensors ({error}); download it again"
     raise UserError(f"{what}{path}: {fault}")
@@ -84,7 +84,8 @@ def _wrong_length(header: bytes, size: int) -> str | None:
     return f"damaged: {size} bytes, its header describes {expected}; download it again"
 
 
-def _denied(path: Path, error: OSError) -> str:
+def unopened(path: Path, error: OSError) -> str:
+    """Why `path` cannot be opened, and what to do."""
     if isinstance(error, PermissionError):
         return "this user may not read it (permission denied); ask its owner, or chmod +r it and its folders"
     if isinstance(error, FileNotFoundError) and path.is_symlink():

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from megalong.checkpoint.folder import copy_assets
 from megalong.errors import UserError
 from megalong.hf.config import CONFIG_FILE
-from megalong.hf.reader import INDEX_FILE, SINGLE_FILE
+from megalong.hf.weight_files import INDEX_FILE, SINGLE_FILE
 from megalong.runtime.folders import refuse_unwritable, sync, with_default_mode
 
 log = logging.getLogger("megalong")
