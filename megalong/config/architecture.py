@@ -58,18 +58,13 @@ class Architecture(Section):
         """The same model under other positions (`model.rope` of a configuration); `None` changes nothing.
 
         The override replaces the scaling as a whole. Only two of its values may be left to the checkpoint: the base
-        (`rope_theta`), and the length before any scaling: the checkpoint's own original length, or, where it was never
-        scaled, its `max_position_embeddings`. A scaled model reads `factor * original` positions, and says so in
-        `max_position_embeddings`: transformers versions that derive the factor from the two lengths then find the
-        same one. Applying the same override twice gives the same model.
+        (`rope_theta`), and the length before any scaling, the checkpoint's own (`original_length`). A scaled model
+        reads `factor * original` positions, and says so in `max_position_embeddings`: transformers versions that derive
+        the factor from the two lengths then find the same one. Applying the same override twice gives the same model.
         """
         if override is None:
             return self
-        original = (
-            override.original_max_position_embeddings
-            or self.rope.original_max_position_embeddings
-            or self.max_position_embeddings
-        )
+        original = override.original_max_position_embeddings or self.original_length
         scaled = override.type != "none"
         rope = override.model_copy(
             update={
@@ -79,6 +74,15 @@ class Architecture(Section):
         )
         longest = round(override.factor * original) if scaled else self.max_position_embeddings
         return self.model_copy(update={"rope": rope, "max_position_embeddings": longest})
+
+    @property
+    def original_length(self) -> int:
+        """Positions before any scaling: what the scaling says, else its share of `max_position_embeddings`.
+
+        Nothing but linear and ntk leave it out, whose factor is that of the two lengths.
+        """
+        told = self.rope.original_max_position_embeddings
+        return told or max(1, round(self.max_position_embeddings / self.rope.factor))
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:

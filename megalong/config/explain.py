@@ -8,6 +8,7 @@ reported twice: once as the key nobody knows, once as the key that is missing.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterator
 from types import UnionType
@@ -107,7 +108,7 @@ def _wrong_type(kind: str, value: Any, message: str) -> str:
     if kind in ("int_type", "int_from_float", "int_parsing"):
         return f"{shown} is not a whole number" + _size_hint(value)
     return {
-        "float_type": f"{shown} is not a number",
+        "float_type": f"{shown} is not a number" + _quoted_number(value),
         "finite_number": f"{shown} is not a finite number",
         "bool_type": f"{shown} is not a switch; write true or false",
         "string_type": f"{shown} is not text; write it in quotes",
@@ -128,7 +129,18 @@ def _size_hint(value: Any) -> str:
     )
     if match and (size := float(match[1]) * _SIZES[match[2].lower()]).is_integer():
         return f"; write {int(size)}"
-    return "; write it without quotes" if isinstance(value, str) and value.isdigit() else ""
+    return _quoted_number(value)
+
+
+def _quoted_number(value: Any) -> str:
+    """A number in quotes, or with the leading zeros that some take for octal."""
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        return ""
+    if math.isnan(number):
+        return ""
+    return "; write it without leading zeros" if re.match(r"[-+]?0\d", value) else "; write it without quotes"
 
 
 def _is_section_missing(report: Any, models: list[type[BaseModel]]) -> bool:

@@ -16,13 +16,21 @@ Sources: position interpolation arXiv 2306.15595, YaRN arXiv 2309.00071, ABF arX
 transformers' `modeling_rope_utils.py`. Keys bear the names of transformers' `rope_parameters`.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from megalong.config.section import Section
 
 RopeType = Literal["none", "linear", "ntk", "yarn", "llama3"]
+
+
+def whole(value: Any) -> Any:
+    """8192.0 as 8192: what wrote a `config.json` may not tell them apart. Anything else is left to be judged."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Length = Annotated[int, BeforeValidator(whole), Field(ge=1)]
 
 
 class RopeSettings(Section):
@@ -31,7 +39,7 @@ class RopeSettings(Section):
     type: RopeType = "none"
     rope_theta: float | None = Field(default=None, gt=0)
     factor: float = Field(default=1.0, ge=1)
-    original_max_position_embeddings: int | None = Field(default=None, ge=1)
+    original_max_position_embeddings: Length | None = None
     beta_fast: float = Field(default=32.0, gt=0)
     beta_slow: float = Field(default=1.0, gt=0)
     attention_factor: float | None = Field(default=None, gt=0)

@@ -1,7 +1,8 @@
 """YAML in and out, with YAML 1.1's traps closed.
 
-PyYAML reads `3e-5` as text (its float needs a dot and a signed exponent) and lets the second of two equal keys win in
-silence. Here every usual spelling of a float is a float, and a key written twice is refused with its line.
+PyYAML reads `3e-5` as text (its float needs a dot and a signed exponent), `010` as 8, `4:00:00` as 14400, and lets the
+second of two equal keys win in silence. Here every usual spelling of a number is that number, no other is one, and a
+key written twice is refused with its line.
 """
 
 import os
@@ -29,9 +30,20 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in (_INT, _FLOAT)]
+    for first, known in _Loader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$"),
+    _INT, re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"^[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+.0123456789"),
 )
 

@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megalong.config.architecture import Architecture
+from megalong.config.rope import whole
 from megalong.errors import UserError
 from megalong.hf.family import CLASSES, WINDOW_FIELDS, defaults, read_windows, write_windows
 from megalong.hf.tensor_file import unopened
@@ -39,6 +40,7 @@ _FIELDS = {
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
 }
+_FRACTIONS = {"rms_norm_eps"}
 _OPTIONAL = {"num_key_value_heads", "head_dim"}
 _FIXED = {
     "hidden_act": "silu",
@@ -97,15 +99,29 @@ def write_config(architecture: Architecture, base_config: dict[str, Any] | None 
     """The content of `config.json` for `architecture`, as trained.
 
     `base_config` is the checkpoint's original config.json: its other fields are kept, all that the architecture knows
-    is overridden.
+    is overridden. A model whose positions are still those of `base_config` keeps its `max_position_embeddings`.
     """
     config = {key: value for key, value in (base_config or {}).items() if key not in _DROPPED}
     config.update(_FIXED)
     config.update({theirs: getattr(architecture, ours) for theirs, ours in _FIELDS.items()})
     config.update(write_windows(architecture, config.get("model_type")))
     config.update(to_hf(architecture.rope, architecture.max_position_embeddings, architecture.kv_channels))
+    if _same_positions(architecture, base_config):
+        config["max_position_embeddings"] = architecture.max_position_embeddings
     config.update(torch_dtype=architecture.torch_dtype, dtype=architecture.torch_dtype)
     return config
+
+
+def _same_positions(architecture: Architecture, base_config: dict[str, Any] | None) -> bool:
+    """Whether `architecture` reads positions as the model did that `base_config` describes, and as many."""
+    if not base_config:
+        return False
+    try:
+        before = from_hf(base_config)
+    except UserError:
+        return False
+    longest = base_config.get("max_position_embeddings")
+    return before == architecture.rope and whole(longest) == architecture.max_position_embeddings
 
 
 def _where_a_model_is(folder: Path) -> str:
@@ -141,7 +157,7 @@ def _fields(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     default = defaults(config["model_type"])
     for theirs, ours in _FIELDS.items():
         if theirs in config:
-            values[ours] = config[theirs]
+            values[ours] = config[theirs] if theirs in _FRACTIONS else whole(config[theirs])
         elif theirs in default:
             values[ours] = default[theirs]
         elif theirs not in _OPTIONAL:

@@ -16,6 +16,7 @@ import json
 from typing import Any
 
 from megalong.config.architecture import Architecture
+from megalong.config.rope import whole
 from megalong.errors import UserError
 
 CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM"}
@@ -45,7 +46,7 @@ def read_windows(config: dict[str, Any]) -> dict[str, Any]:
     """
     if config["model_type"] == "llama":
         return {}
-    window, types = config.get("sliding_window", _DEFAULT_WINDOW), config.get("layer_types")
+    window, types = whole(config.get("sliding_window", _DEFAULT_WINDOW)), config.get("layer_types")
     if types is None:
         return {"window_size": window}
     if config["model_type"] == "mistral":

@@ -8,9 +8,10 @@ each ignores or drops the other's. An export writes both:
      "rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 128.0, ...}}
 
 Versions also disagree on where the factor comes from: 4.51 to 4.55 replace a yarn `factor` by
-`max_position_embeddings / original_max_position_embeddings`. So an export of a yarn model says
-`max_position_embeddings = factor * original`, and every one of them finds the same factor. llama3's factor is always
-read as written; there the length is only never less than that (Llama 3.1 itself says 131072 = 16 * 8192 at factor 8).
+`max_position_embeddings / original_max_position_embeddings`. So an export of a model trained under yarn says
+`max_position_embeddings = factor * original`, and every one of them finds the same factor. Every other type's factor is
+read as written, and its length is the model's own: Llama 3.1 says 131072 = 16 * 8192 at factor 8, Llama 3.2 the same at
+factor 32. (A model that leaves as it came keeps its own words, yarn or not: `megalong.hf.config`.)
 
 YaRN with its ramp over rotations has no name in transformers either. Without a temperature (`attention_factor: 1.0`)
 it is llama3's scaling and leaves as that; with one it cannot be written, and the export says so.
@@ -19,6 +20,7 @@ ntk has no name in transformers (its `dynamic` changes with the length of the in
 positions with the changed base, which is all it is.
 """
 
+import json
 from typing import Any
 
 from pydantic import ValidationError
@@ -48,7 +50,7 @@ _DEFAULT_THETA = 10000.0  # what transformers takes where a Llama's config.json 
 def to_hf(rope: RopeSettings, max_position_embeddings: int, head_dim: int) -> dict[str, Any]:
     """The fields of `config.json` that `rope` decides, for every version of transformers.
 
-    `max_position_embeddings` is the model's own; what is written may be longer (see above). `head_dim` turns ntk into
+    `max_position_embeddings` is the model's own; yarn's is computed (see above). `head_dim` turns ntk into
     a base. Read back by `from_hf` they give `rope`, except that ntk comes back as none with its base.
     """
     if rope.type == "ntk":
@@ -69,11 +71,13 @@ def from_hf(config: dict[str, Any]) -> RopeSettings:
     """The settings in a parsed `config.json` of either spelling, with `rope_theta` filled in.
 
     Where both spellings are present `rope_scaling` decides, as in transformers 5. Raises `UserError` for a kind of
-    scaling this project does not have (dynamic, longrope, per-layer settings, partial rotation).
+    scaling this project does not have (dynamic, longrope, per-layer settings, partial rotation), and for a value that
+    is none.
     """
-    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    scaling, five = _section(config, "rope_scaling"), _section(config, "rope_parameters")
+    parameters = scaling or five
     name = _supported_type(config, parameters)
-    theta = parameters.get("rope_theta") or config.get("rope_theta") or _rope_theta_of_five(config)
+    theta = _first(parameters.get("rope_theta"), config.get("rope_theta"), five.get("rope_theta"), _DEFAULT_THETA)
     values: dict[str, Any] = {"type": name, "rope_theta": theta}
     for key in _FIELDS[name]:
         if parameters.get(key) is not None:
@@ -85,7 +89,7 @@ def from_hf(config: dict[str, Any]) -> RopeSettings:
         return RopeSettings(**values)
     except ValidationError as error:
         report = error.errors()[0]
-        key = ".".join(("rope_parameters", *map(str, report["loc"])))
+        key = ".".join(("rope_parameters", *(str(part) for part in report["loc"] if part in RopeSettings.model_fields)))
         raise UserError(f"config.json: {key}: {report['msg']}, not {report['input']!r}") from None
 
 
@@ -111,10 +115,9 @@ def _left_out(rope: RopeSettings, key: str) -> bool:
 
 
 def _longest(rope: RopeSettings, max_position_embeddings: int) -> int:
-    if rope.type not in ("yarn", "llama3") or rope.original_max_position_embeddings is None:
+    if rope.type != "yarn" or rope.original_max_position_embeddings is None:
         return max_position_embeddings
-    scaled = round(rope.factor * rope.original_max_position_embeddings)
-    return scaled if rope.type == "yarn" else max(scaled, max_position_embeddings)
+    return round(rope.factor * rope.original_max_position_embeddings)
 
 
 def _supported_type(config: dict[str, Any], parameters: dict[str, Any]) -> str:
@@ -133,19 +136,26 @@ def _supported_type(config: dict[str, Any], parameters: dict[str, Any]) -> str:
     return name
 
 
-def _rope_theta_of_five(config: dict[str, Any]) -> float:
-    return (config.get("rope_parameters") or {}).get("rope_theta") or _DEFAULT_THETA
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"config.json: {key} = {json.dumps(value)[:60]}: not a table of settings; write one, or null")
+    return value or {}
 
 
-def _original_length(config: dict[str, Any], parameters: dict[str, Any]) -> int | None:
+def _first(*values: Any) -> Any:
+    """The first that is set; 0 is set."""
+    return next((value for value in values if value is not None), None)
+
+
+def _original_length(config: dict[str, Any], parameters: dict[str, Any]) -> Any:
     """transformers' order: beside the parameters, among them, else the model's whole length."""
-    return (
-        config.get("original_max_position_embeddings")
-        or parameters.get("original_max_position_embeddings")
-        or config.get("max_position_embeddings")
-    )
+    key = "original_max_position_embeddings"
+    return _first(config.get(key), parameters.get(key), config.get("max_position_embeddings"))
 
 
-def _implied_factor(config: dict[str, Any], original: int | None) -> float:
+def _implied_factor(config: dict[str, Any], original: Any) -> float:
+    """What two lengths make of a factor that is not written; 1 where one of them is none, which is told elsewhere."""
     longest = config.get("max_position_embeddings")
-    return longest / original if longest and original else 1.0
+    known = all(isinstance(value, int | float) and value > 0 for value in (longest, original))
+    return float(longest / original) if known else 1.0

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from megalong.config.load import load_config
-from megalong.config.text import config_text, dump_config
+from megalong.config.text import config_text, dump_config, parse_yaml
 from megalong.errors import UserError
 
 
@@ -18,6 +18,27 @@ def test_defaults_fill_what_the_file_leaves_out(load):
         ("books", "data/books", 0.3),
         ("code", "data/code", 0.7),
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e6", 1e6), ("1E+6", 1e6), ("+1.5e6", 1.5e6), ("-.5e-3", -5e-4), ("5.", 5.0), ("1_000", 1000), ("0x10", 16),
+        ("010", "010"), ("4:00:00", "4:00:00"), ("1:30.5", "1:30.5"), ("0", 0), ("-7", -7), ("8192.0", 8192.0),
+    ],
+)  # fmt: skip
+def test_a_number_is_what_it_looks_like(text, value):
+    found = parse_yaml(text, "here")
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_whole_lengths_may_be_fractions_in_a_rope_section(load):
+    rope = load(
+        "model.rope={type: yarn, factor: 4, original_max_position_embeddings: 8192.0, rope_theta: 1e6}"
+    ).model.rope
+    assert (rope.original_max_position_embeddings, rope.rope_theta, rope.factor) == (8192, 1e6, 4.0)
+    assert type(rope.original_max_position_embeddings) is int
 
 
 @pytest.mark.parametrize("spelling", ["3e-5", "3.0e-5", "3E-5", "3.e-5", ".3e-4", "0.00003", "+3e-5", "30_0e-7"])

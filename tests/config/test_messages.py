@@ -32,7 +32,13 @@ WRONG = {
     "run.seed=99999999999999999999": "run.seed: 99999999999999999999 is out of range; it must be < 4294967296",
     "data.seq_length=0": "data.seq_length: 0 is out of range; it must be >= 1",
     "data.separator=3": "data.separator: 3 is not text; write it in quotes",
-    "data.split=99:1": "data.split: 5941 is not text; write it in quotes",
+    "optimizer.lr='3e-5'": "optimizer.lr: '3e-5' is not a number; write it without quotes",
+    "data.seq_length=8192.0": "data.seq_length: 8192.0 is not a whole number; write 8192",
+    "data.seq_length=1e6": "data.seq_length: 1000000.0 is not a whole number; write 1000000",
+    "training.train_iters=010": "training.train_iters: '010' is not a whole number; write it without leading zeros",
+    "model.rope={type: yarn, factor: 4, original_max_position_embeddings: 8192.5}": (
+        "model.rope.original_max_position_embeddings: 8192.5 is not a whole number"
+    ),
     "optimizer.lr=fast": "optimizer.lr: 'fast' is not a number",
     "optimizer.lr=.nan": "optimizer.lr: nan is not a finite number",
     "optimizer.lr=-1e-5": "optimizer.lr: -1e-05 is out of range; it must be > 0",

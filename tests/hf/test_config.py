@@ -100,6 +100,96 @@ def test_an_extended_model_exports_the_rope_it_was_trained_with(tmp_path: Path, 
     assert torch.equal(LlamaRotaryEmbedding(config).inv_freq, inverse_frequencies(extended.rope, 10))
 
 
+# As published: names, lengths and factors as the releases have them.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama 2": {"max_position_embeddings": 4096},
+    "Mistral, long without scaling": {"max_position_embeddings": 32768, "rope_theta": 1e6},
+    "Llama 3.1": {"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    "Llama 3.2": {
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "DeepSeek Coder": {"max_position_embeddings": 16384, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "Yarn-Llama-2": {
+        "max_position_embeddings": 65536,
+        "rope_scaling": {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096, "finetuned": True},
+    },
+    "yarn, its own length beside": {
+        "max_position_embeddings": 40960,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    },
+    "yarn, mscale": {
+        "max_position_embeddings": 163840,
+        "rope_scaling": {
+            "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+        },
+    },
+    "five's spelling": {
+        "max_position_embeddings": 131072,
+        "rope_theta": None,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_model_nothing_was_trained_of_leaves_with_the_lengths_it_came_with(tmp_path: Path, name: str) -> None:
+    base = {key: value for key, value in plain(**PUBLISHED[name]).items() if value is not None}
+    first = write_config(read_architecture(save(tmp_path / "in", base)), base)
+    second = write_config(read_architecture(save(tmp_path / "first", first)), first)
+    save(tmp_path / "second", second)
+    assert first == second
+    theirs = [AutoConfig.from_pretrained(tmp_path / folder) for folder in ("in", "first", "second")]
+    for after in theirs[1:]:
+        assert after.max_position_embeddings == base["max_position_embeddings"]
+        before, left = theirs[0].to_dict(), after.to_dict()
+        scaling = before["rope_parameters"]
+        scaling.pop("finetuned", None)  # which nothing reads
+        assert scaling.items() <= left["rope_parameters"].items()
+        rotary = LlamaRotaryEmbedding(theirs[0]), LlamaRotaryEmbedding(after)
+        assert torch.equal(rotary[0].inv_freq, rotary[1].inv_freq)
+        assert rotary[0].attention_scaling == rotary[1].attention_scaling
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("kind", ["yarn", "llama3", "linear"])
+def test_an_extended_model_reads_factor_times_its_original_length(tmp_path: Path, name: str, kind: str) -> None:
+    """What the length before any scaling was: the section's, or the published length over linear's factor."""
+    base = {key: value for key, value in plain(**PUBLISHED[name]).items() if value is not None}
+    architecture = read_architecture(save(tmp_path / "in", base))
+    scaling = base.get("rope_scaling") or base.get("rope_parameters") or {}
+    original = scaling.get("original_max_position_embeddings", base["max_position_embeddings"])
+    original = original // 4 if scaling.get("type") == "linear" else original
+    extended = architecture.with_rope(RopeSettings(type=kind, factor=64.0))
+    assert extended.with_rope(RopeSettings(type=kind, factor=64.0)) == extended
+    written = write_config(extended, base)
+    again = write_config(read_architecture(save(tmp_path / "out", written)), written)
+    assert written["max_position_embeddings"] == again["max_position_embeddings"] == 64 * original
+    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(save(tmp_path / "again", again)))
+    assert torch.equal(rotary.inv_freq, inverse_frequencies(extended.rope, 10))
+
+
+def test_whole_numbers_may_be_written_as_fractions(tmp_path: Path) -> None:
+    """What writes config.json in another language has one kind of number."""
+    whole = plain(max_position_embeddings=2048, rope_scaling={"rope_type": "yarn", **ROPES["yarn"]}, eos_token_id=1)
+    floats = {key: float(value) if type(value) is int else value for key, value in whole.items()}
+    floats["rope_scaling"] = {key: float(v) if type(v) is int else v for key, v in whole["rope_scaling"].items()}
+    assert floats["hidden_size"] == 48.0
+    found = read_architecture(save(tmp_path / "floats", floats))
+    assert found == read_architecture(save(tmp_path / "whole", whole))
+    written = write_config(found, floats)
+    assert type(written["hidden_size"]) is type(written["eos_token_id"]) is int
+    assert AutoConfig.from_pretrained(save(tmp_path / "out", written)).max_position_embeddings == 2048
+
+
 def test_unknown_fields_survive_and_stale_ones_do_not(tmp_path: Path) -> None:
     base = plain(
         initializer_range=0.01, my_note={"kept": [1]}, _name_or_path="/somewhere", original_max_position_embeddings=7
@@ -199,6 +289,8 @@ def test_both_spellings_of_the_dtype(tmp_path: Path, spelling: str) -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": "big"}}, "factor.*'big'"),
         ({"torch_dtype": "float8_e4m3fn"}, 'torch_dtype = "float8_e4m3fn"'),
         ({"hidden_size": "48"}, 'hidden_size = "48"'),
+        ({"hidden_size": 48.5}, "hidden_size = 48.5"),
+        ({"max_position_embeddings": "2048"}, 'max_position_embeddings = "2048"'),
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"intermediate_size": 0}, "intermediate_size = 0"),
         ({"rms_norm_eps": None}, "rms_norm_eps = null"),

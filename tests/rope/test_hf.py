@@ -14,6 +14,7 @@ from megalong.errors import UserError
 from megalong.rope import from_hf, inverse_frequencies, temperature, to_hf
 
 HEAD_DIM = 64
+LLAMA3 = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
 ALL = [
     RopeSettings(rope_theta=8e6),
     RopeSettings(type="linear", rope_theta=1e4, factor=4),
@@ -79,10 +80,11 @@ def test_yarn_length_gives_every_version_the_same_factor() -> None:
     assert fields["max_position_embeddings"] / fields["rope_scaling"]["original_max_position_embeddings"] == 128
 
 
-def test_llama_3_1_keeps_its_length_and_an_extension_gets_a_longer_one() -> None:
-    assert to_hf(ALL[6], 131072, HEAD_DIM)["max_position_embeddings"] == 131072
-    extended = ALL[6].model_copy(update={"factor": 128.0})
-    assert to_hf(extended, 131072, HEAD_DIM)["max_position_embeddings"] == 128 * 8192
+def test_a_length_that_the_factor_does_not_decide_is_the_models_own() -> None:
+    """Llama 3.1 and 3.2 both read 131072 positions, with factors 8 and 32 of 8192."""
+    for factor in (8.0, 32.0):
+        rope = ALL[6].model_copy(update={"factor": factor})
+        assert to_hf(rope, 131072, HEAD_DIM)["max_position_embeddings"] == 131072
 
 
 def test_reads_llama_3_1s_published_fields() -> None:
@@ -103,6 +105,10 @@ def test_reads_old_spellings_and_defaults_as_transformers_does(tmp_path: Path) -
         {"rope_scaling": None, "rope_theta": 1e6},
         {},
         {"rope_scaling": {"type": "yarn", "factor": 4}, "max_position_embeddings": 4096},
+        {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 1024.0}},
+        {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 512.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 1024.0},
+        {"rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": 16, "beta_slow": 2}, "rope_theta": 1000000},
         {"rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": None}, "original_max_position_embeddings": 1024},
         {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_type": "linear", "rope_theta": 7e4}},
     ]
@@ -133,6 +139,18 @@ def test_a_missing_yarn_factor_follows_from_the_lengths() -> None:
             "rope_parameters.factor",
         ),
         ({"rope_parameters": {"rope_type": "linear", "factor": "two"}}, "rope_parameters.factor"),
+        ({"rope_theta": "1e6"}, r"rope_parameters\.rope_theta: .* '1e6'"),
+        ({"rope_theta": 0}, r"rope_parameters\.rope_theta: .* 0"),
+        ({"rope_scaling": "yarn"}, 'rope_scaling = "yarn": not a table'),
+        ({"rope_parameters": [1]}, r"rope_parameters = \[1\]: not a table"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": "128"}},
+            r"rope_parameters\.original_max_position_embeddings: .* '128'",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 128.5}},
+            r"rope_parameters\.original_max_position_embeddings: .* 128\.5",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_in_one_line(fields: dict[str, Any], message: str) -> None:
