@@ -11,7 +11,6 @@ and the generation config are the original's, kept in the checkpoint since impor
 """
 
 import contextlib
-import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -35,6 +34,7 @@ from megalong.errors import UserError
 from megalong.hf.adapter import tensor_names, write_adapter
 from megalong.hf.config import CONFIG_FILE, read_architecture, read_json, write_config
 from megalong.hf.layout import hf_shapes, hf_sources
+from megalong.hf.lengths import raise_lengths
 from megalong.hf.load import load_into
 from megalong.hf.reader import HFReader
 from megalong.hf.writer import MAX_SHARD_BYTES, check_target, write_folder
@@ -187,18 +187,8 @@ def _prepare_config(architecture: Architecture, kept: Path, assets: Path) -> dic
     base = read_json(kept / CONFIG_FILE) if (kept / CONFIG_FILE).is_file() else {}
     config = write_config(architecture, base)
     if config["max_position_embeddings"] > base.get("max_position_embeddings", 0):
-        _raise_tokenizer_length(assets / "tokenizer_config.json", config["max_position_embeddings"])
+        raise_lengths(config, assets, config["max_position_embeddings"])
     return config
-
-
-def _raise_tokenizer_length(path: Path, length: int) -> None:
-    """Let the tokenizer accept `length` tokens: servers cap a request at the smaller of its and the model's length."""
-    if not path.is_file():
-        return
-    settings = read_json(path)
-    if settings.get("model_max_length", length) < length:
-        settings["model_max_length"] = length
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _in_dtype(architecture: Architecture, dtype: torch.dtype) -> Architecture:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megalong.checkpoint.folder import read_meta, write_meta
 from megalong.cli import main
@@ -34,7 +35,12 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+LLAMA32 = {**LLAMA3, "factor": 32.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 MODELS: dict[str, dict[str, Any]] = {
+    "llama 3.2": {"rope_parameters": LLAMA32, "max_position_embeddings": 256},
+    "yarn": {"rope_parameters": YARN, "max_position_embeddings": 80},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "fp32": {"rope_parameters": LLAMA3},
     "fp32-tied": {"tie_word_embeddings": True},
     "bf16": {"dtype": torch.bfloat16, "shard_size": "40KB"},
@@ -79,6 +85,18 @@ def test_there_and_back_loses_no_bit(converted: dict[str, Conversion], name: str
     assert (one.output / "model.safetensors.index.json").is_file()
 
 
+@pytest.mark.parametrize("name", list(MODELS))
+def test_nothing_but_spelling_differs_where_nothing_was_trained(converted: dict[str, Conversion], name: str) -> None:
+    one = converted[name]
+    before, after = (AutoConfig.from_pretrained(folder).to_dict() for folder in (one.hf, one.output))
+    scaling, left = before.pop("rope_parameters"), after.pop("rope_parameters")
+    assert scaling.items() <= left.items()
+    own = {"_name_or_path": "", "architectures": [], "pretraining_tp": 1}  # a Mistral's weights were a Llama's
+    assert before | own == after | own
+    for file in ("tokenizer_config.json", "tokenizer.json", "generation_config.json"):
+        assert (one.output / file).read_bytes() == (one.hf / file).read_bytes(), file
+
+
 def test_tokenizer_and_generation_config_travel_along(converted: dict[str, Conversion]) -> None:
     hf, output = converted["bf16"].hf, converted["bf16"].output
     encoded = [AutoTokenizer.from_pretrained(folder).encode("a long story") for folder in (hf, output)]
@@ -110,12 +128,27 @@ def test_a_checkpoint_of_any_layout_exports_the_same(pool: WorkerPool, tmp_path:
         assert_same_bits(Path(hf), Path(f"{run}-out"))
 
 
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
 def test_an_extended_model_exports_what_it_was_trained_to(
     converted: dict[str, Conversion], pool: WorkerPool, tmp_path: Path
 ) -> None:
+    """128 positions become 2048, and no file says less; transformers generates on a prompt of 600 tokens."""
     step = shutil.copytree(converted["fp32"].checkpoint / "checkpoints" / "step-00000000", tmp_path / "step")
-    settings = step / "tokenizer" / "tokenizer_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_max_length": 128}))
+    kept = step / "tokenizer"
+    change(kept / "tokenizer_config.json", model_max_length=128, max_len=100)
+    change(
+        kept / "generation_config.json",
+        max_length=128,
+        max_new_tokens=5,
+        eos_token_id=[1, 3],
+        cache_implementation="static",
+    )
+    change(kept / "config.json", max_sequence_length=128.0, max_length=100, seq_length=None)
+    truncation = {"direction": "Right", "max_length": 128, "strategy": "LongestFirst", "stride": 0}
+    change(kept / "tokenizer.json", truncation=truncation)
     meta = read_meta(step)
     extended = meta.architecture.with_rope(
         RopeSettings(type="yarn", factor=16.0, beta_fast=4.0, original_max_position_embeddings=128)
@@ -123,10 +156,20 @@ def test_an_extended_model_exports_what_it_was_trained_to(
     write_meta(step, meta.model_copy(update={"architecture": extended, "checksums": {}}))
     pool.run(1, "tests.hf.workers:convert", [(None, str(step), str(tmp_path / "long"))], "bfloat16")
     config = json.loads((tmp_path / "long" / "config.json").read_text())
-    assert config["max_position_embeddings"] == 2048
+    assert config["max_position_embeddings"] == config["max_sequence_length"] == config["max_length"] == 2048
+    assert config["seq_length"] is None
     assert config["rope_parameters"]["factor"] == config["rope_scaling"]["factor"] == 16.0
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
-    assert json.loads((tmp_path / "long" / "tokenizer_config.json").read_text())["model_max_length"] == 2048
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "long")
+    assert tokenizer.model_max_length == 2048
+    assert len(Tokenizer.from_file(str(tmp_path / "long" / "tokenizer.json")).encode("a long story " * 300).ids) > 600
+    generation = GenerationConfig.from_pretrained(tmp_path / "long")
+    assert (generation.max_length, generation.max_new_tokens, generation.eos_token_id) == (2048, 5, [1, 3])
+    prompt = torch.tensor([tokenizer.encode("a long story " * 300)[:600]])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
+    model.generation_config.max_new_tokens = None
+    model.generation_config.max_length = min(generation.max_length, 603)  # what is left of the length takes long
+    assert 600 < model.generate(prompt, do_sample=False).shape[1] <= 603
     before = tensors_of(converted["fp32"].hf)
     assert all(torch.equal(tensor, before[name].bfloat16()) for name, tensor in tensors_of(tmp_path / "long").items())
 
