@@ -7,11 +7,14 @@ they can differ, and a wrong id is never noticed later. So each text goes to the
     `tokenizers`  a text that spells a token added without being special ("<tool>"): rules on its surroundings differ
                   a text with a character that this Python's Unicode tables do not know yet: the tables of the two
                   libraries are of different years, so the new one takes for a letter what is unassigned to the other
+                  under a tokenizer that normalizes (NFC): a text with a character newer than Unicode 3.2 that
+                  normalization moves, composes or decomposes. Unicode never changes how an assigned character is
+                  normalized, so tables of any year since 2002 agree on all others
 
 Special tokens are left out of the copy that gigatoken loads: text never becomes one (see tokenizer.py).
 
-What gigatoken cannot load is left to `tokenizers` as a whole, and said. Both are compared on a sample before the work,
-and a difference ends it: `--encoder tokenizers` is the slow way out.
+What gigatoken cannot load is left to `tokenizers` as a whole, and said. Both are compared before the work, on probes of
+our own and on the first texts of parts of the corpus; a difference ends it: `--encoder tokenizers` is the slow way out.
 """
 
 import json
@@ -29,7 +32,7 @@ from megalong.errors import UserError
 
 ENCODERS = ("gigatoken", "tokenizers")
 SHORT = 1024  # characters; below, texts go over to gigatoken in one call, which costs an import
-BLOCK_BITS = 8  # the table of unassigned characters is made 256 code points at a time, when the first of them is met
+BLOCK_BITS = 8  # the table of guarded characters is made 256 code points at a time, when the first of them is met
 REMEMBERED_CHARACTERS = 512 << 20  # of one process, about 200 MB of words; reached inside huge packed files only
 SAMPLE_CHARACTERS = 4096  # compared of each sampled document
 
@@ -40,6 +43,8 @@ PROBES = (
     "数学は楽しい。한국어 Ελληνικά русский العربية हिन्दी ไทย", "🙂👨‍👩‍👧🇩🇪 ﬁ ½ ² Ⅷ",
     "e\u0301 a\u0308\u0323 \u200d\ufeff\u2028\u00a0\u3000", "https://example.org/?q=a&b=c%20d",
     "$x^2 + \\frac{1}{2}$ <p class='x'>", "___ --- *** !!!???...", "ALLCAPS camelCase snake_case",
+    # Marks out of order, singletons, Hangul and a composition exclusion: what NFC does; marks newer than Unicode 3.2.
+    "q\u0307\u0323 \u212b\u2126 \u1100\u1161\u11a8 \u0958 \u0344", "q\u0312\u1dfa q\u0312\u07fd \U00011347\U0001133e",
 )  # fmt: skip
 
 
@@ -140,25 +145,45 @@ class BatchEncoder:
         if matched:
             together = "\n".join(texts)
             matched = [spelling for spelling in matched if spelling in together]
-        exact = [has_unassigned(text) or any(spelling in text for spelling in matched) for text in texts]
+        normalizes = self._tokenizer.normalizes
+        exact = [needs_guard(text, normalizes) or any(spelling in text for spelling in matched) for text in texts]
         return exact if any(exact) else []
 
 
-def has_unassigned(text: str) -> bool:
-    """Whether `text` has a character to which this Python's Unicode tables give no meaning."""
+def needs_guard(text: str, normalizes: bool) -> bool:
+    """Whether `text` has a character on which Unicode tables of different years may differ.
+
+    Args:
+        normalizes: whether the tokenizer normalizes; characters that are new to normalization then count too.
+    """
     if text.isascii():
         return False
     codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
     codes = codes[codes > 127]
     blocks = np.unique(codes >> BLOCK_BITS)
-    tables = np.stack([_unassigned_of_block(block) for block in blocks.tolist()])
+    tables = np.stack([_guarded_of_block(block, normalizes) for block in blocks.tolist()])
     return bool(tables[np.searchsorted(blocks, codes >> BLOCK_BITS), codes & (1 << BLOCK_BITS) - 1].any())
 
 
 @cache
-def _unassigned_of_block(block: int) -> np.ndarray:
-    points = range(block << BLOCK_BITS, block + 1 << BLOCK_BITS)
-    return np.array([unicodedata.category(chr(point)) == "Cn" for point in points])
+def _guarded_of_block(block: int, normalizes: bool) -> np.ndarray:
+    characters = map(chr, range(block << BLOCK_BITS, block + 1 << BLOCK_BITS))
+    return np.array([unicodedata.category(c) == "Cn" or (normalizes and _normalized_anew(c)) for c in characters])
+
+
+def _normalized_anew(character: str) -> bool:
+    """Whether tables from before this character was assigned normalize (or lower) a text with it otherwise."""
+    if unicodedata.ucd_3_2_0.category(character) != "Cn":
+        return False
+    moved, changed = unicodedata.combining(character), unicodedata.decomposition(character)
+    return bool(moved or changed or character.lower() != character or character in _composed_anew())
+
+
+@cache
+def _composed_anew() -> frozenset[str]:
+    """Characters that pairs newer than Unicode 3.2 are composed of; none of these is beyond plane 1."""
+    pairs = [unicodedata.decomposition(chr(point)) for point in range(0x20000)]
+    return frozenset(chr(int(code, 16)) for pair in pairs if pair and pair[0] != "<" for code in pair.split())
 
 
 def _loaded(tokenizer: TextTokenizer) -> tuple[Any, str | None]:

@@ -47,6 +47,8 @@ class TextTokenizer:
         added = added_tokens(content)
         if added is None:  # no file that `tokenizers` writes: let it judge
             added = json.loads(self._tokenizer.to_str())["added_tokens"]
+        head = _head(content)
+        self._normalizes = head["normalizer"] is not None if head is not None and "normalizer" in head else None
         self._added = {str(token["content"]): int(token["id"]) for token in added}
         self.highest_added_id = max(self._added.values(), default=-1)
         self.matched = [str(token["content"]) for token in added if not token["special"]]
@@ -59,7 +61,7 @@ class TextTokenizer:
     @property
     def normalizes(self) -> bool:
         """Whether text is changed before it is looked at (lower case, NFKC)."""
-        return self._tokenizer.normalizer is not None
+        return self._tokenizer.normalizer is not None if self._normalizes is None else self._normalizes
 
     @cached_property
     def bos_id(self) -> int | None:
@@ -151,6 +153,15 @@ def added_tokens_span(content: bytes) -> slice | None:
     except ValueError:
         return None
     return slice(start, start + len(text[:end].encode())) if isinstance(tokens, list) else None
+
+
+def _head(content: bytes) -> dict[str, Any] | None:
+    """What a tokenizer.json says before its vocabulary, None where it is laid out otherwise."""
+    try:
+        head = json.loads(content.partition(b'"model":')[0].rstrip().removesuffix(b",") + b"}")
+    except ValueError:
+        return None
+    return head if isinstance(head, dict) else None
 
 
 def _loaded(file: Path, content: bytes) -> Tokenizer:

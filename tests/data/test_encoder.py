@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megalong.data import encoder as encoder_module
-from megalong.data.encoder import BatchEncoder, has_unassigned, reference
+from megalong.data.encoder import BatchEncoder, needs_guard, reference
 from megalong.data.preprocess import preprocess
 from megalong.data.tokenizer import TextTokenizer
 from megalong.errors import UserError
@@ -114,10 +114,58 @@ def test_a_document_of_fifty_megabytes(folder: Path) -> None:
     assert encoded(folder, [text, "short"]) == expected(folder, [text, "short"])
 
 
+@pytest.fixture(scope="module")
+def composing(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer with NFC and without `<tool>`, which would leave all to `tokenizers`."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFC"}
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["special"]]
+    path = tmp_path_factory.mktemp("nfc")
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    "around", ["q\u0312{c}", "q{c}\u0312", "\u05d0{c}\u0316\u0301 a{c}e", "{c}\u0301", "\U00011347{c}"]
+)
+def test_marks_of_any_year_are_normalized_as_tokenizers_does(composing: Path, around: str) -> None:
+    """Whatever is combined, composed or decomposed: marks, and letters that are written in two ways."""
+    points = [chr(point) for point in range(0x20000) if not 0xD800 <= point < 0xE000]
+    texts = [around.format(c=c) for c in points if unicodedata.category(c)[0] == "M" or unicodedata.decomposition(c)]
+    assert len(texts) > 5000
+    assert encoded(composing, texts) == expected(composing, texts)
+
+
+def test_a_new_mark_behind_a_plain_document(composing: Path, tmp_path: Path) -> None:
+    texts = ["plain", "q\u0312\u1dfa"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (prefix,) = preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), str(composing))
+    ids = np.fromfile(f"{prefix}.bin", np.uint16).tolist()
+    assert ids == [id for text in expected(composing, texts) for id in text]
+
+
+def test_only_what_is_new_to_normalization_is_guarded() -> None:
+    for text in ("é e\u0301 q\u0323\u0307 \uac00 \u1100\u1161 \u0958", "数学 한국어 ไทย हिन्दी 🙂 \U0001f9ff"):
+        assert not needs_guard(text, True)
+    for text in ("q\u0312\u1dfa", "\U0001133e", "\U00011347", "\U0001e900"):  # moved, composed twice, lowered
+        assert needs_guard(text, True)
+        assert not needs_guard(text, False)
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}])
+def test_whether_a_tokenizer_normalizes_is_read_from_the_head(
+    composing: Path, tmp_path: Path, normalizer: object
+) -> None:
+    content = json.loads((composing / "tokenizer.json").read_text()) | {"normalizer": normalizer}
+    for text in (json.dumps(content), json.dumps(dict(reversed(content.items())))):  # as written; vocabulary first
+        (tmp_path / "tokenizer.json").write_text(text)
+        assert TextTokenizer(tmp_path).normalizes == (normalizer is not None)
+
+
 def test_unassigned_characters_are_known() -> None:
     for point in [*range(0x3100), 0x10FFFF, 0xFFFE, 0x1F642, 0x323AF, 0xE000, *range(0x16E00, 0x17000)]:
-        assert has_unassigned("é" + chr(point) + "x") == (unicodedata.category(chr(point)) == "Cn"), hex(point)
-    assert not has_unassigned("")
+        assert needs_guard("é" + chr(point) + "x", False) == (unicodedata.category(chr(point)) == "Cn"), hex(point)
+    assert not needs_guard("", True)
 
 
 def test_no_text_with_an_unknown_character_reaches_gigatoken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
