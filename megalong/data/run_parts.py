@@ -39,7 +39,7 @@ class Run:
         self._folder = PartFolder(Path(f"{prefix}.parts"))
         self._dealt_in: PartFolder | None = None
         self._assembly: Assembly | None = None
-        self._cleared = False
+        self._cleared = self._worthless = False
         self.counts = {"documents": 0, "bad": 0, "contaminated": 0}
         self.seconds = 0.0
 
@@ -60,7 +60,7 @@ class Run:
             try:
                 check()
             except UserError:
-                self._clear()
+                self._worthless = True  # cleared once the workers are gone: one of them may be writing its part
                 raise
 
         if buckets is None:
@@ -115,6 +115,8 @@ class Run:
         try:
             yield
         except BaseException as error:
+            if self._worthless:
+                self._clear()
             if self._cleared:
                 raise
             kept = self._assembly.done if self._assembly else 0

@@ -132,7 +132,7 @@ def fake_step(tokens: int, vocabulary: int) -> dict[str, Any]:
     )  # fmt: skip
     distributed.set_layout(distributed.Layout())
     # Tiles keep real temporaries in the cache; here they would only be thousands of calls.
-    whole = patch.multiple(rotary, CPU_TILE_ELEMENTS=1 << 62), patch.multiple(swiglu, TILE_ELEMENTS=1 << 62)
+    whole = patch.multiple(rotary, CPU_TILE_ELEMENTS=1 << 62), patch.multiple(swiglu, TILE_ELEMENTS={"cpu": 1 << 62})
     try:
         with whole[0], whole[1], FakeTensorMode(allow_non_fake_inputs=True), _Watch() as watch:
             model = LlamaModel(

@@ -97,8 +97,10 @@ def test_inspect_shows_notes_question_and_targets(run_file: Path, capsys: pytest
     assert "padding: tokens " in notes
     answer = notes.split("Answer:⟩ ")[1].split("⟨")[0]
     assert f" is {answer}." in notes
+    joined, legend = joined.split("legend: ")
     assert "«" not in joined
     assert "1 documents" in joined
+    assert "« » put into the text (synthetic)" in legend
 
 
 def test_plan_tells_what_is_made_up(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
