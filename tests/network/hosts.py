@@ -67,7 +67,7 @@ class Hosts:
         self._made.clear()
 
     def resolve(self, own: str = "127.0.1.1") -> None:
-        """Write /etc/hosts: each host's own name leads to `own` (`decoy`: its decoy's address), the other's is right."""
+        """Write /etc/hosts: each host's own name leads to `own` (`decoy`: its decoy's address), the other is right."""
         for name in NAMES:
             lines = ["127.0.0.1 localhost", "::1 localhost"]
             for other in NAMES:

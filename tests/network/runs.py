@@ -1,4 +1,4 @@
-"""Runs of two ranks, one on each host, that stop in the middle of a step or of a save until the test lets them go on."""
+"""Runs of two ranks, one on each host, that stop in the middle of a step or a save until the test lets them go on."""
 
 from __future__ import annotations
 
