@@ -33,21 +33,37 @@ class Architecture(Section):
     """Shape of a Llama. `kv_channels` (the head dimension) may be left out: hidden_size / num_attention_heads."""
 
     hidden_size: int = Field(ge=1)
+    """Width of the model. Example: `4096`"""
     ffn_hidden_size: int = Field(ge=1)
+    """Width of the MLP. Example: `14336`"""
     num_layers: int = Field(ge=1)
+    """Transformer layers. Example: `32`"""
     num_attention_heads: int = Field(ge=1)
+    """Query heads. Example: `32`"""
     num_query_groups: int = Field(ge=1)
+    """Key/value heads. Example: `8`"""
     kv_channels: int = Field(ge=2)
+    """Head dimension; default: hidden_size / num_attention_heads. Example: `128`"""
     vocab_size: int = Field(ge=1)
+    """Vocabulary, before padding to a multiple of 128. Example: `128256`"""
     norm_epsilon: float = Field(default=1e-5, gt=0)
+    """Epsilon of RMSNorm."""
     tie_word_embeddings: bool = False
+    """Use the input embedding as the output layer."""
     max_position_embeddings: int = Field(ge=1)
+    """Longest sequence the model was trained for. Example: `131072`"""
     rope: RopeSettings
+    """RoPE scaling of the model; `rope_theta` is required. Example: `{rope_theta: 500000.0}`"""
     window_size: Positive | None = None
+    """Sliding window in tokens. Example: `4096`"""
     window_attn_skip_freq: Positive | LayerPattern | None = None
+    """Layers without a window, as in `attention`. Example: `4`"""
     bos_token_id: int | None = None
+    """Token that begins a text. Example: `1`"""
     eos_token_id: int | list[int] | None = None
+    """Token or tokens that end a text. Example: `2`"""
     torch_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type that exports are written in by default."""
 
     @property
     def padded_vocab_size(self) -> int:

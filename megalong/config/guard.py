@@ -22,10 +22,18 @@ class Guard(Section):
     """
 
     non_finite: Action = "skip"
+    """Reaction to a NaN or infinite loss or gradient norm."""
     loss_spike: Action | Literal["log"] = "log"
+    """Reaction to a loss above the threshold."""
     gradient_spike: Action | Literal["log"] = "log"
+    """Reaction to a gradient norm above the threshold."""
     window: int = Field(default=64, ge=8)
+    """Good steps that the median is taken over."""
     loss_threshold: float = Field(default=10.0, gt=0)
+    """Robust z-score from which a loss is a spike."""
     gradient_threshold: float = Field(default=10.0, gt=0)
+    """Robust z-score of the logarithm from which a gradient norm is a spike."""
     max_consecutive: Positive = 3
+    """More reactions than this in a row end the run."""
     replay: bool = False
+    """Compute such a step a second time, to tell a hardware fault from a bug or bad data."""

@@ -21,16 +21,18 @@ MODULES: tuple[Module, ...] = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
 class Lora(Section):
-    """Adapters of `rank` beside `target_modules`; all other weights stay as loaded. Without a rank there are none.
-
-    `rs`: scale by alpha / √rank instead of alpha / rank. `load`: an adapter folder of `peft` to go on from.
-    """
+    """Adapters beside `target_modules`; all other weights are frozen. Without a rank there are none."""
 
     rank: Annotated[int, Field(ge=1)] | None = None
+    """Rank of the adapters. Example: `64`"""
     alpha: Annotated[float, Field(gt=0)] = 16.0
+    """Scale: alpha / rank."""
     rs: bool = False
+    """rsLoRA: scale by alpha / √rank."""
     target_modules: tuple[Module, ...] = Field(MODULES, min_length=1, strict=False)
+    """Linear layers that get an adapter, in Hugging Face's names."""
     load: Annotated[str, StringConstraints(min_length=1)] | None = None
+    """Adapter folder of `peft` to continue from. Example: `adapters/mine`"""
 
     @property
     def scale(self) -> float:

@@ -20,22 +20,26 @@ EXAMPLE = "{below: 4096, keep: 0.1, above: 8192, repeat: 2}"
 
 
 class Lengths(Section):
-    """How often an epoch holds a document of a certain length; one that no rule names comes once.
-
-    `drop_below`, `drop_above`: shorter or longer ones never come. `below` with `keep`: of the tokens in documents
-    shorter than `below` an epoch holds this share, other documents every epoch until each had its turn. `above` with
-    `repeat`: longer ones come that often, 2.5 being twice or three times in turn; or with `share`: as often as makes
-    them this share of the domain's tokens. `max_repeats`: a run that would show a document more often is refused.
-    """
+    """How often an epoch contains a document of a certain length (in tokens); once if no rule applies."""
 
     drop_below: Positive | None = None
+    """Leave out shorter documents. Example: `64`"""
     drop_above: Positive | None = None
+    """Leave out longer documents. Example: `1048576`"""
     below: Positive | None = None
+    """Documents shorter than this are down-sampled to `keep`. Example: `4096`"""
     keep: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the tokens in documents under `below` that an epoch contains; a different share each epoch. Example:
+    `0.1`
+    """
     above: Positive | None = None
+    """Documents longer than this are up-sampled by `repeat` or `share`. Example: `8192`"""
     repeat: float | None = Field(default=None, gt=0)
+    """Times that documents over `above` occur per epoch; 2.5 alternates between 2 and 3. Example: `2`"""
     share: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the domain's tokens that documents over `above` make up, instead of `repeat`. Example: `0.6`"""
     max_repeats: Positive | None = None
+    """Refuse a run that would show a document more often. Example: `4`"""
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -63,22 +67,28 @@ class Lengths(Section):
 
 
 class Domain(Section):
-    """One dataset: `path` is the prefix of its .bin and .idx, `weight` its share of the tokens.
-
-    `seq_length`: its samples are packs of that many tokens side by side, masked from each other, which fill the run's
-    `data.seq_length`.
-    """
+    """One dataset of the mixture."""
 
     name: DomainName
+    """Name of the domain. Example: `books`"""
     path: Annotated[str, StringConstraints(min_length=1)]
+    """Prefix of the dataset's .bin and .idx. Example: `data/books_text_document`"""
     weight: float = Field(gt=0)
+    """Share of the run's tokens, relative to the other weights. Example: `0.4`"""
     seq_length: Annotated[int, Field(ge=2)] | None = None
+    """Fill each sample with packs of this many tokens, masked from each other; divides `data.seq_length`. Example:
+    `65536`
+    """
     lengths: Lengths | None = None
+    """Rules by document length. Example: `{below: 4096, keep: 0.1, above: 8192, repeat: 2}`"""
     synthetic: Synthetic | None = None
+    """Build long documents from this dataset. Example: `{task: related}`"""
 
 
 class Pose(Section):
-    """Positions that skip ahead (PoSE): each sample is cut into `chunks` whose positions rise to `target_length`."""
+    """PoSE: each sample is split into chunks whose positions skip ahead."""
 
     target_length: Positive
+    """Positions stay below this. Example: `4194304`"""
     chunks: Annotated[int, Field(ge=2, le=64)] = 2
+    """Chunks per sample."""

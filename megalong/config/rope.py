@@ -37,18 +37,31 @@ class RopeSettings(Section):
     """Scaling of rotary positions; `None` for theta or the original length means "what the checkpoint says"."""
 
     type: RopeType = "none"
+    """Kind of scaling; see [RoPE scaling](attention.md)."""
     rope_theta: float | None = Field(default=None, gt=0)
+    """Rotary base; default: the model's. Example: `500000.0`"""
     factor: float = Field(default=1.0, ge=1)
+    """How many times longer than the original length."""
     original_max_position_embeddings: Length | None = None
+    """Positions before scaling; default: the model's. Example: `8192`"""
     beta_fast: float = Field(default=32.0, gt=0)
+    """YaRN: pairs with more rotations over the original length keep their frequency."""
     beta_slow: float = Field(default=1.0, gt=0)
+    """YaRN: pairs with fewer rotations are divided by `factor`."""
     attention_factor: float | None = Field(default=None, gt=0)
+    """YaRN: temperature on queries and keys; default 0.1 ln(factor) + 1. Example: `1.2`"""
     mscale: float | None = Field(default=None, ge=0)
+    """YaRN: numerator of the temperature as DeepSeek writes it. Example: `1.0`"""
     mscale_all_dim: float | None = Field(default=None, ge=0)
+    """YaRN: its denominator. Example: `1.0`"""
     truncate: bool = True
+    """YaRN: round the ramp's bounds to whole pairs, as YaRN's code does."""
     ramp: Literal["dimensions", "rotations"] = "dimensions"
+    """YaRN: ramp linear in the pair's index (`dimensions`, as in the code) or in rotations (as in the paper)."""
     low_freq_factor: float = Field(default=1.0, gt=0)
+    """llama3: pairs with fewer rotations are divided by `factor`."""
     high_freq_factor: float = Field(default=4.0, gt=0)
+    """llama3: pairs with more rotations keep their frequency."""
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

@@ -13,15 +13,15 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from megalong.config import checks
-from megalong.config.architecture import NO_WINDOW, Architecture, LayerPattern, Positive
+from megalong.config.architecture import Architecture, Positive
+from megalong.config.compute import Attention, Memory, Parallel, Precision
+from megalong.config.data import Data
 from megalong.config.guard import Guard
 from megalong.config.lora import Lora
-from megalong.config.mixture import Domain, Pose
 from megalong.config.rope import RopeSettings
 from megalong.config.section import Section
 from megalong.config.sft import Sft
 from megalong.config.slurm import Slurm
-from megalong.config.split import split_weights
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -29,11 +29,16 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Run(Section):
-    """Which run this is and where it writes; starting it again in the same `dir` resumes it."""
+    """Name, folder and seed of a run."""
 
     name: Name
+    """Name of the run: letters, digits, `.`, `_` and `-`. Example: `my-1m`"""
     dir: Text
+    """Run folder: checkpoints, logs, TensorBoard files. A start in a folder that holds checkpoints resumes. Example:
+    `runs/my-1m`
+    """
     seed: int = Field(1234, ge=0, lt=2**32)
+    """Seed of random weights and of the data order."""
 
 
 class Load(Section):
@@ -44,7 +49,9 @@ class Load(Section):
     """
 
     hf: Text | None = None
+    """Hugging Face folder. Example: `checkpoints/Llama-3.1-8B-Instruct`"""
     checkpoint: Text | None = None
+    """A run folder (its last step), or the folder of one step. Example: `runs/base`"""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -54,11 +61,19 @@ class Load(Section):
 
 
 class Model(Section):
-    """Weights to start from, or the architecture of a random start; and the positions to train under."""
+    """Initial weights, or the architecture of a random start; and RoPE scaling."""
 
     load: Load | None = None
+    """Where weights come from at the first start. Example: `{hf: checkpoints/Llama-3.1-8B-Instruct}`"""
     architecture: Architecture | None = None
+    """Shape of a model with random weights, instead of `load`. Example: `{hidden_size: 64, ffn_hidden_size: 128,
+    num_layers: 2, num_attention_heads: 4, num_query_groups: 2, vocab_size: 512, max_position_embeddings: 256, rope:
+    {rope_theta: 10000.0}}`
+    """
     rope: RopeSettings | None = None
+    """RoPE scaling that replaces the model's own; left out, the model keeps its own. Example: `{type: yarn, factor:
+    16}`
+    """
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
@@ -69,184 +84,27 @@ class Model(Section):
         return self
 
 
-class Data(Section):
-    """What is read: sequence length in tokens, how documents are packed, from which datasets.
-
-    `packing`: `naive` lays documents end to end and lets them see each other; `masked` keeps them apart; so does
-    `best_fit`, which cuts none that fits into a sample, and pads; `whole` leaves out those that do not fit, too.
-    `pose`: positions of training samples skip ahead; held-out samples keep plain ones.
-    `allow_change`: a resume that finds other data than the checkpoint was trained on says so and goes on.
-    `loader`: threads of this process (`torch`), or NVIDIA's DALI; both read the same samples in the same order,
-    `prefetch` steps ahead of training (0: when they are needed), with `workers` threads or processes a rank.
-    """
-
-    seq_length: Positive
-    packing: Literal["naive", "masked", "best_fit", "whole"] = "naive"
-    separator: Text | None = None
-    mixture: tuple[Domain, ...] = Field((), min_length=1, strict=False, validate_default=False)
-    split: Text = "99,1"
-    allow_change: bool = False
-    pose: Pose | None = None
-    loader: Literal["torch", "dali"] = "torch"
-    prefetch: Count = 2
-    workers: Positive = 1
-
-    @property
-    def split_weights(self) -> tuple[float, float]:
-        """Weights of training and validation."""
-        return split_weights(self.split)
-
-    @property
-    def masked(self) -> bool:
-        """Whether documents, or packs side by side, are kept from seeing each other."""
-        return self.packing != "naive" or any(domain.seq_length is not None for domain in self.mixture)
-
-    @property
-    def positions(self) -> int:
-        """Positions of training samples are below this."""
-        return self.seq_length if self.pose is None else self.pose.target_length
-
-    @model_validator(mode="after")
-    def _agrees(self) -> Self:
-        split_weights(self.split)
-        names = [domain.name for domain in self.mixture]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"mixture names {name} twice: every dataset needs a name of its own")
-        if self.pose is not None and self.pose.target_length <= self.seq_length:
-            raise ValueError(
-                f"pose.target_length {self.pose.target_length} is not above data.seq_length {self.seq_length}, so "
-                "there is nothing to skip to; write a longer one, or leave pose out"
-            )
-        if self.pose is not None and self.pose.chunks > self.seq_length:
-            raise ValueError(
-                f"pose.chunks {self.pose.chunks} is above data.seq_length {self.seq_length}, and every chunk holds a "
-                f"token; write {self.seq_length} or less"
-            )
-        for domain in self.mixture:
-            if domain.seq_length is not None and self.seq_length % domain.seq_length:
-                raise ValueError(
-                    f"mixture: {domain.name}: seq_length {domain.seq_length} does not divide data.seq_length "
-                    f"{self.seq_length}, so its packs do not fill a sample; write a divisor, such as "
-                    f"{divisor_near(self.seq_length, domain.seq_length)}"
-                )
-            length = domain.seq_length or self.seq_length
-            shortest = domain.synthetic.min_length if domain.synthetic is not None else None
-            if shortest is not None and shortest > length:
-                where = "its seq_length" if domain.seq_length is not None else "data.seq_length"
-                raise ValueError(
-                    f"mixture: {domain.name}: synthetic.min_length {shortest} is above {where} "
-                    f"{length}, which no document may exceed; write {length} or less"
-                )
-        return self
-
-
-def divisor_near(total: int, wanted: int) -> int:
-    """The largest divisor of `total` up to `wanted`, or where that is 1, `total` itself."""
-    found = next(divisor for divisor in range(min(wanted, total), 0, -1) if total % divisor == 0)
-    return found if found > 1 else total
-
-
-class Parallel(Section):
-    """How the model and the sequence are cut; what is left of the world size is data parallel.
-
-    `virtual_pipeline_model_parallel_size` V above 1 interleaves: each pipeline rank holds V parts of the model, layers
-    r, r + P, r + 2P, ... in units of layers / (P * V), which shortens the idle time at both ends of a step V times.
-    The two p2p switches follow from that unless they are set: an interleaved pipeline overlaps its sends with compute,
-    a plain one sends in batches.
-    """
-
-    tensor_model_parallel_size: Positive = 1
-    context_parallel_size: Positive = 1
-    pipeline_model_parallel_size: Positive = 1
-    virtual_pipeline_model_parallel_size: Positive = 1
-    sequence_parallel: bool = False
-    use_distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
-    overlap_p2p_comm: bool | None = None
-    batch_p2p_comm: bool | None = None
-
-
-class Attention(Section):
-    """Which kernel computes a block, how context-parallel ranks share attention, and what a token sees.
-
-    `exchange`: keys travel (`ring`), are gathered (`all_gather`), tokens are swapped for heads (`ulysses`), or heads
-    within groups of `ulysses_size` neighbouring ranks and keys between them (`ring_ulysses`); `auto` decides by heads,
-    lengths and sizes, and says why. `layout`: how tokens lie on the ranks; `auto` is `zigzag` for naive and `balanced`
-    for other packings. `window_size`: a token sees that many, itself included; `window_attn_skip_freq` N leaves
-    every N-th layer full, a list says 1 (window) or 0 (full) for each layer. Both replace what the model to start from
-    was trained with, and become part of the model; left out, its own windows stay.
-    """
-
-    backend: Literal["auto", "torch", "transformer_engine"] = "auto"
-    exchange: Literal["auto", "ring", "all_gather", "ulysses", "ring_ulysses"] = "auto"
-    ulysses_size: Positive | None = None
-    layout: Literal["auto", "zigzag", "per_document_zigzag", "balanced"] = "auto"
-    window_size: Positive | None = None
-    window_attn_skip_freq: Positive | LayerPattern | None = None
-
-    @model_validator(mode="after")
-    def _agrees(self) -> Self:
-        if self.window_attn_skip_freq is not None and self.window_size is None:
-            raise ValueError(NO_WINDOW)
-        if self.ulysses_size is not None and self.exchange != "ring_ulysses":
-            raise ValueError(
-                f"ulysses_size {self.ulysses_size} with exchange {self.exchange}: only ring_ulysses has groups of that "
-                "size; write exchange: ring_ulysses, or leave ulysses_size out"
-            )
-        return self
-
-
-class Precision(Section):
-    """Type of the weights and activations, and which matrix products round their operands to FP8.
-
-    Gradients and the optimizer are fp32 in all cases. `fp8`: null, `hybrid` (e4m3 forward, e5m2 for gradients) or
-    `e4m3` for both, in the linear layers of every transformer layer; with `fp8_dot_product_attention` in attention too.
-    Without a GPU it is emulated, and slower than bf16.
-    """
-
-    params_dtype: Literal["bf16", "fp32"] = "bf16"
-    fp8: Literal["hybrid", "e4m3"] | None = None
-    fp8_recipe: Literal["delayed", "tensorwise"] = "delayed"
-    fp8_dot_product_attention: bool = False
-
-    @model_validator(mode="after")
-    def _agrees(self) -> Self:
-        if self.fp8_dot_product_attention and self.fp8 is None:
-            raise ValueError(
-                "fp8_dot_product_attention true without fp8, which names the 8-bit types: write fp8: hybrid, or "
-                "fp8_dot_product_attention: false"
-            )
-        if self.fp8 is not None and self.params_dtype != "bf16":
-            raise ValueError(
-                f"fp8 {self.fp8} with params_dtype {self.params_dtype}: what 8-bit products are added up to is bf16; "
-                "write params_dtype: bf16, or fp8: null"
-            )
-        return self
-
-
-class Memory(Section):
-    """What backward computes again instead of keeping: nothing, attention only, or whole layers."""
-
-    recompute: Literal["none", "selective", "full"] = "none"
-
-
 class Optimizer(Section):
-    """AdamW and its learning-rate schedule, a function of the step's number (training/optimizer.py).
-
-    Steps 1 to `warmup_iters` rise linearly to `lr`; the last step runs at `min_lr`, or one step before a rate of 0.
-    """
+    """AdamW and its learning-rate schedule, a function of the step number (training/optimizer.py)."""
 
     lr: float = Field(gt=0)
+    """Highest learning rate. Example: `3.0e-5`"""
     min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate of the last step. With 0 the schedule ends one step later, so that the last step learns."""
     lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape of the decay from `lr` to `min_lr`."""
     warmup_iters: Count = 0
+    """Steps of linear warm-up."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
     adam_eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay; not applied to norms and biases."""
     clip_grad: float = Field(default=1.0, ge=0)
+    """Global gradient norm is clipped to this; 0 disables clipping."""
 
     @model_validator(mode="after")
     def _order(self) -> Self:
@@ -256,62 +114,74 @@ class Optimizer(Section):
 
 
 class Training(Section):
-    """How long and in which batches; batch sizes count sequences of `data.seq_length` tokens."""
+    """Number of steps and batch sizes, in sequences of `data.seq_length` tokens."""
 
     train_iters: Positive
+    """Optimizer steps of the whole run, resumes included. Example: `120`"""
     micro_batch_size: Positive = 1
+    """Sequences per forward and backward pass of one model replica."""
     global_batch_size: Positive
+    """Sequences per optimizer step; a multiple of micro-batch × data parallel size. Example: `8`"""
     gc_interval: Positive = 50
+    """Steps between Python garbage collections, on all ranks at once."""
 
 
 class Checkpoint(Section):
-    """When to save (in iterations), how many to keep, and the format of the optimizer's state.
-
-    The newest `keep_last` are kept, and those of steps that `keep_every` divides. With `async_save` training goes on
-    while a copy of the state is written; it takes as much host memory as a rank writes. `on_save_failure`: a save that
-    the disk does not take ends the run (`stop`), or is told and tried again at the next one (`continue`).
-
-    `fully_reshardable` gathers the optimizer's state over data-parallel ranks at each save, and any layout can load it;
-    `dp_reshardable` writes what each rank holds, which is faster, and only data and context parallelism may change.
-    """
+    """When to save, how many checkpoints to keep, and the format of the optimizer state."""
 
     save_interval: Positive = 50
+    """Steps between saves. The last step is always saved."""
     keep_last: Positive = 3
+    """Number of newest checkpoints to keep."""
     keep_every: Positive | None = None
+    """Also keep every step that this divides. Example: `500`"""
     async_save: bool = True
+    """Write in the background; needs host memory for a copy of what a rank writes."""
     on_save_failure: Literal["stop", "continue"] = "stop"
+    """`stop` ends the run when a save fails; `continue` logs it and tries again at the next save."""
     optimizer: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
+    """`fully_reshardable` gathers optimizer state over data-parallel ranks at each save, and any layout loads it.
+    `dp_reshardable` writes what each rank holds: faster, but only data and context parallelism may change.
+    """
 
 
 class Evaluation(Section):
-    """Held-out loss every `interval` iterations (0: never) over `iters` global batches."""
+    """Loss on held-out documents during training."""
 
     interval: Count = 0
+    """Steps between evaluations; 0 disables them."""
     iters: Positive = 8
+    """Global batches per evaluation."""
 
 
 class Logging(Section):
-    """What is written while training."""
+    """What is written during training."""
 
     tensorboard: bool = True
+    """Write TensorBoard files to `RUN/tensorboard`."""
     log_interval: Positive = 1
+    """Steps between log lines."""
     position_buckets: bool = True
+    """Also write the loss by position, in powers of two."""
 
 
 class Runtime(Section):
-    """Where it runs, and how long a collective may take before the run is given up.
-
-    On GPUs the last `flight_recorder_events` collectives of every group are dumped to RUN/nccl when that happens.
-    `watchdog_minutes` without a finished step end the run with every rank's stack in RUN/stacks: half of
-    `timeout_minutes` unless set, 0 for never. After SIGTERM or SIGUSR1 the step at work is finished, or dropped if it
-    would take more than `signal_grace_seconds`; after SLURM's warning, half of `slurm.lead_minutes`.
-    """
+    """Device, time-outs and reaction to signals."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` uses CUDA if there is a GPU."""
     timeout_minutes: float = Field(default=60.0, gt=0)
+    """Time limit of a collective; after it the run ends."""
     flight_recorder_events: Count = 2000
+    """NCCL collectives that each rank records and writes to `RUN/nccl` after a time-out."""
     watchdog_minutes: float | None = Field(default=None, ge=0)
+    """End the run, with every rank's stacks in `RUN/stacks`, after this time without a finished step. Default: half of
+    `timeout_minutes`; 0 disables it. Example: `20`
+    """
     signal_grace_seconds: float = Field(default=20.0, ge=0)
+    """After SIGTERM or SIGUSR1, a step that would take longer than this is dropped. After SLURM's warning the limit is
+    half of `slurm.lead_minutes`.
+    """
 
     @property
     def hang_minutes(self) -> float:

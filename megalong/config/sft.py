@@ -23,39 +23,51 @@ Rule = Literal["drop", "error"]
 
 
 class ConversationSource(Section):
-    """Conversations of a JSONL or Parquet file, a folder of them or a wildcard; the first `max_samples` good ones."""
+    """One source of conversations."""
 
     name: DomainName
+    """Name of the source. Example: `general`"""
     path: Text
+    """JSONL or Parquet file, a folder of them, or a wildcard. Example: `chats.jsonl`"""
     format: Literal["auto", "messages", "conversations", "alpaca", "prompt_completion"] = "auto"
+    """Format of the records; `auto` detects it from their keys."""
     weight: float | None = Field(default=None, gt=0)
+    """Share of tokens; give one to all sources or to none. Example: `0.7`"""
     max_samples: Positive | None = None
+    """Read at most this many good conversations. Example: `20000`"""
 
 
 class Sft(Section):
-    """Sources of conversations, and rules for bad ones.
-
-    `tokenizer`: a folder with a chat template; without it the model's own. `max_length`: tokens of a conversation, at
-    most `data.seq_length`, which is the default. `on_…`: what becomes of a conversation without any text (`empty`),
-    without an answer, with a role nobody knows, of more than `max_length` tokens (`truncate` keeps the turns that fit,
-    else the start of the first answer), and of one that no template can take. `deduplicate` keeps the first of equal
-    ones; `decontaminate` drops those that share `decontaminate_ngram` words in a row with a benchmark file, and those
-    with a turn that is one of its shorter texts word for word. `loss_average`: over all learnt tokens of the global
-    batch, or over its conversations, each of which then weighs the same whatever its length.
-    """
+    """Sources of conversations, and rules for bad ones."""
 
     sources: tuple[ConversationSource, ...] = Field((), strict=False)
+    """Where conversations come from. Example: `[{name: general, path: chats.jsonl}]`"""
     tokenizer: Text | None = None
+    """Folder with a chat template; default: the model's own. Example: `checkpoints/Meta-Llama-3-8B-Instruct`"""
     max_length: Positive | None = None
+    """Tokens of a conversation; default and upper bound: `data.seq_length`. Example: `8192`"""
     loss_average: Literal["tokens", "conversations"] = "tokens"
+    """Average over all learned tokens of the global batch, or over its conversations."""
     on_empty: Rule = "drop"
+    """Reaction to a conversation without text."""
     on_no_assistant: Rule = "drop"
+    """Reaction to a conversation without an answer."""
     on_unknown_role: Rule = "error"
+    """Reaction to an unknown role."""
     on_malformed: Rule = "error"
+    """Reaction to a record that the template cannot render."""
     on_too_long: Literal["drop", "truncate", "error"] = "drop"
+    """Reaction to more than `max_length` tokens; `truncate` keeps the turns that fit, else the start of the first
+    answer.
+    """
     deduplicate: bool = True
+    """Keep only the first of equal conversations."""
     decontaminate: tuple[Text, ...] = Field((), strict=False)
+    """Benchmark files. Conversations that share `decontaminate_ngram` consecutive words with one, or contain a turn
+    that equals one of its shorter texts, are dropped. Example: `[benchmarks/gsm8k.jsonl]`
+    """
     decontaminate_ngram: Positive = 13
+    """Consecutive words that count as shared."""
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

@@ -21,27 +21,36 @@ Text = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\n]*$")]
 
 
 class Slurm(Section):
-    """Resources of a job and its ends.
-
-    `time`: SLURM's own spelling (`minutes`, `hours:minutes:seconds`, `days-hours`). `lead_minutes`: how long before it
-    the job is told to save. `gpus_per_node: 0` trains on CPUs, with `processes_per_node` processes. `options`: further
-    lines of `#SBATCH`, such as `--constraint=h100`. `preflight`: check the nodes before training; a network slower than
-    `min_gb_per_s` (GB/s a GPU sends to the next node) is then refused, and without it one half as fast as the others'.
-    """
+    """Resources of a job and how it ends."""
 
     partition: Word | None = None
+    """SLURM partition. Example: `batch`"""
     account: Word | None = None
+    """SLURM account. Example: `research`"""
     qos: Word | None = None
+    """SLURM quality of service. Example: `normal`"""
     time: Time = "08:00:00"
+    """Time limit in SLURM's spelling: `minutes`, `hours:minutes:seconds` or `days-hours`."""
     lead_minutes: float = Field(default=20.0, gt=0, le=1092)
+    """Minutes before the time limit at which the job is told to save; must be longer than a step and a save."""
     gpus_per_node: int = Field(default=8, ge=0)
+    """GPUs per node; 0 trains on CPUs."""
     processes_per_node: int = Field(default=1, ge=1)
+    """Processes per node when training on CPUs."""
     cpus_per_node: int = Field(default=64, ge=1)
+    """CPU cores per node."""
     container: Text | None = None
+    """Container image. Example: `nvcr.io/nvidia/pytorch:25.10-py3`"""
     container_mounts: Text | None = None
+    """Mounts of the container; must include the checkout and the run folder. Example: `/data:/data`"""
     options: tuple[Option, ...] = Field((), strict=False)
+    """Further `#SBATCH` lines. Example: `["--constraint=h100"]`"""
     preflight: bool = True
+    """Check the nodes before training."""
     min_gb_per_s: float | None = Field(default=None, gt=0)
+    """Refuse a network slower than this (GB/s from one GPU to the next node); default: half of the other nodes' rate.
+    Example: `20.0`
+    """
 
     @property
     def ranks_per_node(self) -> int:

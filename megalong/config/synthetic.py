@@ -21,24 +21,30 @@ Some = Annotated[int, Field(ge=1, le=1000)]
 
 
 class Synthetic(Section):
-    """What each document of the domain is, one a sample.
-
-    `task`: `related` joins documents that resemble each other up to the length of a sample. The others take real text
-    as a haystack and end with a question and its answer: `needle` hides a note; `multi_key` as many as `needles`, one
-    of which is asked for; `variable_tracking` as many `chains` of `hops` copies of a value, asking where one value went
-    to; `word_count` asks for the `words` most frequent words. `min_length`: documents have that many tokens up to
-    `data.seq_length`, evenly spread; left out, all of them have `data.seq_length`. `loss`: on the answer alone, or on
-    all tokens. `tokenizer`: the folder to write questions with; left out, the one the dataset was made with.
-    """
+    """What each synthetic document is; one per sample."""
 
     task: Literal["needle", "multi_key", "variable_tracking", "word_count", "related"]
+    """`related` joins similar documents. `needle`, `multi_key`, `variable_tracking` and `word_count` hide facts in real
+    text and end with a question. Example: `multi_key`
+    """
     min_length: Positive | None = None
+    """Shortest document in tokens; lengths are spread evenly up to the sample's. Default: all have the sample's length.
+    Example: `65536`
+    """
     needles: Some = 4
+    """`multi_key`: number of facts."""
     hops: Some = 4
+    """`variable_tracking`: assignments per chain."""
     chains: Some = 2
+    """`variable_tracking`: number of chains."""
     words: Annotated[int, Field(ge=1, le=100)] = 3
+    """`word_count`: number of words asked for."""
     loss: Literal["answer", "all"] | None = None
+    """Learn the `answer` alone (default for tasks with one) or `all` tokens. Example: `all`"""
     tokenizer: Annotated[str, StringConstraints(min_length=1)] | None = None
+    """Tokenizer folder for the questions; default: the one the dataset was built with. Example:
+    `checkpoints/Llama-3.1-8B-Instruct`
+    """
 
     @property
     def answer_only(self) -> bool:
