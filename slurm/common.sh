@@ -61,8 +61,8 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 # Transformer Engine says why it takes which attention kernel only when asked; 0 keeps 256 ranks quiet.
 export NVTE_DEBUG="${NVTE_DEBUG:-0}"
-# Attention backward without atomics: the same run twice gives the same bits, which a resume is checked against.
-export NVTE_ALLOW_NONDETERMINISTIC_ALGO="${NVTE_ALLOW_NONDETERMINISTIC_ALGO:-0}"
+# 0 would give the same bits in every run, but on Hopper it disables Transformer Engine's fused attention for documents.
+export NVTE_ALLOW_NONDETERMINISTIC_ALGO="${NVTE_ALLOW_NONDETERMINISTIC_ALGO:-1}"
 # Every process would otherwise start a thread for each core of the node; never none, if processes outnumber cores.
 threads=$((${SLURM_CPUS_PER_TASK:-64} / processes_per_node))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
