@@ -25,8 +25,8 @@ from megalong.config.architecture import Architecture
 from megalong.config.lora import ATTENTION, MODULES, Lora
 from megalong.errors import UserError
 from megalong.hf.config import read_json
-from megalong.hf.layout import hf_shapes
 from megalong.hf.tensor_file import open_tensors
+from megalong.hf.weight_map import hf_shapes
 from megalong.runtime.folders import with_default_mode
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

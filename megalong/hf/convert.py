@@ -3,7 +3,7 @@
 Both build the model as one process holds it (TP 1, PP 1) on the CPU, in the dtype that is written, and fill it in
 place: import from slices of the mapped files, export from the sharded checkpoint, whatever layout saved it. The model
 is held once; shards of the export are views of its parameters. The way there and back loses no bit, because import
-keeps the dtype the weights are stored in and both follow the table of megalong.hf.layout.
+keeps the dtype the weights are stored in and both follow the table of megalong.hf.weight_map.
 
 What the model was trained to stands in the checkpoint's architecture, so an export after a context extension carries
 the extended rope and length, and its windows under a name that has them; everything else of config.json, the tokenizer
@@ -33,10 +33,10 @@ from megalong.config.lora import Lora
 from megalong.errors import UserError
 from megalong.hf.adapter import tensor_names, write_adapter
 from megalong.hf.config import CONFIG_FILE, read_architecture, read_json, write_config
-from megalong.hf.layout import hf_shapes, hf_sources
 from megalong.hf.lengths import raise_lengths
 from megalong.hf.load import load_into
 from megalong.hf.reader import HFReader
+from megalong.hf.weight_map import hf_shapes, hf_sources
 from megalong.hf.writer import MAX_SHARD_BYTES, check_target, write_folder
 from megalong.runtime.distributed import single_process
 from megalong.runtime.folders import refuse_unwritable

@@ -15,7 +15,7 @@ from torch import nn
 from megalong.config.architecture import Architecture
 from megalong.config.lora import is_adapter
 from megalong.errors import UserError
-from megalong.hf.layout import LocalParameter, Piece, layer_parameter_names, local_layer, local_parameter
+from megalong.hf.weight_map import LocalParameter, Piece, layer_parameter_names, local_layer, local_parameter
 
 
 class WeightSource(Protocol):
@@ -39,7 +39,7 @@ def load_into(
 ) -> None:
     """Fill every parameter of `module` (or of a table name → tensor) from `source`; adapters are left alone.
 
-    `module` is one pipeline chunk without wrappers, whose parameters bear the names of megalong.hf.layout;
+    `module` is one pipeline chunk without wrappers, whose parameters bear the names of megalong.hf.weight_map;
     `layer_offset` is the number of layers before it. Raises UserError where the source does not fit `architecture`
     or `tp_size` does not divide it, RuntimeError where the module's own parameters are not those of this Llama.
     """
@@ -93,4 +93,4 @@ def _check_parameters(
     for layer in layers:
         missing = [name for name in layer_parameter_names(layer) if name not in parameters]
         if missing:
-            raise RuntimeError(f"the module lacks {missing[0]}: its layers are not laid out as megalong.hf.layout says")
+            raise RuntimeError(f"the module lacks {missing[0]}: its layers are not those of megalong.hf.weight_map")

@@ -12,7 +12,7 @@ import math
 import torch
 
 from megalong.config.architecture import Architecture
-from megalong.hf.layout import hf_shapes
+from megalong.hf.weight_map import hf_shapes
 
 STANDARD_DEVIATION = 0.02
 

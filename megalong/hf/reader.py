@@ -17,9 +17,9 @@ import torch
 
 from megalong.config.architecture import Architecture
 from megalong.errors import UserError
-from megalong.hf.layout import hf_shapes
 from megalong.hf.tensor_file import open_tensors
 from megalong.hf.weight_files import INDEX_FILE, SINGLE_FILE, shards
+from megalong.hf.weight_map import hf_shapes
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 

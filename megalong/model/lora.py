@@ -1,7 +1,7 @@
 """Adapters beside Megatron-Core's parallel linear layers, one A and B for each Hugging Face module (LoRA).
 
 Megatron fuses q, k, v and gate, up; `peft` has an adapter for each. So a fused layer carries several, and puts their
-outputs where the fused layer's rows of that module are (hf/layout.py):
+outputs where the fused layer's rows of that module are (hf/weight_map.py):
 
     linear_qkv, per query group  [ q heads | k head | v head ]        linear_fc1  [ gate | up ]
 

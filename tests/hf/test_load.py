@@ -6,11 +6,11 @@ from safetensors.torch import load_file
 
 from megalong.config.architecture import Architecture
 from megalong.errors import UserError
-from megalong.hf.layout import local_names, local_parameter
 from megalong.hf.load import load_into
 from megalong.hf.reader import HFReader
+from megalong.hf.weight_map import local_names, local_parameter
 from tests.hf.conftest import MakeLlama, architecture_of
-from tests.hf.test_layout import fill
+from tests.hf.test_weight_map import fill
 
 
 def empty_parameters(architecture: Architecture, rank: int = 0, size: int = 1) -> dict[str, torch.Tensor]:

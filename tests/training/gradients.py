@@ -34,7 +34,7 @@ def rank_gradients(settings: dict[str, Any]) -> tuple[list[Slice], float]:
     with _session(settings) as session:
         from megatron.core import parallel_state
 
-        from megalong.hf.layout import local_parameter
+        from megalong.hf.weight_map import local_parameter
         from megalong.model.build import unwrap
         from megalong.training.batches import Batches
         from megalong.training.step import TrainStep

@@ -5,7 +5,7 @@ import torch
 
 from megalong.config.architecture import Architecture
 from megalong.errors import UserError
-from megalong.hf.layout import hf_shapes, hf_sources, local_names, local_parameter
+from megalong.hf.weight_map import hf_shapes, hf_sources, local_names, local_parameter
 from tests.hf.conftest import architecture_of
 
 
