@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,15 +84,16 @@ def test_targets_that_are_refused(tmp_path: Path) -> None:
         check_target(full / "notes.txt" / "out")
 
 
-SLOW = """
+STOPS = """
 import sys, time, torch
 from pathlib import Path
 from megalong.hf.writer import write_folder
 shapes = {f"t{i}": (1000,) for i in range(40)}
 def tensors():
-    print("started", flush=True)
-    for name in shapes:
-        time.sleep(float(sys.argv[2]))
+    for number, name in enumerate(shapes):
+        if number == int(sys.argv[2]):
+            print("there", flush=True)
+            time.sleep(600)
         yield name, torch.ones(1000)
 write_folder(Path(sys.argv[1]), shapes, tensors(), torch.float32, {"model_type": "llama"}, max_shard_bytes=8000)
 """
@@ -101,12 +101,11 @@ write_folder(Path(sys.argv[1]), shapes, tensors(), torch.float32, {"model_type":
 
 def test_a_killed_export_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    command = [sys.executable, "-c", SLOW, str(output)]
-    exports = [subprocess.Popen([*command, "0.05"], stdout=subprocess.PIPE) for _ in range(3)]
-    for export, delay in zip(exports, (0.0, 0.05, 0.1), strict=True):
+    command = [sys.executable, "-c", STOPS, str(output)]
+    exports = [subprocess.Popen([*command, str(stop)], stdout=subprocess.PIPE) for stop in (0, 7, 39)]
+    for export in exports:
         assert export.stdout is not None
-        export.stdout.readline()
-        time.sleep(delay)
+        assert export.stdout.readline() == b"there\n"
         export.send_signal(signal.SIGKILL)
         assert export.wait() == -signal.SIGKILL
         export.stdout.close()
@@ -116,7 +115,7 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(tmp_path: Path) -> None
         assert not (tmp_path / name / "config.json").exists()
         with pytest.raises(UserError, match="neither model"):
             HFReader(tmp_path / name)
-    subprocess.run([*command, "0"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "-1"], check=True, stdout=subprocess.DEVNULL)
     with HFReader(output) as reader:
         assert len(reader.names) == 40
 
