@@ -138,18 +138,14 @@ def _look(store: dist.Store, here: Place, config: Config, seconds: float) -> lis
         token.touch()
         store.set("token", "written")
     else:
-        store.wait(
-            [
-                "token",
-            ],
-            datetime.timedelta(seconds=seconds),
-        )
+        store.wait(["token"], datetime.timedelta(seconds=seconds))
     wanted = config.runtime.device
     device = "cpu" if wanted == "cpu" or (wanted == "auto" and not _gpus_expected(here)) else "cuda"
     report = inspect_node(here.rank, here.local_rank, here.local_world, device, token)
+    if here.rank:
+        store.add("reported", 1)  # before the report: rank 0 may judge and leave as soon as it has that
     store.set(f"report/{here.rank}", report.dumps())
     if here.rank:
-        store.add("reported", 1)
         return []
     try:
         return _judge(_collect(store, here.world, seconds), here, config, seconds)
