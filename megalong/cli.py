@@ -4,8 +4,8 @@ A command is declared in one `add_...` function of `commands/` and answered by o
 what it needs when it is called. So `megalong --help` and `megalong data ...` start without torch, and a broken optional
 package hurts only the command that uses it.
 
-Exit status: 0 done; 2 the user's mistake, told in one line (under torchrun by rank 0 alone); 130 interrupted by hand;
-1 anything else, with its traceback.
+Exit status: 0 done; 2 the user's mistake, told in one line (under torchrun by one process, see
+`UserError.speaker`); 130 interrupted by hand; 1 anything else, with its traceback.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from megalong import __version__
 from megalong.commands import checkpoint, data, evaluate, generate, run, slurm
 from megalong.commands.parsing import Parser, nearest, tell
 from megalong.errors import UserError
+from megalong.runtime.gpus import set_environment
 
 _STDOUT = 1
 _FULL, _DENIED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS), (errno.EACCES, errno.EPERM)
@@ -30,12 +31,13 @@ _MENDS = dict.fromkeys(_FULL, "make room there, or write elsewhere") | dict.from
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command (`sys.argv` where no arguments are given) and return its exit status."""
+    set_environment()
     try:
         options = _parse(arguments)
         status: int = options.run(options)
         sys.stdout.flush()
     except UserError as error:
-        tell(str(error), error.alone)
+        tell(str(error), error.speaker)
         return 2
     except KeyboardInterrupt:
         return 130

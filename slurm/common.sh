@@ -55,10 +55,9 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 # Tensors used by a collective are freed when it is waited for; the allocator's own bookkeeping would hold them longer.
 export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"
 # One hardware queue keeps kernels in launch order, so that tensor-parallel communication starts before the matrix
-# product that should hide it.
+# product that should hide it. Each process would set this itself, as it does the allocator's settings, whose name
+# depends on the version of torch (megalong/runtime/gpus.py).
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-# Tensors of a million tokens leave holes nothing else fits into; growing segments give them back.
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 # Transformer Engine says why it takes which attention kernel only when asked; 0 keeps 256 ranks quiet.
 export NVTE_DEBUG="${NVTE_DEBUG:-0}"
 # 0 would give the same bits in every run, but on Hopper it disables Transformer Engine's fused attention for documents.

@@ -10,10 +10,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from megalong.errors import Speaker
 
-def tell(message: str, alone: bool = False) -> None:
-    """Print a user's mistake once: every rank of a run finds the same one, unless this rank is `alone` with it."""
-    if alone or os.environ.get("RANK", "0") == "0":
+
+def tell(message: str, speaker: Speaker = "world") -> None:
+    """Print a user's mistake, if this process is the one (or one of those) that shall; see `UserError.speaker`."""
+    variable = {"world": "RANK", "node": "LOCAL_RANK"}.get(speaker)
+    if variable is None or os.environ.get(variable, "0") == "0":
         print(f"megalong: error: {message}", file=sys.stderr)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from megalong.data.sampler import PackedSamples
 from megalong.errors import UserError
 from megalong.evaluation.source import ModelSource, find_model, open_held_out
+from megalong.runtime import gpus
 from megalong.runtime.folders import refuse_unwritable
 from megalong.runtime.launch import run_local
 
@@ -51,6 +52,7 @@ def perplexity(
     launched = "RANK" in os.environ
     if nproc is not None and launched:
         raise UserError("--nproc: these processes were started by torchrun already; drop --nproc")
+    gpus.refuse_more_processes(nproc)
     source = find_model(checkpoint, hf)
     packed = open_held_out(data, seq_length, samples, source)
     if output is not None:

@@ -24,10 +24,12 @@ import torch
 import torch.distributed as dist
 
 from megalong.errors import UserError
-from megalong.runtime import cpu, megatron, peers
+from megalong.runtime import cpu, gpus, megatron, peers
 from megalong.runtime.rendezvous import store_of_this_life
 
 GRID_ORDER = "tp-cp-ep-dp-pp"
+# The world's, for groups that are made later.
+_timeout = datetime.timedelta(minutes=60)
 _control: dist.ProcessGroup | None = None
 # The world it belongs to, and the group.
 _background: tuple[Any, dist.ProcessGroup | None] = (None, None)
@@ -63,13 +65,14 @@ def choose_device(wanted: str = "auto") -> torch.device:
     """`cuda:LOCAL_RANK` where a GPU is to be used, else the CPU.
 
     Raises:
-        UserError: `runtime.device: cuda` on a machine where torch sees no GPU.
+        UserError: `runtime.device: cuda` on a machine where torch sees no GPU, or more processes here than GPUs.
     """
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise UserError("runtime.device: 'cuda', but torch sees no GPU here; write 'auto' or 'cpu'")
     if wanted == "cpu" or not available:
         return torch.device("cpu")
+    gpus.refuse_more_processes()
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
@@ -80,12 +83,14 @@ def start(device: torch.device, timeout_minutes: float = 60) -> None:
         timeout_minutes: how long a collective may wait. The first step of a 4M-token run takes longer than torch's
             default of ten minutes.
     """
+    global _timeout
+    gpus.set_environment()
+    # Before Transformer Engine is imported, and before NCCL or anything else could open a context on GPU 0.
+    gpus.use(device)
     megatron.prepare(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    _timeout = timeout = datetime.timedelta(minutes=timeout_minutes)
     if dist.is_initialized():
         return
-    timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
@@ -191,7 +196,8 @@ def control_group() -> dist.ProcessGroup | None:
     if dist.get_backend() != "nccl":
         return None
     if _control is None:
-        _control = dist.new_group(backend="gloo")
+        # By itself gloo would wait half an hour, whatever the world's own time-out.
+        _control = dist.new_group(backend="gloo", timeout=_timeout)
     return _control
 
 

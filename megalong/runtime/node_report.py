@@ -22,6 +22,7 @@ from typing import Self
 
 import torch
 
+from megalong.runtime.gpus import use
 from megalong.runtime.network import node_name
 
 PACKAGES = ("megalong", "torch", "megatron-core", "transformer-engine", "numpy")
@@ -80,6 +81,7 @@ def inspect_node(rank: int, local_rank: int, local_world: int, device_type: str,
     device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
     seconds = 0.0
     try:
+        use(device)
         if device.type == "cuda":
             free, memory = torch.cuda.mem_get_info(device)
             if free < (1 - _BUSY_SHARE) * memory:

@@ -21,6 +21,7 @@ from megalong.config.text import dump_config
 from megalong.data import dali
 from megalong.data.sampler import PackedSamples
 from megalong.errors import UserError
+from megalong.runtime import gpus
 from megalong.runtime.folders import refuse_unwritable
 from megalong.runtime.launch import run_local
 from megalong.runtime.requeue import clear
@@ -44,6 +45,8 @@ def train(config_path: str, overrides: list[str] | None = None, nproc: int | Non
     if nproc is not None and under_launcher:
         raise UserError("--nproc: these processes were started by torchrun already; drop --nproc")
     world = int(os.environ["WORLD_SIZE"]) if under_launcher else nproc or 1
+    if stages[0].runtime.device != "cpu":
+        gpus.refuse_more_processes(nproc)
     if os.environ.get("RANK", "0") == "0":
         for config in stages:
             clear(Path(config.run.dir))

@@ -84,7 +84,7 @@ class Trainer:
                         gc.collect()
                 self._tell_saved(self.session.saver.finish())
         except UserError as error:
-            if not error.alone:  # raised by all ranks: the save under way is good
+            if error.speaker == "world":  # raised by all ranks: the save under way is good
                 self._tell_saved(self.session.saver.finish())
             raise
         finally:

@@ -29,6 +29,7 @@ from megalong.errors import UserError
 from megalong.runtime import peers
 from megalong.runtime.bandwidth import Bandwidth, measure
 from megalong.runtime.folders import refuse_unwritable
+from megalong.runtime.gpus import use
 from megalong.runtime.network import node_name
 from megalong.runtime.node_report import NodeReport, inspect_node
 from megalong.training.node_judge import disk_fault, memory_faults, node_faults, silent_nodes, slow_nodes
@@ -76,7 +77,7 @@ def preflight(config_path: str, overrides: Sequence[str] = (), report_seconds: f
         UserError: the configuration is wrong or does not fit the world, or no node can hold it.
     """
     here = place()
-    os.environ["RANK"] = str(here.rank)  # who speaks of a user's mistake
+    os.environ.update(RANK=str(here.rank), LOCAL_RANK=str(here.local_rank))  # who speaks of a user's mistake
     config = load_config(config_path, list(overrides))[0]
     check_world(config, here.world)
     store = _store(here, report_seconds)
@@ -98,14 +99,12 @@ def _store(here: Place, seconds: float) -> dist.TCPStore:
     try:
         return dist.TCPStore(address, port, None, here.rank == 0, timeout, wait_for_workers=False)
     except (RuntimeError, TimeoutError):
-        raise _silent(here, f"the first node {here.nodes[0]} does not answer at {address}:{port}") from None
+        raise _silent(f"the first node {here.nodes[0]} does not answer at {address}:{port}") from None
 
 
-def _silent(here: Place, what: str) -> UserError:
+def _silent(what: str) -> UserError:
     """A mistake that rank 0 cannot tell; one process of a node does."""
-    if here.local_rank == 0:
-        os.environ["RANK"] = "0"
-    return UserError(f"preflight: {node_name()}: {what}")
+    return UserError(f"preflight: {node_name()}: {what}", speaker="node")
 
 
 def _agree(store: dist.Store, here: Place, key: str, judge: Callable[[], list[str]], seconds: float) -> list[str]:
@@ -126,7 +125,7 @@ def _agree(store: dist.Store, here: Place, key: str, judge: Callable[[], list[st
         store.wait([key], datetime.timedelta(seconds=2 * seconds))
         return list(json.loads(store.get(key)))
     except RuntimeError:
-        raise _silent(here, f"the first node {here.nodes[0]} has gone silent") from None
+        raise _silent(f"the first node {here.nodes[0]} has gone silent") from None
 
 
 def _look(store: dist.Store, here: Place, config: Config, seconds: float) -> list[str]:
@@ -193,8 +192,7 @@ def _measure(store: dist.Store, here: Place, config: Config) -> Bandwidth:
     done = threading.Event()
     threading.Thread(target=_watch, args=(store, here, done), daemon=True).start()
     timeout = datetime.timedelta(seconds=MEASURE_SECONDS)
-    if cuda:
-        torch.cuda.set_device(device)
+    use(device)
     joined = dist.PrefixStore("group", store)
     peers.meet(joined, here.rank, here.world)
     dist.init_process_group(

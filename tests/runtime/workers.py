@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -39,3 +41,38 @@ def close_layouts_of_a_gpu_world() -> list[str]:
         dist.new_group, dist.destroy_process_group = share, close
         parallel_state.initialize_model_parallel = build
     return closed
+
+
+def timeouts_of_a_gpu_world(minutes: float) -> list[tuple[str, float]]:
+    """What every group made beside the world's would wait, where gloo groups lie beside the world's as on NCCL."""
+    distributed.start(torch.device("cpu"), minutes)
+    from megatron.core import parallel_state
+
+    found: list[tuple[str, float]] = []
+    build, share, backend = parallel_state.initialize_model_parallel, dist.new_group, dist.get_backend
+    kind = "layout"
+
+    def note(*ranks: object, timeout: Any = None, **settings: Any) -> Any:
+        group = share.__wrapped__(*ranks, timeout=timeout, **settings)
+        minutes = timeout.total_seconds() / 60 if timeout is not None else 30.0
+        found.append((settings.get("group_desc") or kind, minutes))
+        return group
+
+    def build_with_gloo(**settings: Any) -> None:
+        build(**{**settings, "create_gloo_process_groups": True})
+
+    note.__wrapped__ = note  # type: ignore[attr-defined]
+    dist.new_group = note
+    parallel_state.initialize_model_parallel = build_with_gloo
+    try:
+        distributed.set_layout(distributed.Layout(), timeout_minutes=minutes)
+        kind = "background"
+        distributed.background_group(minutes)
+        kind = "control"
+        dist.get_backend = lambda group=None: "nccl"
+        distributed.control_group()
+    finally:
+        dist.new_group, dist.get_backend = share, backend
+        parallel_state.initialize_model_parallel = build
+        distributed.stop()
+    return found
