@@ -1,6 +1,10 @@
-"""Tokens through NVIDIA DALI: processes read ahead, and on a GPU the tokens travel there ahead of the step as well.
+"""Tokens through NVIDIA DALI: processes read ahead of the step.
 
-    samples of micro-batch i ──▶ Reader in `workers` processes ──▶ external_source, `depth` batches queued ──▶ [GPU]
+    samples of micro-batch i ──▶ Reader in `workers` processes ──▶ external_source, `depth` batches queued ──▶ copied
+
+DALI itself stays off the GPU: its pipeline reuses a buffer as soon as the next batch is asked for, and a copy that the
+GPU has only queued by then would read the next batch's tokens. Batches go to the GPU as those of the other loader do,
+from pinned memory of their own.
 
 DALI hands the reader a number and gets bytes. The reader is a function of that number, so the position in the data
 stays what it is without DALI: the number of samples consumed. DALI's own checkpoint would say the same in other words,
@@ -74,17 +78,14 @@ class DaliTokens:
         batch_size: samples of a batch.
         workers: processes that read.
         depth: batches read ahead, at least 1.
-        device: where the tokens go.
     """
 
-    def __init__(self, reader: Reader, batch_size: int, workers: int, depth: int, device: torch.device) -> None:
+    def __init__(self, reader: Reader, batch_size: int, workers: int, depth: int) -> None:
         from nvidia.dali import fn, pipeline_def, types
-
-        on_gpu = device.type == "cuda"
 
         @pipeline_def
         def tokens() -> Any:
-            read = fn.external_source(
+            return fn.external_source(
                 source=reader,
                 batch=False,
                 parallel=True,
@@ -92,13 +93,11 @@ class DaliTokens:
                 dtype=types.UINT8,
                 ndim=1,
             )
-            return read.gpu() if on_gpu else read
 
-        self._on_gpu = on_gpu
         self._pipeline = tokens(
             batch_size=batch_size,
             num_threads=1,
-            device_id=(device.index or 0) if on_gpu else None,
+            device_id=None,
             py_num_workers=workers,
             py_start_method="spawn",
             prefetch_queue_depth=2,
@@ -106,12 +105,10 @@ class DaliTokens:
         self._pipeline.build()
 
     def next(self) -> list[torch.Tensor]:
-        """The next batch: uint8 of each of its samples. Its memory is used again by the call after."""
+        """The next batch: uint8 of each of its samples, in memory of its own."""
         import torch
 
         (batch,) = self._pipeline.run()
-        if self._on_gpu:
-            return [torch.from_dlpack(batch[row]) for row in range(len(batch))]
         return [torch.from_numpy(np.array(batch.at(row))) for row in range(len(batch))]
 
     def close(self) -> None:

@@ -96,7 +96,7 @@ class MicroBatch:
 
     def pinned(self) -> MicroBatch:
         """The same in memory that a GPU copies from while the CPU goes on."""
-        return self._with(lambda tensor: tensor if tensor.is_cuda else tensor.contiguous().pin_memory())
+        return self._with(lambda tensor: tensor.contiguous().pin_memory())
 
     def to(self, device: torch.device | None) -> MicroBatch:
         """The same on `device`."""

@@ -32,6 +32,7 @@ from megalong.data.order import SampleOrder
 from megalong.data.sample import Sample, SampleSource
 from megalong.model.batch import MicroBatch, batch_of, read_tokens
 from megalong.model.share import Share
+from megalong.runtime.gpus import use
 
 Made = tuple[MicroBatch, int, int]  # with the bytes of tokens read for it, and those of its whole samples
 
@@ -135,7 +136,7 @@ class Batches:
         if data.loader == "dali" and self._reads:
             reader = Reader(self._open, partial(self._share.read_alone, self._dtype), order)
             size = order.micro_batch_size
-            self._dali = DaliTokens(reader, size, data.workers, max(depth, 1), self._device)
+            self._dali = DaliTokens(reader, size, data.workers, max(depth, 1))
             # One thread: DALI hands out its batches one after the other.
             self._ahead = Ahead(partial(self._made, order), depth)
         else:
@@ -143,8 +144,7 @@ class Batches:
 
     def _made(self, order: SampleOrder, i: int) -> Made:
         """This rank's i-th micro-batch in the memory it is sent to the device from."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # a thread begins on GPU 0
+        use(self._device)  # in a thread of its own
         rows = [self.samples.read(k) for k in order.samples(i)]
         plan = self._share.plan(rows)
         own = self._tokens(rows, plan) if self._reads else None

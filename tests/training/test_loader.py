@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megalong.data import dali
 from megalong.data.ahead import Ahead
@@ -162,6 +163,36 @@ def test_what_fails_in_the_background_fails_where_it_is_asked_for(depth: int) ->
     with pytest.raises(UserError, match="sample 3 is gone"):
         ahead.next()
     ahead.close()
+
+
+def numbers_source() -> int:
+    return 100
+
+
+def read_number(source: Any, k: int) -> np.ndarray:
+    return np.full(4, source + k, np.int32)
+
+
+def test_dali_stays_off_the_gpu_and_a_batch_stays_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy to a GPU that is still queued must find the batch that it was queued for."""
+    nvidia = pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    define, devices = nvidia.pipeline_def, []
+
+    def noting(function: Any) -> Any:
+        def build(**settings: Any) -> Any:
+            devices.append(settings["device_id"])
+            return define(function)(**settings)
+
+        return build
+
+    monkeypatch.setattr(nvidia, "pipeline_def", noting)
+    tokens = dali.DaliTokens(dali.Reader(numbers_source, read_number, SampleOrder(0, 2, 2)), 2, 1, 1)
+    batches = [tokens.next() for _ in range(5)]
+    tokens.close()
+    assert devices == [None]
+    for i, batch in enumerate(batches):
+        assert [row.view(torch.int32).tolist() for row in batch] == [[100 + 2 * i] * 4, [101 + 2 * i] * 4]
+        assert all(not row.is_cuda for row in batch)
 
 
 def test_a_missing_dali_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
