@@ -29,6 +29,7 @@ from megalong.checkpoint.writing import Begun, SaveError, complete
 from megalong.config.schema import Checkpoint
 from megalong.errors import UserError
 from megalong.runtime.distributed import background_group, control_group, is_main_rank
+from megalong.runtime.gpus import use
 
 log = logging.getLogger("megalong")
 
@@ -88,7 +89,10 @@ class Saver:
             result.failure = str(error)
         self._result = result
         if begun is not None and self._settings.async_save:
-            self._thread = threading.Thread(target=self._complete, args=(begun, started), daemon=True, name="saver")
+            device = next(chunks[0].parameters()).device
+            self._thread = threading.Thread(
+                target=self._complete_aside, args=(begun, started, device), daemon=True, name="saver"
+            )
             result.pause = time.perf_counter() - started
             self._thread.start()
             return before
@@ -129,6 +133,11 @@ class Saver:
             if is_main_rank():
                 log.warning("%s (checkpoint.on_save_failure: continue)", result.failure)
         return result
+
+    def _complete_aside(self, begun: Begun, started: float, device: torch.device) -> None:
+        # torch's writer asks for the current GPU's stream.
+        use(device)
+        self._complete(begun, started)
 
     def _complete(self, begun: Begun, started: float) -> None:
         assert self._result is not None

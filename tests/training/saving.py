@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 
 from megalong.checkpoint import saver, writing
@@ -30,9 +31,11 @@ def run(settings: dict[str, Any], how: dict[str, int] | None = None) -> dict[str
     how = how or {}
     complete, write = saver.complete, writing.HeldBack.write
     go, written = threading.Event(), threading.Event()
+    events: list[tuple[str, str, str]] = []
 
     def held(begun: Any, group: Any) -> None:
         step = begun.meta.step
+        events.append((threading.current_thread().name, "writes", str(step)))
         checkpoints = begun.checkpoint.parent
         if how.get("hold") == step:
             assert go.wait(60)
@@ -54,8 +57,12 @@ def run(settings: dict[str, Any], how: dict[str, int] | None = None) -> dict[str
                 return write(self, folder, group)
         return write(self, folder, group)
 
+    def used(device: torch.device) -> None:
+        events.append((threading.current_thread().name, "uses", str(device)))
+
     with (
         _session(settings) as session,
+        patch.object(saver, "use", used),
         patch.object(saver, "complete", held),
         patch.object(writing.HeldBack, "write", full),
     ):
@@ -76,7 +83,7 @@ def run(settings: dict[str, Any], how: dict[str, int] | None = None) -> dict[str
         finally:
             close_logging()
         losses = [record["loss"] for record in records.kept]
-        return {"started": started, "losses": losses, "steps_while_writing": during}
+        return {"started": started, "losses": losses, "steps_while_writing": during, "events": events}
 
 
 def _read_only(*_: Any, **__: Any) -> None:

@@ -34,7 +34,11 @@ def test_a_save_beside_training_writes_what_a_blocking_one_does(
     beside = settings(tmp_path / "beside", sources, optimizer=optimizer)
     blocking = settings(tmp_path / "blocking", sources, optimizer=optimizer, async_save=False)
     late = pool.run(2, RUN, beside, {"hold": 2})[0]
-    pool.run(2, RUN, blocking)
+    now = pool.run(2, RUN, blocking)[0]
+    # The thread that writes begins on GPU 0: it takes the model's device before it does anything.
+    saves = [("uses", "cpu"), ("writes", "2"), ("uses", "cpu"), ("writes", "4")]
+    assert late["events"][:4] == [("saver", *event) for event in saves]
+    assert now["events"][:2] == [("MainThread", "writes", "2"), ("MainThread", "writes", "4")]
     assert late["steps_while_writing"] >= 1
     for step in (2, 4, 10):
         ours, theirs = (step_folder(tmp_path / name, step) for name in ("beside", "blocking"))
