@@ -67,10 +67,15 @@ class Hosts:
         self._made.clear()
 
     def resolve(self, own: str = "127.0.1.1") -> None:
-        """Write /etc/hosts: each host's own name leads to `own` (`decoy`: its decoy's address), the other is right."""
+        """Write /etc/hosts.
+
+        Args:
+            own: where each host's own name leads, beside which the other's is right: an address; `decoy`, its decoy's;
+                `nothing`, and then the other's leads nowhere either, as where only a scheduler knows the addresses.
+        """
         for name in NAMES:
             lines = ["127.0.0.1 localhost", "::1 localhost"]
-            for other in NAMES:
+            for other in NAMES if own != "nothing" else ():
                 address = self.addresses[other]
                 if other == name:
                     address = DECOYS[name] if own == "decoy" else own

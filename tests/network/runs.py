@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megalong.checkpoint.folder import step_folder
 from tests.llama import run_settings
 from tests.network.hosts import NAMES, Hosts
-from tests.ranks import start_ranks
+from tests.ranks import finish, start_ranks
 
 STEPS = 6
 PORT = "29511"
@@ -79,6 +82,49 @@ def until(happened: Callable[[], bool], run: Run, seconds: float = 120) -> None:
     while not happened():
         assert time.monotonic() < deadline, run.told()
         time.sleep(0.02)
+
+
+def meet(hosts: Hosts, folder: Path, ranks: Sequence[str], master: str, **environment: str) -> list[dict[str, Any]]:
+    """Let ranks join a world, add their ranks up and leave; what each says of it.
+
+    Args:
+        ranks: the host of each rank.
+        master: MASTER_ADDR.
+        environment: more variables for all ranks.
+    """
+
+    def own(rank: int) -> dict[str, str]:
+        return {
+            **hosts.variables(ranks[rank]),
+            **environment,
+            "MASTER_ADDR": master,
+            "MASTER_PORT": PORT,
+            "TEST_FOLDER": str(folder),
+        }
+
+    log = folder / "log"
+    statuses = finish(start_ranks([], len(ranks), log, "tests.network.runs:enter_and_meet", own), 60)
+    assert statuses == [0] * len(ranks), log.read_text()
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(len(ranks))]
+
+
+def enter_and_meet() -> None:
+    """In a rank: enter its host, join the world and write down what was chosen; ends the process."""
+    import torch
+    import torch.distributed as dist
+
+    from megalong.runtime import distributed, network, peers
+    from tests.network.hosts import enter_this
+
+    enter_this()
+    distributed.start(torch.device("cpu"), timeout_minutes=0.3)
+    total = torch.tensor([dist.get_rank() + 1])
+    dist.all_reduce(total)
+    found = {"sum": int(total), "said": peers.way(), "host": socket.gethostname()}
+    found |= {name: os.environ.get(name) for name in (network.GLOO, network.NCCL)}
+    (Path(os.environ["TEST_FOLDER"]) / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
+    distributed.stop()
+    sys.exit(0)
 
 
 def enter_and_pause() -> None:
