@@ -9,6 +9,8 @@ import pytest
 
 from tests.llama import make_dataset, make_llama
 from tests.network.hosts import Hosts, missing
+from tests.network.runs import STEPS, Run
+from tests.ranks import finish, start_ranks
 
 
 @pytest.fixture(scope="package")
@@ -24,3 +26,12 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("network")
     return make_llama(folder / "llama", num_hidden_layers=2), make_dataset(folder / "data")
+
+
+@pytest.fixture(scope="package")
+def unbroken(hosts: Hosts, sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two ranks on one host that nothing happens to."""
+    run = Run(tmp_path_factory.mktemp("unbroken"), sources)
+    assert finish(start_ranks(["train", str(run.config)], 2, run.log)) == [0, 0], run.told()
+    assert [step for step, _ in run.curves()["loss/train"]] == list(range(1, STEPS + 1))
+    return run

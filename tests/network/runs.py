@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -65,8 +68,9 @@ class Run:
         (self.folder / "go").touch()
 
     def told(self) -> str:
-        """All that was printed."""
-        return self.log.read_text() if self.log.exists() else ""
+        """All that was printed, to ranks' own logs of a job as well."""
+        files = [self.log, *sorted(self.run.glob("logs/*/*.log"))]
+        return "".join(file.read_text() for file in files if file.exists())
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """Loss and gradient norm by step, as TensorBoard has them in the end."""
@@ -74,6 +78,20 @@ class Run:
         accumulator.Reload()
         names = ("loss/train", "schedule/gradient_norm")
         return {name: [(point.step, point.value) for point in accumulator.Scalars(name)] for name in names}
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]], seconds: float = 240) -> list[int]:
+    """Wait until commands that `Hosts.start` has started have ended, killing those that have not; their statuses."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+    statuses = [process.poll() for process in processes]
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return [-1 if status is None else status for status in statuses]
 
 
 def until(happened: Callable[[], bool], run: Run, seconds: float = 120) -> None:
@@ -103,7 +121,7 @@ def meet(hosts: Hosts, folder: Path, ranks: Sequence[str], master: str, **enviro
         }
 
     log = folder / "log"
-    statuses = finish(start_ranks([], len(ranks), log, "tests.network.runs:enter_and_meet", own), 60)
+    statuses = finish(start_ranks([], len(ranks), log, "tests.network.runs:enter_and_meet", own))
     assert statuses == [0] * len(ranks), log.read_text()
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(len(ranks))]
 
@@ -117,7 +135,7 @@ def enter_and_meet() -> None:
     from tests.network.hosts import enter_this
 
     enter_this()
-    distributed.start(torch.device("cpu"), timeout_minutes=0.3)
+    distributed.start(torch.device("cpu"), timeout_minutes=1.0)
     total = torch.tensor([dist.get_rank() + 1])
     dist.all_reduce(total)
     found = {"sum": int(total), "said": peers.way(), "host": socket.gethostname()}
@@ -129,13 +147,19 @@ def enter_and_meet() -> None:
 
 def enter_and_pause() -> None:
     """In a rank: enter its host, and be ready to stop where the test has asked for it."""
+    from tests.network.hosts import enter_this
+
+    enter_this()
+    pause_where_asked()
+
+
+def pause_where_asked() -> None:
+    """In a rank: shorten what the watchdog grants to a start, and be ready to stop where TEST_PAUSE says."""
     from megalong.checkpoint.strategy import HeldBack
     from megalong.runtime.watchdog import Watchdog
     from megalong.training import loop
     from megalong.training.step import TrainStep
-    from tests.network.hosts import enter_this
 
-    enter_this()
     loop.Watchdog = partial(Watchdog, moment_seconds=6.0)  # type: ignore[misc,assignment]
     what, _, number = os.environ.get("TEST_PAUSE", "").partition(" ")
     if what == "step":

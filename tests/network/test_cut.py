@@ -13,20 +13,12 @@ import pytest
 from megalong.checkpoint.folder import find_checkpoint, read_meta, verify, whole_checkpoints
 from megalong.training import events
 from tests.network.hosts import Hosts
-from tests.network.runs import STEPS, Run
-from tests.ranks import end_ranks, finish, start_ranks
+from tests.network.runs import Run
+from tests.ranks import end_ranks, finish
 
 WATCHDOG = {"timeout_minutes": 1.0, "watchdog_minutes": 0.1}
 NO_ANSWER = "no answer from host {0} (rank {1}): it is down, or the network between it and {2}"
 B_IS_GONE, A_IS_GONE = NO_ANSWER.format("b", 1, "a"), NO_ANSWER.format("a", 0, "b")
-
-
-@pytest.fixture(scope="module")
-def unbroken(hosts: Hosts, sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = Run(tmp_path_factory.mktemp("unbroken"), sources)
-    assert finish(start_ranks(["train", str(run.config)], 2, run.log)) == [0, 0], run.told()
-    assert [step for step, _ in run.curves()["loss/train"]] == list(range(1, STEPS + 1))
-    return run
 
 
 def resumes(run: Run, hosts: Hosts, step: int, unbroken: Run) -> None:
