@@ -34,7 +34,7 @@ def tokenize(template: ChatTemplate, conversation: Conversation) -> Tokens:
     Raises:
         BadSampleError: the template refuses it, or it has no token of the assistant's.
     """
-    template.refuse_special(conversation)
+    template.refuse_added(conversation)
     ids, targets = template.marked_tokens(conversation) if template.marked else by_prefix(template, conversation)
     if not any(targets):
         raise BadSampleError("no_assistant", "the template gives the assistant no token")

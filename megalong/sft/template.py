@@ -1,17 +1,19 @@
 """The tokenizer's own chat template: a conversation as the text and tokens the model is trained to expect.
 
-transformers renders it (a sandboxed Jinja). Content that spells out one of the special tokens is refused: as text of a
-turn it would be tokenized as the real one, and could end the turn or open another.
+transformers renders it (a sandboxed Jinja). Text that spells out one of the tokenizer's added tokens is refused
+(spelled.py): it would be tokenized as the real one, and could end the turn or open another.
 """
 
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megalong.errors import UserError
 from megalong.sft.formats import BadSampleError, Conversation, Message
+from megalong.sft.spelled import AddedTokens
 
 # What a template raises besides jinja's own errors where a turn has not the keys or types it is written for.
 _REFUSALS = (TypeError, KeyError, ValueError, AttributeError)
@@ -51,8 +53,10 @@ class ChatTemplate:
             )
         self.marked = "endgeneration" in template
         self._check_syntax(folder)
-        self._special = sorted(self.tokenizer.all_special_tokens)
-        content = (Path(folder) / "tokenizer.json").read_bytes() + template.encode() + repr(self._special).encode()
+        self._added = AddedTokens(self.tokenizer.backend_tokenizer, self.tokenizer.all_special_tokens)
+        self._find_control()
+        closing = repr(self._added.closing).encode()
+        content = (Path(folder) / "tokenizer.json").read_bytes() + template.encode() + closing
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def _check_syntax(self, folder: str | Path) -> None:
@@ -67,6 +71,15 @@ class ChatTemplate:
             ) from None
         except (TemplateError, *_REFUSALS):
             pass  # it may refuse this conversation; those of the sources are told one by one
+
+    def _find_control(self) -> None:
+        """Learn which tokens the template writes itself, from the plainest conversation that it takes."""
+        asked, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+        for head in ([], [{"role": "system", "content": "."}]):
+            with suppress(BadSampleError):
+                turns = [*head, asked]
+                self._added.written_by_template(self.text(turns, prompt=True), self.text([*turns, answer]))
+                break
 
     def text(self, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
         """The conversation as text; with `prompt` up to where the assistant's next answer begins.
@@ -96,20 +109,17 @@ class ChatTemplate:
         )
         return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
 
-    def refuse_special(self, conversation: Conversation) -> None:
-        """Refuse content that would turn into a special token.
+    def refuse_added(self, conversation: Conversation) -> None:
+        """Refuse text that would turn into an added token.
 
         Raises:
             BadSampleError: naming it.
         """
-        for message in conversation.messages:
-            for token in self._special:
-                if token in message.get("content", ""):
-                    raise BadSampleError("malformed", f"a turn of role {message['role']} spells the token {token!r}")
+        self._added.refuse(conversation)
 
     def ends_with_special(self, text: str) -> bool:
-        """Whether `text` ends with a special token."""
-        return text.endswith(tuple(self._special))
+        """Whether `text` ends with a special token or one the template writes around turns."""
+        return text.endswith(self._added.closing)
 
     def _apply(self, messages: list[Message], tools: list[Any] | None, **how: Any) -> Any:
         from jinja2.exceptions import TemplateError
