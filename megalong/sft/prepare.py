@@ -5,7 +5,7 @@
     DIR/sft-KEY/ends.npy     int64, where each conversation ends
     DIR/sft-KEY/sources.npy  int32, which source each is of
     DIR/sft-KEY/report.json  what was read, kept and left out of each source, by reason, with examples
-    DIR/sft-KEY/left_out.jsonl  every record that was left out or cut: source, place, reason, and what is bad about it
+    DIR/sft-KEY/left_out.jsonl  every record that was left out, cut or not marked whole: source, place, reason, and why
 
 KEY is a digest of all they follow from: files (size, time of change), tokenizer and template, rules. The folder is
 written aside and renamed, so a half of one is never read. Tokens go to their files as they come: memory holds
@@ -35,7 +35,7 @@ from megalong.data.decontaminate import Benchmarks
 from megalong.data.sources import Source, find_files
 from megalong.errors import UserError
 from megalong.sft.mask import Tokens
-from megalong.sft.reading import Read, Reader, read_all
+from megalong.sft.reading import KEPT, Read, Reader, read_all
 from megalong.sft.template import ChatTemplate
 
 IDS, TARGETS, LEFT_OUT = "ids.bin", "targets.bin", "left_out.jsonl"
@@ -120,7 +120,7 @@ class _Work:
                     self._left_out.write(orjson.dumps(told) + b"\n")
                     if len(examples.setdefault(reason, [])) < EXAMPLES:
                         examples[reason].append(f"{one.place}: {detail}")
-                if one.tokens is not None and reason in (None, "truncated"):
+                if one.tokens is not None and reason in KEPT:
                     self._keep(one.tokens)
                     targets += int(one.tokens.targets.sum())
                 if source.max_samples is not None and len(self._lengths) - before == source.max_samples:

@@ -26,6 +26,7 @@ from megalong.sft.template import ChatTemplate
 
 CHUNK = 128  # conversations a worker gets at a time
 BYTES_PER_WORKER = 1 << 20
+KEPT = (None, "truncated", "unmarked")  # reasons of what is trained on
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Read:
 
     Attributes:
         place: file and line or row.
-        reason: the rule a bad one falls under; "truncated" for one that was cut; None for one as it should be.
+        reason: the rule a bad one falls under; "truncated" for one that was cut, "unmarked" for one with an answer that
+            the template does not mark; None for one as it should be.
         detail: what is bad about it.
         contaminated: the benchmark and the words of it that were found.
     """
@@ -65,6 +67,8 @@ class Reader:
                 )
             conversation = read_conversation(record, format)
             tokens = tokenize(self.template, conversation)
+            if tokens.unmarked:
+                reason, detail = "unmarked", tokens.unmarked
             if len(tokens.ids) > self.limit:
                 detail = f"{len(tokens.ids)} tokens, above the limit of {self.limit}"
                 if self.rules.on_too_long != "truncate":

@@ -11,8 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from megalong.errors import UserError
 from megalong.sft.formats import BadSampleError, Conversation, Message
+from megalong.sft.marks import Span, has_marks, locate
 from megalong.sft.spelled import AddedTokens
 
 # What a template raises besides jinja's own errors where a turn has not the keys or types it is written for.
@@ -51,10 +54,14 @@ class ChatTemplate:
                 f"sft.tokenizer: {folder} has no chat template; put a chat_template.jinja beside its tokenizer.json, "
                 "or write sft.tokenizer: DIR of the instruction-tuned model"
             )
-        self.marked = "endgeneration" in template
+        self.marked = has_marks(template)
         self._check_syntax(folder)
         self._added = AddedTokens(self.tokenizer.backend_tokenizer, self.tokenizer.all_special_tokens)
         self._find_control()
+        self._words = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        self._words.no_truncation()
+        self._words.no_padding()
+        self._words.post_processor = None  # one that adds no token here may still cut white space off a token's place
         closing = repr(self._added.closing).encode()
         content = (Path(folder) / "tokenizer.json").read_bytes() + template.encode() + closing
         self.fingerprint = hashlib.sha256(content).hexdigest()
@@ -90,24 +97,27 @@ class ChatTemplate:
         return str(self._apply(messages, tools, tokenize=False, add_generation_prompt=prompt))
 
     def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a rendered text, and for each the characters it stands for."""
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return list(found["input_ids"]), list(found["offset_mapping"])
+        """Ids of a rendered text, and for each the characters it stands for, white space included."""
+        found = self._words.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
 
-    def marked_tokens(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
-        """Ids of the conversation, and those the template's `{% generation %}` marks.
+    def marks(self, conversation: Conversation, text: str) -> list[Span]:
+        """The stretches of `text`, in characters, that the template's `{% generation %}` marks.
 
         Raises:
-            BadSampleError: the template refuses it.
+            BadSampleError: the template refuses the conversation, or its marks cannot be followed.
         """
-        found = self._apply(
-            conversation.messages,
-            conversation.tools,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
+
+        def render(template: str) -> str:
+            return str(self._apply(conversation.messages, conversation.tools, tokenize=False, chat_template=template))
+
+        spans = locate(str(self.tokenizer.chat_template), text, render)
+        if spans is None:
+            raise BadSampleError(
+                "malformed",
+                "the chat template captures or changes what it marks with {% generation %}; mark the output",
+            )
+        return spans
 
     def refuse_added(self, conversation: Conversation) -> None:
         """Refuse text that would turn into an added token.

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megalong.sft.formats import BadSampleError, Conversation, read_conversation
-from megalong.sft.mask import by_prefix, shorten, tokenize
+from megalong.sft.mask import shorten, tokenize
 from megalong.sft.template import ChatTemplate
 from tests.sft.chats import MARKED, chats, make_tokenizer
 
@@ -17,19 +17,17 @@ def test_both_ways_give_transformers_own_mask(family: str, tmp_path: Path) -> No
     marked = make_tokenizer(tmp_path / "marked", family)
     plain = ChatTemplate(make_tokenizer(tmp_path / "plain", family, marked=False))
     theirs = AutoTokenizer.from_pretrained(marked)
-    assert ChatTemplate(marked).marked
-    assert not plain.marked
+    template = ChatTemplate(marked)
+    assert (template.marked, plain.marked) == (True, False)
     for messages in chats(12, system=family != "mistral"):
         wanted = theirs.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        ids, mask = by_prefix(plain, Conversation(messages))
-        assert ids == wanted["input_ids"]
-        assert [int(one) for one in mask] == wanted["assistant_masks"]
-        ours = tokenize(ChatTemplate(marked), Conversation(messages))
-        assert ours.ids.tolist() == ids
-        assert ours.targets.tolist() == mask
-        assert 0 < sum(mask) < len(mask)
+        for ours in (tokenize(plain, Conversation(messages)), tokenize(template, Conversation(messages))):
+            assert ours.ids.tolist() == wanted["input_ids"]
+            assert ours.targets.astype(int).tolist() == wanted["assistant_masks"]
+            assert 0 < ours.targets.sum() < len(ours.targets)
+            assert ours.unmarked == ""
 
 
 @pytest.mark.parametrize("family", MARKED)
@@ -57,7 +55,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> No
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}{{ '!' if loop.last }}{{ m['content'] }}{% endfor %}"
     )
     with pytest.raises(BadSampleError, match="writes turn 1 otherwise"):
-        by_prefix(template, Conversation(chats(2)[1]))
+        tokenize(template, Conversation(chats(2)[1]))
 
 
 def test_an_answer_without_a_question_needs_marks(tmp_path: Path) -> None:
@@ -95,9 +93,10 @@ def test_calls_of_tools_are_learnt_and_their_answers_are_not(tmp_path: Path) -> 
         ],
     }
     conversation = read_conversation(record)
-    ids, mask = by_prefix(plain, conversation)
-    assert (ids, mask) == marked.marked_tokens(conversation)
-    learnt = plain.tokenizer.decode([token for token, counts in zip(ids, mask, strict=True) if counts])
+    found = tokenize(plain, conversation)
+    assert found.ids.tolist() == tokenize(marked, conversation).ids.tolist()
+    assert found.targets.tolist() == tokenize(marked, conversation).targets.tolist()
+    learnt = plain.tokenizer.decode(found.ids[found.targets])
     assert learnt.startswith('[{"')
     assert learnt.endswith("<|im_end|>There.<|im_end|>")
     assert "on a mat" not in learnt
