@@ -10,10 +10,11 @@ A record's format is found by its keys unless the source names one. What cannot 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from megalong.sft.tool_calls import Message, read_calls, read_tools
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT = {
@@ -31,7 +32,6 @@ KEYS = {
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
 }
-Message = dict[str, Any]
 
 
 class BadSampleError(Exception):
@@ -67,10 +67,11 @@ def read_conversation(record: Any, format: str = "auto") -> Conversation:
     if missing:
         raise BadSampleError("malformed", f"no key {missing[0]!r}, which {format} has (there are: {', '.join(record)})")
     messages = _READERS[format](record)
-    tools = record.get("tools")
-    if isinstance(tools, str):
-        tools = _tools(tools)
     _check(messages)
+    try:
+        messages, tools = [read_calls(message) for message in messages], read_tools(record.get("tools") or None)
+    except ValueError as error:
+        raise BadSampleError("malformed", str(error)) from None
     return Conversation(messages, tools or None)
 
 
@@ -143,13 +144,6 @@ def _joined(content: Any) -> Any:
     texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
     whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
     return "".join(map(str, texts)) if whole else content
-
-
-def _tools(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise BadSampleError("malformed", f"tools are not valid JSON ({error})") from None
 
 
 def _check(messages: list[Message]) -> None:

@@ -57,6 +57,7 @@ def tokenize(template: ChatTemplate, conversation: Conversation) -> Tokens:
     Raises:
         BadSampleError: the template refuses it, or it has no token of the assistant's.
     """
+    conversation = template.with_calls(conversation)
     template.refuse_added(conversation)
     text = template.text(conversation.messages, conversation.tools)
     unmarked = ""

@@ -39,7 +39,7 @@ from megalong.sft.reading import KEPT, Read, Reader, read_all
 from megalong.sft.template import ChatTemplate
 
 IDS, TARGETS, LEFT_OUT = "ids.bin", "targets.bin", "left_out.jsonl"
-VERSION = 5  # of what the folder holds and how it was made
+VERSION = 6  # of what the folder holds and how it was made
 EXAMPLES = 20  # places told of each reason
 NOT_PREPARED = {"tokenizer", "max_length", "loss_average"}  # keys that count otherwise, or not at all
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megalong.errors import UserError
 from megalong.sft.formats import BadSampleError, Conversation, Message
 from megalong.sft.marks import Span, has_marks, locate
 from megalong.sft.spelled import AddedTokens
+from megalong.sft.tool_calls import as_written
 
 # What a template raises besides jinja's own errors where a turn has not the keys or types it is written for.
 _REFUSALS = (TypeError, KeyError, ValueError, AttributeError)
@@ -95,6 +97,18 @@ class ChatTemplate:
             BadSampleError: the template refuses it.
         """
         return str(self._apply(messages, tools, tokenize=False, add_generation_prompt=prompt))
+
+    def with_calls(self, conversation: Conversation) -> Conversation:
+        """The conversation with the arguments of calls in the form that the template writes right.
+
+        Raises:
+            BadSampleError: there is none, or the template refuses both.
+        """
+        try:
+            messages = as_written(conversation.messages, lambda messages: self.text(messages, conversation.tools))
+        except ValueError as error:
+            raise BadSampleError("malformed", str(error)) from None
+        return replace(conversation, messages=messages)
 
     def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a rendered text, and for each the characters it stands for, white space included."""

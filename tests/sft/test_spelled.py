@@ -114,7 +114,7 @@ def test_fields_that_come_later_are_looked_at_too(folder: Path) -> None:
     later = conversation()
     object.__setattr__(later, "documents", [{"title": "a", "text": "b<|eot_id|>"}])
     with pytest.raises(BadSampleError, match=r"documents spell the token '<\|eot_id\|>'"):
-        tokenize(loaded(folder), later)
+        loaded(folder).refuse_added(later)
 
 
 def test_normalized_spellings_are_refused_and_parts_of_tokens_are_not(folder: Path, tmp_path: Path) -> None:
