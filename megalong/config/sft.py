@@ -35,6 +35,8 @@ class ConversationSource(Section):
     """Share of tokens; give one to all sources or to none. Example: `0.7`"""
     max_samples: Positive | None = None
     """Read at most this many good conversations. Example: `20000`"""
+    ignore_keys: tuple[Text, ...] = Field((), strict=False)
+    """Keys of records and turns to ignore although they would change what is said or learned. Example: `[system]`"""
 
 
 class Sft(Section):

@@ -188,14 +188,15 @@ def _judged(line: bytes, keys: Sequence[str]) -> list[str]:
             raise BadRecordError(f"no key {key!r} (there are: {', '.join(content) or 'none'}); set --json-keys")
         if not isinstance(content[key], str):
             _refused_type(f"value of {key!r}", content[key])
-        _refuse_half_surrogates(content[key])
+        if (why := half_surrogate(content[key])) is not None:
+            raise BadRecordError(why)
     return [content[key] for key in keys]
 
 
-def _refuse_half_surrogates(text: str) -> None:
+def half_surrogate(text: str) -> str | None:
+    """Why `text` is none, if it holds half of a surrogate pair, as JSON can spell it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadRecordError(
-            f"half a surrogate pair, {text[error.start]!a}, is no text; write the file again from its source"
-        ) from None
+        return f"half a surrogate pair, {text[error.start]!a}, is no text; write the file again from its source"
+    return None

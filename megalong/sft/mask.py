@@ -11,13 +11,14 @@ Both must be how the whole conversation's text begins. A template that rewrites 
 drops their reasoning, for instance) needs marks: without them such a conversation is refused, never masked by guess.
 
 Marks are held against what the turns add, wherever it can be told. Marks on anybody else's text are refused. An answer
-that is written and not marked stays unlearnt, as the template says, and is counted.
+that is written and not marked stays unlearnt, as the template says, and is counted. Turns that say they are not learnt
+(`weight: 0`) are taken out of either: unlearnt.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from megalong.sft.formats import BadSampleError, Conversation, Message
 from megalong.sft.marks import Span
 from megalong.sft.spelled import texts
 from megalong.sft.template import ChatTemplate
+from megalong.sft.unlearnt import unlearnt_tokens
 
 # Under which names templates read what the assistant says.
 _SAID = ("content", "reasoning_content", "reasoning", "thinking")
@@ -67,6 +69,8 @@ def tokenize(template: ChatTemplate, conversation: Conversation) -> Tokens:
     else:
         spans = by_prefix(template, conversation, text)
     ids, targets = _learnt(template, text, spans)
+    if conversation.unlearnt:
+        targets &= ~unlearnt_tokens(template, conversation)
     if not targets.any():
         raise BadSampleError("no_assistant", "the template gives the assistant no token")
     return Tokens(ids, targets, unmarked)
@@ -183,7 +187,7 @@ def shorten(template: ChatTemplate, conversation: Conversation, limit: int) -> T
     messages = conversation.messages
     answers = [n + 1 for n, message in enumerate(messages) if message["role"] == "assistant"]
     for end in reversed(answers):
-        tokens = tokenize(template, Conversation(messages[:end], conversation.tools))
+        tokens = tokenize(template, replace(conversation, messages=messages[:end]))
         if len(tokens.ids) <= limit:
             return tokens
     learnt = np.flatnonzero(tokens.targets[:limit])

@@ -32,6 +32,7 @@ import orjson
 
 from megalong.config.sft import ConversationSource, Sft
 from megalong.data.decontaminate import Benchmarks
+from megalong.data.keys import Unread, listed
 from megalong.data.sources import Source, find_files
 from megalong.errors import UserError
 from megalong.sft.mask import Tokens
@@ -85,6 +86,7 @@ def told(report: dict[str, Any]) -> list[str]:
     return [
         f"{name}: {one['kept']:,} conversations of {one['read']:,}, {one['tokens']:,} tokens, {one['targets']:,} learnt"
         + "".join(f"; {reason}: {count:,}" for reason, count in one["counts"].items())
+        + (f"; keys that nothing reads: {listed(one['unread'])}" if one["unread"] else "")
         for name, one in report.items()
     ]
 
@@ -109,10 +111,12 @@ class _Work:
         """
         counts: Counter[str] = Counter()
         examples: dict[str, list[str]] = {}
+        unread = Unread()
         before, read, targets = len(self._lengths), 0, 0
-        with closing(read_all(self._reader, files, source.format)) as found:
+        with closing(read_all(self._reader, files, source)) as found:
             for one in found:
                 read += 1
+                unread.add(one.file, one.unread)
                 reason, detail = self._verdict(source, one)
                 if reason is not None:
                     counts[reason] += 1
@@ -132,6 +136,8 @@ class _Work:
                 f"sft.sources: {source.name}: none of its {read} conversations can be used ({why}); first: "
                 f"{next(iter(examples.values()))[0] if examples else source.path}"
             )
+        for line in unread.lines():
+            _tell(source.name, line)
         self._sources += [len(self.report)] * len(kept)
         self.report[source.name] = {
             "read": read,
@@ -139,6 +145,7 @@ class _Work:
             "tokens": sum(kept),
             "targets": targets,
             "counts": dict(counts),
+            "unread": unread.total,
             "examples": examples,
         }
 
@@ -152,7 +159,7 @@ class _Work:
                 )
             return one.reason, one.detail
         if self._rules.deduplicate:
-            digest = hashlib.sha256(one.tokens.ids.tobytes()).digest()
+            digest = hashlib.sha256(one.tokens.ids.tobytes() + one.tokens.targets.tobytes()).digest()
             if digest in self._seen:
                 return "duplicate", "seen before"
             self._seen.add(digest)

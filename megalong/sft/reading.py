@@ -13,8 +13,9 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megalong.config.sft import Sft
+from megalong.config.sft import ConversationSource, Sft
 from megalong.data.decontaminate import Benchmarks
+from megalong.data.keys import printable
 from megalong.data.progress import Progress
 from megalong.data.sources import Source
 from megalong.data.workers import available_cores, map_in_order
@@ -23,6 +24,7 @@ from megalong.sft.formats import BadSampleError, Conversation, read_conversation
 from megalong.sft.mask import Tokens, shorten, tokenize
 from megalong.sft.records import NotJson, records
 from megalong.sft.template import ChatTemplate
+from megalong.sft.written import unwritten
 
 CHUNK = 128  # conversations a worker gets at a time
 BYTES_PER_WORKER = 1 << 20
@@ -34,18 +36,22 @@ class Read:
     """One record: `tokens`, or why there are none.
 
     Attributes:
+        file: that holds it.
         place: file and line or row.
         reason: the rule a bad one falls under; "truncated" for one that was cut, "unmarked" for one with an answer that
             the template does not mark; None for one as it should be.
         detail: what is bad about it.
         contaminated: the benchmark and the words of it that were found.
+        unread: its keys that nothing reads.
     """
 
+    file: str
     place: str
     reason: str | None
     detail: str
     tokens: Tokens | None
     contaminated: str | None = None
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Reader:
     limit: int
     benchmarks: Benchmarks | None
 
-    def read(self, place: str, record: Any, format: str) -> Read:
+    def read(self, file: str, place: str, record: Any, source: ConversationSource) -> Read:
         """Tokenize one record; never raises for a bad one."""
         reason, detail = None, ""
         try:
@@ -65,7 +71,8 @@ class Reader:
                 raise BadSampleError(
                     "malformed", f"not valid JSON ({record.why}); every line must be an object of its own"
                 )
-            conversation = read_conversation(record, format)
+            conversation = read_conversation(record, source.format, source.ignore_keys)
+            unread = unwritten(self.template.text, conversation.messages, conversation.tools)
             tokens = tokenize(self.template, conversation)
             if tokens.unmarked:
                 reason, detail = "unmarked", tokens.unmarked
@@ -75,8 +82,11 @@ class Reader:
                     raise BadSampleError("too_long", detail)
                 tokens, reason = shorten(self.template, conversation, self.limit), "truncated"
         except BadSampleError as error:
-            return Read(place, error.reason, str(error), None)
-        return Read(place, reason, detail, tokens, self._benchmark(conversation))
+            return Read(file, place, error.reason, printable(str(error)), None)
+        except RecursionError:
+            return Read(file, place, "malformed", "nested too deeply", None)
+        told = tuple(printable(key) for key in sorted({*conversation.unread, *unread}))
+        return Read(file, place, reason, detail, tokens, self._benchmark(conversation), told)
 
     def _benchmark(self, conversation: Conversation) -> str | None:
         if self.benchmarks is None:
@@ -87,7 +97,7 @@ class Reader:
 
 
 def read_all(
-    reader: Reader, files: Sequence[Source], format: str, cores: int | None = None
+    reader: Reader, files: Sequence[Source], source: ConversationSource, cores: int | None = None
 ) -> Generator[Read, None, None]:
     """Every record of `files`, in order; tells how far it has come.
 
@@ -102,7 +112,7 @@ def read_all(
     progress, done = Progress(size, what="conversations"), 0
 
     def task(chunk: _Chunk) -> list[Read]:
-        return [reader.read(place, record, format) for place, record in chunk.records]
+        return [reader.read(file, place, record, source) for file, place, record in chunk.records]
 
     chunks = _chunks(files)
     try:
@@ -118,9 +128,12 @@ def read_all(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Records, and how many bytes of all files have been read with them; packed files count when they end."""
+    """(file, place, record)s, and how many bytes of all files have been read with them.
 
-    records: list[tuple[str, Any]]
+    Packed files count when they end.
+    """
+
+    records: list[tuple[str, str, Any]]
     position: int
 
 
@@ -133,7 +146,7 @@ def _chunks(files: Sequence[Source]) -> Iterator[_Chunk]:
     before, pending = 0, []
     for file in files:
         for place, record, share in records(file):
-            pending.append((place, record))
+            pending.append((file.path, place, record))
             if len(pending) == CHUNK:
                 yield _Chunk(pending, before + round(share * file.size))
                 pending = []
