@@ -44,9 +44,9 @@ SURFACE = {
     "data plan": ["--png", "CONFIG.yaml", "section.key=value"],
     "checkpoint import": ["--hf", "--output"],
     "checkpoint verify": ["DIR"],
-    "checkpoint export": ["--adapter", "--checkpoint", "--dtype", "--output", "--step"],
+    "checkpoint export": ["--adapter", "--base", "--checkpoint", "--dtype", "--output", "--step"],
     "import-hf": ["--hf", "--output"],
-    "export-hf": ["--adapter", "--checkpoint", "--dtype", "--output", "--step"],
+    "export-hf": ["--adapter", "--base", "--checkpoint", "--dtype", "--output", "--step"],
     "train": ["--nproc", "CONFIG.yaml", "section.key=value"],
     "evaluate perplexity": ["--checkpoint", "--data", "--hf", "--nproc", "--output", "--samples", "--seq-length"],
     "generate": [
@@ -242,7 +242,7 @@ ANSWERS = {
     "checkpoint export --checkpoint c --adapter --output o --step 3": (
         "megalong.hf.convert",
         "export_adapter",
-        {"checkpoint": "c", "output": "o", "step": 3, "dtype": None},
+        {"checkpoint": "c", "output": "o", "step": 3, "dtype": None, "base": None},
     ),
     "train run.yaml a.b=1": (
         "megalong.training.launch",

@@ -59,6 +59,8 @@ class Meta(BaseModel):
     `optimizer` is the format of the optimizer's state, None where there are only weights.
     `consumed_samples` is the position in the data: samples 0 … consumed_samples - 1 have been trained on.
     `lora` is what its adapters are, None where it has none; base weights are in the checkpoint in any case.
+    `base` is where the weights come from, unchanged, beside which adapters learn: a folder's whole path. None where all
+    weights were trained, and where an earlier version saved it.
     `files` are the bytes of each tensor file, which tell a truncated or half-copied checkpoint before it is read; an
     earlier checkpoint has none.
     `checksums` are those of every file but `megalong.json`, likewise.
@@ -77,6 +79,7 @@ class Meta(BaseModel):
     architecture: Architecture
     layout: SavedLayout = SavedLayout()
     lora: Lora | None = None
+    base: str | None = None
     optimizer: Literal["fully_reshardable", "dp_reshardable"] | None = None
     versions: dict[str, str] = {}
     files: dict[str, int] = {}

@@ -58,11 +58,17 @@ def add_export(commands: Any, name: str) -> None:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="type of the weights; as trained where not given"
     )
     parser.add_argument("--adapter", action="store_true", help="the adapters alone, as peft has them, not merged")
+    parser.add_argument("--base", metavar="NAME", help="base that --adapter names; the model the run started from")
 
 
 def _run_export(options: argparse.Namespace) -> int:
     from megalong.hf.convert import export_adapter, export_hf
 
-    export = export_adapter if options.adapter else export_hf
-    export(checkpoint=options.checkpoint, step=options.step, output=options.output, dtype=options.dtype)
+    where = {"checkpoint": options.checkpoint, "step": options.step, "output": options.output, "dtype": options.dtype}
+    if options.adapter:
+        export_adapter(**where, base=options.base)
+    elif options.base is not None:
+        options.parser.error("--base is written into an adapter's configuration; add --adapter, or leave --base out")
+    else:
+        export_hf(**where)
     return 0

@@ -27,6 +27,7 @@ from megalong.errors import UserError
 from megalong.hf.config import read_json
 from megalong.hf.tensor_file import open_tensors
 from megalong.hf.weight_map import hf_shapes
+from megalong.hf.writer import written_aside
 from megalong.runtime.folders import with_default_mode
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -213,14 +214,19 @@ def _positive(value: Any) -> float | None:
 
 
 def write_adapter(
-    output: Path, lora: Lora, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, base: str | None
+    output: Path,
+    lora: Lora,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    base: str | None,
+    revision: str | None = None,
 ) -> None:
-    """Write an adapter folder; `base` is what `peft` should load it onto, where that is known."""
-    output.mkdir(parents=True)
+    """Write an adapter folder; `base` is what `peft` loads it onto, in its `revision`, where they are known."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "use_rslora": lora.rs,
@@ -230,7 +236,8 @@ def write_adapter(
         "inference_mode": True,
         "target_modules": list(lora.target_modules),
     }
-    (output / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     whole = {name: tensor.detach().to(dtype).contiguous() for name, tensor in tensors.items()}
-    save_file(whole, output / WEIGHTS, metadata={"format": "pt"})
-    with_default_mode(output / WEIGHTS)
+    with written_aside(output) as aside:
+        (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(whole, aside / WEIGHTS, metadata={"format": "pt"})
+        with_default_mode(aside / WEIGHTS)

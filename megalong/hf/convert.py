@@ -21,6 +21,7 @@ import torch
 
 from megalong.checkpoint.folder import (
     ASSETS,
+    META,
     Meta,
     copy_assets,
     find_checkpoint,
@@ -32,6 +33,7 @@ from megalong.config.architecture import Architecture
 from megalong.config.lora import Lora
 from megalong.errors import UserError
 from megalong.hf.adapter import tensor_names, write_adapter
+from megalong.hf.base import named, whole_path
 from megalong.hf.config import CONFIG_FILE, read_architecture, read_json, write_config
 from megalong.hf.lengths import raise_lengths
 from megalong.hf.load import load_into
@@ -120,13 +122,21 @@ def _import_weights(reader: HFReader, architecture: Architecture, dtype: torch.d
 
     chunks = build_model(architecture, ModelSettings(params_dtype=dtype))
     load_into(chunks[0], reader, architecture)
-    save_weights(target, chunks, Meta(step=0, architecture=architecture, versions=versions()), reader.folder)
+    meta = Meta(step=0, architecture=architecture, base=whole_path(reader.folder), versions=versions())
+    save_weights(target, chunks, meta, reader.folder)
 
 
 def export_adapter(
-    checkpoint: str | Path, output: str | Path, step: int | None = None, dtype: str | None = None
+    checkpoint: str | Path,
+    output: str | Path,
+    step: int | None = None,
+    dtype: str | None = None,
+    base: str | None = None,
 ) -> Path:
     """Write the adapters of a checkpoint as a folder that `peft` loads.
+
+    `base` is the model that `peft` is to load them onto, a folder or its name on the hub; None writes the one that the
+    run started from.
 
     Raises UserError where there is no such checkpoint, it has no adapters, or `output` is there already.
     """
@@ -148,9 +158,36 @@ def export_adapter(
         tensors: dict[str, torch.Tensor] = {}
         for adapter in adapters(chunks[0]):
             tensors.update(zip(tensor_names(adapter.module), (adapter.a, adapter.b), strict=True))
-        write_adapter(output, meta.lora, tensors, torch_dtype, base=None)
-        log.info("exported the adapters (%s) to %s", meta.lora, output)
+        name, revision = (base, None) if base is not None else named(meta.base) if meta.base else (None, None)
+        write_adapter(output, meta.lora, tensors, torch_dtype, name, revision)
+        log.info("exported the adapters (%s) to %s, for the base %s", meta.lora, output, name or "that is not known")
+        for told in _about_base(folder, meta, name):
+            log.warning("%s", told)
     return output
+
+
+def _about_base(folder: Path, meta: Meta, name: str | None) -> Iterator[str]:
+    """What keeps `peft` from loading the base that `adapter_config.json` names as it was trained on."""
+    if name is None:
+        yield f"{folder} does not say which model its adapters belong to: give peft the base, or write --base NAME"
+    elif (Path(name) / META).is_file():
+        yield (
+            f"{name} is a checkpoint, which peft does not read: export it, and write --base with the folder of that "
+            "export"
+        )
+    if not (folder / ASSETS / CONFIG_FILE).is_file():
+        return
+    before, now = read_architecture(folder / ASSETS), meta.architecture
+    other = []
+    if before.rope != now.rope:
+        other.append(f"rope {now.rope.type} × {now.rope.factor:g} (the base has {before.rope.type})")
+    if before.layer_windows != now.layer_windows:
+        other.append("another window than the base")
+    if other:
+        yield (
+            f"the adapters learnt under {' and '.join(other)}: load them onto the base with the config.json of an "
+            "export without --adapter"
+        )
 
 
 def _load_parameters(

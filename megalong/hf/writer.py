@@ -9,6 +9,7 @@ Shards are planned from the shapes before the first tensor is made (their number
 model's own parameters cost nothing.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -76,14 +77,21 @@ def write_folder(
     """
     check_target(output)
     _check_room(output, shapes, dtype)
-    aside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with written_aside(output) as aside:
         _write_shards(aside, shapes, iter(tensors), dtype, max_shard_bytes)
         if assets is not None:
             copy_assets(assets, aside)
         _write_json(aside / CONFIG_FILE, config)
+
+
+@contextlib.contextmanager
+def written_aside(output: Path) -> Iterator[Path]:
+    """A fresh folder beside `output` that gets its name once it is whole, and is gone where writing it failed."""
+    aside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
         _publish(aside, output)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

@@ -51,7 +51,8 @@ log = logging.getLogger("megalong")
 class Session:
     """A run that is ready to step.
 
-    `data` is what decides the order of its samples, as found at the start; `guard` judges its steps.
+    `data` is what decides the order of its samples, as found at the start; `guard` judges its steps; `base` is where
+    the weights come from that adapters learn beside.
     """
 
     config: Config
@@ -66,6 +67,7 @@ class Session:
     guard: Guard
     saver: Saver
     data: Fingerprint = field(default_factory=dict)
+    base: str | None = None
 
 
 def layout_of(config: Config, exchange: Exchange) -> distributed.Layout:
@@ -175,6 +177,7 @@ def _session(config: Config, device: torch.device, machine: Machine, start: Star
         guard=Guard(config.guard),
         saver=Saver(Path(config.run.dir), config.checkpoint, config.runtime.timeout_minutes),
         data=fingerprint(config),
+        base=start.base,
     )
     if verification is not None:
         _resume(session, start, verification)
@@ -284,6 +287,7 @@ def save(session: Session) -> Saved | None:
         architecture=session.architecture,
         layout=store.current_layout(),
         lora=lora_of(config),
+        base=session.base if lora_of(config) is not None else None,
         optimizer=config.checkpoint.optimizer,
         versions=store.versions(),
         data=session.data,

@@ -17,6 +17,7 @@ from megalong.config.schema import Config
 from megalong.data.fingerprint import changes, fingerprint
 from megalong.errors import UserError
 from megalong.hf.adapter import check_adapter
+from megalong.hf.base import whole_path
 from megalong.hf.config import read_architecture
 
 # What must be equal for a checkpoint to be the same model; rope and windows are told of by themselves.
@@ -40,6 +41,7 @@ class Start:
     Attributes:
         architecture: the model to build, with `model.rope` and `attention`'s window applied.
         assets: folder with the tokenizer and its kin, passed on from checkpoint to checkpoint.
+        base: where the weights come from that adapters learn beside, None where that is not known.
         damaged: newer checkpoints of this run than `resume` that are damaged, with what is wrong.
         changed_data: what `data.allow_change` let through: how the data differs from what was trained on so far.
     """
@@ -49,6 +51,7 @@ class Start:
     checkpoint: Path | None = None
     hf: Path | None = None
     assets: Path | None = None
+    base: str | None = None
     changed_data: tuple[str, ...] = ()
     damaged: tuple[tuple[Path, str], ...] = ()
 
@@ -76,7 +79,12 @@ def find_start(config: Config) -> Start:
             f"model.load: {{checkpoint: {config.run.dir}}}, or write data.allow_change: true"
         )
     return Start(
-        meta.architecture, resume=own, assets=_assets(own), changed_data=tuple(changed), damaged=tuple(damaged)
+        meta.architecture,
+        resume=own,
+        assets=_assets(own),
+        base=meta.base or _named_base(config),
+        changed_data=tuple(changed),
+        damaged=tuple(damaged),
     )
 
 
@@ -103,7 +111,8 @@ def _first_weights(config: Config) -> Start:
         return Start(as_configured(config, config.model.architecture))
     if load.hf is not None:
         folder = Path(load.hf)
-        return Start(as_configured(config, read_architecture(folder)), hf=folder, assets=folder)
+        architecture = as_configured(config, read_architecture(folder))
+        return Start(architecture, hf=folder, assets=folder, base=_named_base(config))
     assert load.checkpoint is not None
     checkpoint = find_checkpoint(load.checkpoint)
     meta = read_meta(checkpoint)
@@ -112,7 +121,14 @@ def _first_weights(config: Config) -> Start:
         _check_same_adapters(config, meta.lora, checkpoint)
         if config.lora.load is not None:
             raise UserError(f"lora.load {config.lora.load}: {checkpoint} has adapters of its own; drop one of them")
-    return Start(architecture, checkpoint=checkpoint, assets=_assets(checkpoint))
+    trained = None if meta.lora is not None else whole_path(checkpoint)
+    return Start(architecture, checkpoint=checkpoint, assets=_assets(checkpoint), base=meta.base or trained)
+
+
+def _named_base(config: Config) -> str | None:
+    """The Hugging Face folder that the configuration starts from; an earlier version's checkpoint does not say it."""
+    load = config.model.load
+    return whole_path(load.hf) if load is not None and load.hf is not None else None
 
 
 def _assets(checkpoint: Path) -> Path | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +59,12 @@ def train_run(settings: dict[str, Any], stop_after: int | None = None) -> dict[s
                 trainer._one_step()
             session.saver.finish()
         return {"started": started, "records": records.kept}
+
+
+def train_run_in(folder: str, settings: dict[str, Any], stop_after: int | None = None) -> dict[str, Any]:
+    """`train_run`, started in `folder`."""
+    with contextlib.chdir(folder):
+        return train_run(settings, stop_after)
 
 
 def train_beside_slow_rank(settings: dict[str, Any], rank: int, seconds: float) -> dict[str, Any] | None:
@@ -172,3 +180,16 @@ def export_both(run: str, adapter: str, merged: str) -> None:
 
     export_adapter(run, adapter)
     export_hf(run, merged)
+
+
+def command(words: list[str]) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a `megalong` command."""
+    from megalong.cli import main
+
+    out, errors = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            status = main(words)
+    except SystemExit as end:
+        status = int(end.code or 0)
+    return status, out.getvalue(), errors.getvalue()
