@@ -1,13 +1,11 @@
-"""Llama as a Megatron-Core `GPTModel`.
+"""Llama on Megatron-Core: `GPTModel` builds the modules, the forward pass is our own.
 
-Two things differ from its parent. Positions are ours (`position_embedding_type="none"`; see `core_attention`). And the
-vocabulary is padded to a multiple of 128 so that any tensor-parallel size divides it: the padding's logits are taken
-out of the softmax, so that neither the loss nor its gradient depends on how much padding there is.
+    tokens ── embedding ──▶ layers (positions and document bounds in `attention_inputs`) ──▶ head ──▶ losses
+
+Positions are ours (`position_embedding_type="none"`; see `core_attention`), and so is the loss (see `head`).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -17,6 +15,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megalong.config.architecture import Architecture
 from megalong.model.batch import AttentionInputs
 from megalong.model.config import LlamaConfig
+from megalong.model.head import Head
 from megalong.model.kv_cache import KVCache
 from megalong.model.spec import llama_block
 
@@ -49,39 +48,40 @@ class LlamaModel(GPTModel):
         )
         self.first_layer: int = get_transformer_layer_offset(config, virtual_stage)
         self.architecture = architecture
+        self._head = Head(self.output_layer, architecture.vocab_size) if self.post_process else None
 
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of each token, [b, s] float32, from vocabulary-parallel logits [s, b, V/TP]."""
-        return super().compute_language_model_loss(labels, self._without_padding(logits))
+    def forward(
+        self, tokens: torch.Tensor, labels: torch.Tensor | None, attention_inputs: AttentionInputs
+    ) -> torch.Tensor:
+        """Losses float32 [b, s] of tokens and labels int64 [b, s]; without labels the logits [b, s, V/TP].
 
-    def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
-        width = logits.shape[-1]
-        first = parallel_state.get_tensor_model_parallel_rank() * width
-        valid = self.architecture.vocab_size - first
-        if valid >= width:
-            return logits
-        padding = torch.arange(width, device=logits.device) >= valid
-        # A finite floor: a rank that holds nothing but padding must not turn its maximum into -inf - -inf.
-        return logits.masked_fill(padding, torch.finfo(logits.dtype).min)
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Losses [b, s] when `labels` are given, else logits [b, s, V/TP]; hidden states before the last stage."""
-        return super().forward(*args, **kwargs)
+        The last stage's. A stage before it returns hidden states [s, b, h]; one that is not the first reads
+        those that `set_input_tensor` was given.
+        """
+        hidden = self._hidden(tokens, attention_inputs)
+        if self._head is None:
+            return hidden
+        weight = self._tied_weight()
+        return self._head.logits(hidden, weight) if labels is None else self._head.losses(hidden, labels, weight)
 
     @torch.no_grad()
     def next_logits(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Read `tokens` int64 [b, s], which follow what `cache` holds, and predict the one after them.
-
-        Only the last token's logits are computed: those of a whole prompt would outweigh the model.
 
         Returns:
             float32 [b, V] without the vocabulary's padding; the model must lie whole on this rank.
         """
         length = tokens.shape[1]
         positions = torch.arange(cache.length, cache.length + length, device=tokens.device)[None]
-        inputs = AttentionInputs(positions=positions, cache=cache)
-        hidden = self.decoder(self.embedding(tokens, None), attention_mask=None, packed_seq_params=inputs)
+        hidden = self._hidden(tokens, AttentionInputs(positions=positions, cache=cache))
         cache.advance(length)
-        shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden[-1:], weight=shared)
-        return logits[0, :, : self.architecture.vocab_size].float()
+        assert self._head is not None
+        return self._head.last_logits(hidden, self._tied_weight())
+
+    def _hidden(self, tokens: torch.Tensor, attention_inputs: AttentionInputs) -> torch.Tensor:
+        embedded = self.embedding(tokens, None) if self.pre_process else None
+        hidden: torch.Tensor = self.decoder(embedded, attention_mask=None, packed_seq_params=attention_inputs)
+        return hidden
+
+    def _tied_weight(self) -> torch.Tensor | None:
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None

@@ -77,13 +77,7 @@ def _forward_step(
     observe: LossObserver | None, batches: Iterator[MicroBatch], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossParts]]:
     batch = next(batches)
-    output = model(
-        input_ids=batch.tokens,
-        position_ids=None,
-        attention_mask=None,
-        labels=batch.labels,
-        packed_seq_params=batch.attention_inputs(),
-    )
+    output = model(tokens=batch.tokens, labels=batch.labels, attention_inputs=batch.attention_inputs())
     return output, partial(_sum_of_losses, batch, observe)
 
 

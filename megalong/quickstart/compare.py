@@ -97,5 +97,5 @@ def _our_logits(source: ModelSource, sample: torch.Tensor) -> torch.Tensor:
 
         model = load_model(source)[0].eval()
         batch = shard_samples(sample, TokenLayout(1), context_rank=0)
-        logits = model(batch.tokens, None, None, packed_seq_params=batch.attention_inputs())
+        logits = model(batch.tokens, None, batch.attention_inputs())
         return logits[0, :, : source.architecture.vocab_size].float()

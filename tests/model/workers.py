@@ -55,7 +55,7 @@ def logits(
         rows = tokens_of(plan.sequences[0].shards[parallel_state.get_context_parallel_rank()].runs)
         inputs = AttentionInputs(positions=torch.tensor(positions)[None, rows], plan=plan)
         with torch.no_grad():
-            out: Any = model(torch.tensor(tokens)[:, rows], None, None, packed_seq_params=inputs)
+            out: Any = model(torch.tensor(tokens)[:, rows], None, inputs)
             whole = gather_from_tensor_model_parallel_region(out)
         return whole[..., : architecture.vocab_size].double().numpy()
     finally:
@@ -139,9 +139,7 @@ def fake_step(tokens: int, vocabulary: int) -> dict[str, Any]:
                 transformer_config(architecture, ModelSettings(params_dtype=torch.bfloat16)), architecture
             )
             batch = shard_samples(torch.zeros(1, tokens + 1, dtype=torch.int64), TokenLayout(), 0)
-            losses: Any = model(
-                batch.tokens, None, None, labels=batch.labels, packed_seq_params=batch.attention_inputs()
-            )
+            losses: Any = model(batch.tokens, batch.labels, batch.attention_inputs())
             (losses * batch.loss_mask).sum().backward()
         missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
         return {
