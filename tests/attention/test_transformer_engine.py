@@ -1,10 +1,12 @@
 """What Transformer Engine is asked for, by a stand-in that takes its arguments literally and attends in float64.
 
 There is no GPU here: the stand-in has the names and meanings of version 2.20's arguments, and nothing of its kernels.
+Calls are held against that version's own signatures (tests/signatures).
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from itertools import pairwise
@@ -24,6 +26,7 @@ from megalong.attention.transformer_engine import EngineAttention, context_argum
 from megalong.config.attention_checks import Machine
 from megalong.errors import UserError
 from tests.attention.reference import Case, dense, random_case
+from tests.signatures import checked, signature_of
 
 
 class DotProductAttention(torch.nn.Module):
@@ -95,7 +98,8 @@ class DotProductAttention(torch.nn.Module):
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     package, module = ModuleType("transformer_engine"), ModuleType("transformer_engine.pytorch")
-    module.DotProductAttention = DotProductAttention  # type: ignore[attr-defined]
+    name = "transformer_engine.pytorch.DotProductAttention"
+    module.DotProductAttention = checked(DotProductAttention, name)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "transformer_engine", package)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
     monkeypatch.setattr(transformer_engine, "_second_stream", lambda: "stream")
@@ -119,6 +123,30 @@ def test_it_is_the_attention_that_is_meant(starts: list[np.ndarray] | None, wind
     gradients = torch.autograd.grad(out, leaves, case.grad)
     for ours, true in zip((out, *gradients), dense(case, starts, window), strict=True):
         torch.testing.assert_close(ours, true, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "heads_and_keys", [{"keys": 1}, {"keys": 1, "transport": "all_gather"}, {"heads": 1}, {"heads": 1, "keys": 1}]
+)
+def test_its_arguments_are_known_there(heads_and_keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of an exchange and of documents, which a call has only by `**`."""
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1])
+    arguments = context_arguments(ContextGroups(**heads_and_keys), object())  # type: ignore[arg-type]
+    made = signature_of("transformer_engine.pytorch.DotProductAttention")
+    assert arguments.keys() <= made.parameters.keys()
+    documents = document_arguments(make_plan(TokenLayout(), 12, [np.array([0, 8])]), 1, 1, torch.device("cpu"))
+    called = signature_of("transformer_engine.pytorch.DotProductAttention.forward")
+    assert documents.keys() <= called.parameters.keys()
+
+
+def test_a_stand_in_has_the_real_ones_arguments() -> None:
+    """By name, place and whether they can be left out, as far as it has them."""
+    for ours, name in ((DotProductAttention.__init__, ""), (DotProductAttention.forward, ".forward")):
+        real = signature_of(f"transformer_engine.pytorch.DotProductAttention{name}").parameters
+        for one in list(inspect.signature(ours).parameters.values())[1:]:
+            assert one.name in real
+            if one.default is not inspect.Parameter.empty:
+                assert real[one.name].default is not inspect.Parameter.empty
 
 
 def test_exchanges_by_their_names_there(monkeypatch: pytest.MonkeyPatch) -> None:
