@@ -83,12 +83,14 @@ def test_fp8_steps_stay_near_bf16(
 
 def test_a_training_run_on_its_attention(tmp_path: Path, gpu_world: torch.device) -> None:
     """The same losses as with our kernels, in bf16."""
-    sources = make_llama(tmp_path / "hf"), make_dataset(tmp_path / "data")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128}
+    hf = make_llama(tmp_path / "hf", num_hidden_layers=2, max_position_embeddings=256, **heads)
+    data = make_dataset(tmp_path / "data", documents=200)
 
     def losses(backend: str) -> list[float]:
         precision, attention = {"params_dtype": "bf16"}, {"backend": backend}
-        tree = run_settings(tmp_path / backend, *sources, precision=precision, attention=attention)
-        tree["data"]["packing"] = "masked"
+        tree = run_settings(tmp_path / backend, hf, data, precision=precision, attention=attention)
+        tree["data"] |= {"packing": "masked", "seq_length": 256}
         return train_steps(tree, 10, str(gpu_world))["loss"]
 
     assert losses("transformer_engine") == pytest.approx(losses("torch"), rel=1e-2)
