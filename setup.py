@@ -51,5 +51,5 @@ setup(
         "eval": ["lm-eval[hf,ruler]>=0.4.13,<0.5"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "peft", DALI],
     },
-    entry_points={"console_scripts": ["megalong = megalong.cli:main"]},
+    entry_points={"console_scripts": ["megalong = megalong.__main__:run"]},
 )

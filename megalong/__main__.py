@@ -1,11 +1,37 @@
-"""`python -m megalong COMMAND`, so that `torchrun -m megalong train ...` works.
+"""`python -m megalong COMMAND`, so that `torchrun -m megalong train ...` works; the console script comes here as well.
 
 Guarded, because writers of checkpoints start processes that import this module again.
 """
 
+import os
+import signal
 import sys
+from types import FrameType
 
-from megalong.cli import main
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C before the command line is read: there is nothing to tidy."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.write(2, b"megalong: interrupted\n")
+    os._exit(130)
+
+
+def run() -> int:
+    """`megalong.cli.main`, with no traceback for a Ctrl-C while modules are imported, or while the process ends."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, _end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a launcher of ours blocks it until here
+    from megalong.cli import main
+
+    if ours:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return main()
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

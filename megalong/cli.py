@@ -5,7 +5,7 @@ what it needs when it is called. So `megalong --help` and `megalong data ...` st
 package hurts only the command that uses it.
 
 Exit status: 0 done; 2 the user's mistake, told in one line (under torchrun by one process, see
-`UserError.speaker`); 130 interrupted by hand; 1 anything else, with its traceback.
+`UserError.speaker`); 130 interrupted by hand, told in one line; 1 anything else, with its traceback.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from megalong import __version__
 from megalong.commands import checkpoint, data, evaluate, generate, run, slurm
 from megalong.commands.parsing import Parser, nearest, tell
 from megalong.errors import UserError
+from megalong.runtime import signals
 from megalong.runtime.gpus import set_environment
 
 _STDOUT = 1
@@ -32,6 +33,18 @@ _MENDS = dict.fromkeys(_FULL, "make room there, or write elsewhere") | dict.from
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command (`sys.argv` where no arguments are given) and return its exit status."""
     set_environment()
+    with signals.interruptible() as interrupted:
+        try:
+            return _answer(arguments)
+        except BaseException as error:
+            if not (interrupted() or isinstance(error, KeyboardInterrupt)):
+                raise
+            why = f": {error}" if isinstance(error, KeyboardInterrupt) and error.args else ""
+            signals.say(f"megalong: interrupted{why}")
+            return signals.STATUS
+
+
+def _answer(arguments: Sequence[str] | None) -> int:
     try:
         options = _parse(arguments)
         status: int = options.run(options)
@@ -39,8 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         tell(str(error), error.speaker)
         return 2
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         if not _reader_is_gone():
             raise

@@ -167,7 +167,7 @@ def _processes_in(folder):
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # minutes of training, on whatever CPU
 def test_the_whole_story_stopped_once_and_taken_up_again(tmp_path):
-    """Every step by its real command; the first start is killed in the middle of training."""
+    """Every step by its real command; the first start is interrupted in the middle of training, which saves."""
     folder = tmp_path / "story"
     folder.mkdir()
     few = {
@@ -194,7 +194,7 @@ def test_the_whole_story_stopped_once_and_taken_up_again(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done before") == 5
-    assert re.search(r"resumed from .*step-00000004", done.stderr)
+    assert re.search(r"resumed from .*step-0000000[67]", done.stderr)
     text = (folder / "report.md").read_text()
     for name in (story.BASE, story.UNTRAINED, story.EXTENDED):
         assert re.search(rf"^\| {name} +\|", text, re.MULTILINE)

@@ -100,9 +100,10 @@ def complete(begun: Begun, group: Group = None) -> None:
         reason = str(error) if isinstance(error, _FailedError) else _disk_failure(error)
         if reason is None:
             raise
-        if is_main_rank():
-            shutil.rmtree(aside, ignore_errors=True)
         raise SaveError(_told(checkpoint, reason)) from error
+    finally:
+        if is_main_rank():  # published, it has another name
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def gathered(mine: T, group: Group = None) -> list[T]:

@@ -179,8 +179,8 @@ class Runtime(Section):
     `timeout_minutes`; 0 disables it. Example: `20`
     """
     signal_grace_seconds: float = Field(default=20.0, ge=0)
-    """After SIGTERM or SIGUSR1, a step that would take longer than this is dropped. After SLURM's warning the limit is
-    half of `slurm.lead_minutes`.
+    """After SIGTERM, SIGUSR1 or Ctrl-C, a step that would take longer than this is dropped. After SLURM's warning the
+    limit is half of `slurm.lead_minutes`. A second Ctrl-C ends the run at once, without a save.
     """
 
     @property

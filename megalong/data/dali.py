@@ -27,6 +27,7 @@ import numpy as np
 from megalong.data.order import SampleOrder
 from megalong.data.sample import SampleSource
 from megalong.errors import UserError
+from megalong.runtime.signals import kept_from_children
 
 if TYPE_CHECKING:
     import torch
@@ -94,15 +95,16 @@ class DaliTokens:
                 ndim=1,
             )
 
-        self._pipeline = tokens(
-            batch_size=batch_size,
-            num_threads=1,
-            device_id=None,
-            py_num_workers=workers,
-            py_start_method="spawn",
-            prefetch_queue_depth=2,
-        )
-        self._pipeline.build()
+        with kept_from_children():  # training goes on for a step after Ctrl-C, and needs them
+            self._pipeline = tokens(
+                batch_size=batch_size,
+                num_threads=1,
+                device_id=None,
+                py_num_workers=workers,
+                py_start_method="spawn",
+                prefetch_queue_depth=2,
+            )
+            self._pipeline.build()
 
     def next(self) -> list[torch.Tensor]:
         """The next batch: uint8 of each of its samples, in memory of its own."""

@@ -123,11 +123,14 @@ class Run:
             kept = max(kept, *(folder.finished_count() for folder in (self._folder, self._dealt_in) if folder))
             if kept == 0:
                 self._clear()
-            elif isinstance(error, UserError):
-                raise UserError(
-                    f"{error} (finished parts, {kept} at least, are kept in {self._folder.path}: start again to go on, "
-                    "or delete it)"
-                ) from None
+            elif isinstance(error, UserError | KeyboardInterrupt):
+                told = (
+                    f"finished parts, {kept} at least, are kept in {self._folder.path}: start again to go on, or "
+                    "delete it"
+                )
+                if isinstance(error, KeyboardInterrupt):
+                    raise KeyboardInterrupt(told) from None
+                raise UserError(f"{error} ({told})") from None
             raise
         finally:
             if self._assembly is not None:

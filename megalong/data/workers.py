@@ -17,7 +17,6 @@ calls us needs no `if __name__ == "__main__"`.
 
 import multiprocessing
 import os
-import signal
 import threading
 import time
 import traceback
@@ -29,6 +28,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Self, TypeVar
 
 from megalong.errors import UserError
+from megalong.runtime.signals import kept_from_children
 
 CHUNKS_UNDER_WAY = 3
 PARENT_SECONDS = 0.2  # between two looks
@@ -127,13 +127,10 @@ class _Pool:
         context = multiprocessing.get_context("fork")
         arguments = (self._task, theirs, inherited, os.getpid())
         process = context.Process(target=_work, args=arguments, daemon=True)
-        # Workers inherit the mask: Ctrl-C reaches the parent alone. And it must not hit in the middle of a fork.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        # Nor may Ctrl-C hit in the middle of a fork.
+        with kept_from_children():
             process.start()
             self._processes[ours], self._done[ours] = process, 0
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self._idle.append(ours)
 

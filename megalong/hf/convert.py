@@ -69,7 +69,12 @@ def import_hf(hf: str | Path, output: str | Path) -> Path:
             log.info("importing %s: %s", hf, _summary(architecture))
             if not any((hf / name).is_file() for name in _TOKENIZERS):
                 log.warning("%s holds no tokenizer: the checkpoint, and exports from it, will have none", hf)
-            _import_weights(reader, architecture, dtype, target)
+            try:
+                _import_weights(reader, architecture, dtype, target)
+            finally:
+                for made in (target.parent, output):  # where nothing was written
+                    with contextlib.suppress(OSError):
+                        made.rmdir()
             log.info("imported to %s", target)
     return target
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO
 
 import megalong
+from megalong.runtime.signals import PASSED_ON
 from megalong.training.console import duration
 
 WIDTH = 100
@@ -100,7 +101,8 @@ def _environment() -> dict[str, str]:
     """The caller's environment, with this very package in reach and GPUs out of sight: the story is told on CPU."""
     root = str(Path(megalong.__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+    own = {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", PASSED_ON: "1"}
+    return {**os.environ, **own}
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megalong.errors import UserError
-from megalong.runtime import cpu, gpus, megatron, peers
+from megalong.runtime import cpu, gpus, megatron, peers, signals
 from megalong.runtime.rendezvous import store_of_this_life
 
 GRID_ORDER = "tp-cp-ep-dp-pp"
@@ -84,6 +84,8 @@ def start(device: torch.device, timeout_minutes: float = 60) -> None:
             default of ten minutes.
     """
     global _timeout
+    if "RANK" in os.environ:
+        signals.end_at_interrupt()  # a rank that waits for another would not come to an exception
     gpus.set_environment()
     # Before Transformer Engine is imported, and before NCCL or anything else could open a context on GPU 0.
     gpus.use(device)
@@ -247,6 +249,7 @@ def stop() -> None:
     if dist.is_initialized():
         clear_layout()
         dist.destroy_process_group()
+    signals.ignore_no_more()
 
 
 @contextlib.contextmanager

@@ -31,9 +31,14 @@ def run_local(arguments: Sequence[str], nproc: int) -> int:
     SIGINT, SIGTERM and SIGUSR1 are passed on to every process, which then end by themselves.
     """
     port = _free_port()
-    processes = [_spawn(arguments, rank, nproc, port) for rank in range(nproc)]
-    previous = _forward_signals(processes)
+    processes: list[subprocess.Popen[bytes]] = []
+    came, previous = _forward_signals(processes)
     try:
+        for rank in range(nproc):
+            processes.append(_spawn(arguments, rank, nproc, port))
+        if came:  # while not all of them were there
+            for process in processes:
+                process.send_signal(came[0])
         return _wait(processes)
     finally:
         for number, handler in previous.items():
@@ -54,13 +59,15 @@ def _spawn(arguments: Sequence[str], rank: int, nproc: int, port: int) -> subpro
     )
     # Every process would otherwise start a thread per core and fight the others for them.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    return subprocess.Popen(
-        [sys.executable, "-m", "megalong", *arguments], env=environment, preexec_fn=_end_with_parent
-    )
+    return subprocess.Popen([sys.executable, "-m", "megalong", *arguments], env=environment, preexec_fn=_prepare_child)
 
 
-def _end_with_parent() -> None:
-    """Ask the kernel to end this process when its parent is gone, even by SIGKILL, which no parent can pass on."""
+def _prepare_child() -> None:
+    """Ask the kernel to end this process when its parent is gone, even by SIGKILL, which no parent can pass on.
+
+    SIGINT waits until the child is there to hear it (`__main__.py`): Python's own start answers it by a traceback.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     if _prctl is not None:
         # Not SIGTERM, which asks a run to finish its step and save.
         _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
@@ -72,13 +79,18 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, Any]:
+def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[list[int], dict[int, Any]]:
+    """Signals that came, as they come, and the handlers before."""
+    came: list[int] = []
+
     def forward(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    return {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    return came, {number: signal.signal(number, forward) for number in numbers}
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:

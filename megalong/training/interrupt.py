@@ -30,12 +30,12 @@ from megalong.runtime.distributed import control_group
 def grace_of(config: Config) -> dict[str, float]:
     """Seconds a step may still take after each of the signals.
 
-    SIGTERM comes from what is about to kill. Under SLURM, SIGUSR1 is the warning that `slurm.lead_minutes` ask for:
-    half of them are for the step, the other half for the save.
+    SIGTERM comes from what is about to kill, SIGINT from someone who waits. Under SLURM, SIGUSR1 is the warning that
+    `slurm.lead_minutes` ask for: half of them are for the step, the other half for the save.
     """
     soon = config.runtime.signal_grace_seconds
     ahead = config.slurm.lead_minutes * 30 if "SLURM_JOB_ID" in os.environ else 0.0
-    return {"SIGTERM": soon, "SIGUSR1": max(soon, ahead)}
+    return {"SIGTERM": soon, "SIGINT": soon, "SIGUSR1": max(soon, ahead)}
 
 
 class StepDropped(Exception):

@@ -114,6 +114,7 @@ def _check_vocabulary(samples: Samples, vocabulary: int) -> None:
 def _run_here(stages: list[Config]) -> None:
     from megalong.runtime import signals
 
+    signals.end_at_interrupt("interrupted before the first step: nothing is to be saved; the same command starts again")
     signals.listen(signal.SIGUSR1)
     try:
         _join_and_run(stages)

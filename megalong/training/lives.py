@@ -56,11 +56,12 @@ def _life(config: Config, device: torch.device, make: MetricsMaker, before: Guar
         return "finished", session.guard
     if before is None:
         events.record(run, session.step, "resume" if session.step else "start", world_size=dist.get_world_size())
-    signals.listen_to_all()
     metrics = make(session, dist.get_world_size())
     _tell_again(metrics, run, session.step)
     try:
-        outcome = Trainer(session, metrics).run()
+        trainer = Trainer(session, metrics)
+        signals.listen_to_all()
+        outcome = trainer.run()
     finally:
         metrics.close()
     if outcome == "finished":

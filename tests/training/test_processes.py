@@ -108,7 +108,9 @@ def test_a_hang_ends_the_run_with_every_ranks_stack(sources: tuple[Path, Path], 
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)], ids=["term", "usr1"]
+    "number",
+    [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)],
+    ids=["term", "int", "usr1"],
 )
 def test_a_signal_to_one_process_saves_and_ends_all(
     number: signal.Signals, sources: tuple[Path, Path], tmp_path: Path

@@ -78,9 +78,9 @@ def test_slurms_warning_leaves_a_step_half_its_lead(
 ) -> None:
     config = Config.model_validate(single_sample_settings(tmp_path / "run", *sources, slurm={"lead_minutes": 10}))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert grace_of(config) == {"SIGTERM": 20, "SIGUSR1": 20}
+    assert grace_of(config) == {"SIGTERM": 20, "SIGINT": 20, "SIGUSR1": 20}
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert grace_of(config) == {"SIGTERM": 20, "SIGUSR1": 300}
+    assert grace_of(config) == {"SIGTERM": 20, "SIGINT": 20, "SIGUSR1": 300}
 
 
 def test_a_signal_cuts_an_evaluation_short(sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path) -> None:
