@@ -51,7 +51,7 @@ Outlook = Callable[[Received], str]
 
 
 def _at_first_step(first: Received) -> str:
-    return "the step at work is finished, or dropped if that takes long, then the run saves and leaves"
+    return "the run leaves at its first step"
 
 
 _received: Received | None = None

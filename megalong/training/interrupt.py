@@ -25,6 +25,7 @@ from megalong.config.schema import Config
 from megalong.model.batch import MicroBatch
 from megalong.runtime import signals
 from megalong.runtime.distributed import control_group
+from megalong.training.console import duration
 
 
 def grace_of(config: Config) -> dict[str, float]:
@@ -43,19 +44,27 @@ class StepDropped(Exception):
 
 
 class Interrupt:
-    """Ranks' agreement about a signal."""
+    """Ranks' agreement about a signal, and how far this one is, for the line that is said when a signal comes."""
 
     def __init__(self, grace: dict[str, float], may_drop: bool) -> None:
         """`grace`: seconds by signal; `may_drop`: ranks run the same micro-batch at the same time (no pipeline)."""
         self._grace, self._may_drop = grace, may_drop
         self._step_seconds: float | None = None
+        self._save_seconds: float | None = None
         self._control = control_group()
-        self._began = time.monotonic()
+        self._began = self._batch_began = time.monotonic()
+        self._number = self._done = self._count = 0
+        self._doing: str | None = None
         self.agreed = False
 
-    def step_begins(self) -> None:
-        """To be called when a step begins."""
-        self._began = time.monotonic()
+    def step_begins(self, number: int) -> None:
+        """To be called when step `number`, from 1, begins."""
+        self._began = self._batch_began = time.monotonic()
+        self._number, self._done, self._count, self._doing = number, 0, 0, None
+
+    def begins(self, doing: str) -> None:
+        """To be called when something else than a step's gradients begins, such as `the validation`."""
+        self._doing = doing
 
     @property
     def elapsed(self) -> float:
@@ -66,40 +75,90 @@ class Interrupt:
         """The last step's seconds, the same number on every rank."""
         self._step_seconds = seconds
 
+    def save_took(self, seconds: float) -> None:
+        """The last save's."""
+        self._save_seconds = seconds
+
     def before_each(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         """`batches`, between which ranks look whether to drop the step, if it may take too long to be finished.
 
         Raises, when iterated over:
             StepDropped: on all ranks at the same micro-batch.
         """
-        short = self._step_seconds is not None and self._step_seconds <= min(self._grace.values())
-        return batches if short or not self._may_drop else _Watched(batches, self)
+        return _Watched(batches, self)
+
+    def reached(self, done: int, count: int) -> None:
+        """Micro-batch number `done`, from 0, of `count` is about to begin.
+
+        Raises:
+            StepDropped: on all ranks, if any has a signal and the step would not be done in time.
+        """
+        self._done, self._count, self._batch_began = done, count, time.monotonic()
+        if self._looks and self._agreed(self._late(done, count)):
+            raise StepDropped
 
     def any_rank(self) -> bool:
         """Whether a rank has a signal; all ranks ask together."""
         self.agreed = self._agreed(signals.received() is not None)
         return self.agreed
 
-    def drop_if_late(self, done: int, count: int) -> None:
-        """Leave the step if any rank has a signal and would not be done in time; `done` of `count` micro-batches are.
+    def outlook(self, first: signals.Received) -> str:
+        """What the run does about its first signal and how long that may take, by the micro-batches seen so far.
 
-        Raises:
-            StepDropped: on all ranks.
+        For any thread, at any moment: it only reads numbers.
         """
-        if self._agreed(self._late(done, count)):
-            raise StepDropped
+        save = "" if self._save_seconds is None else f", which takes about {duration(self._save_seconds)}"
+        if self._doing is not None:
+            return f"the run is in {self._doing}, leaves it as soon as it can, and saves{save}"
+        place, left = self._place(), self._left(self._done, self._count) if self._count else self._step_seconds
+        if not self._looks:
+            known = "" if left is None else f" in about {duration(max(0.0, left))}"
+            return f"{place}; the step is finished{known} and saved{save}"
+        each = self._each()
+        if left is None or each is None:
+            return (
+                f"{place}, the first since the start: nobody knows how long it takes; the step is dropped when it "
+                f"is done, and the run ends with step {self._number - 1}"
+            )
+        if time.monotonic() + left <= first.moment + self._grace[first.name]:
+            return f"{place}, {duration(each)} each; the step is finished in about {duration(left)} and saved{save}"
+        wait = max(0.0, self._batch_began + each - time.monotonic())
+        return (
+            f"{place}, {duration(each)} each; the step would take {duration(left)} more, over the "
+            f"{duration(self._grace[first.name])} it has: it is dropped when this one is done, in about "
+            f"{duration(wait)}, and step {self._number - 1} is saved{save}"
+        )
+
+    @property
+    def _looks(self) -> bool:
+        """Whether ranks look for signals within the step; the same on every rank."""
+        short = self._step_seconds is not None and self._step_seconds <= min(self._grace.values())
+        return self._may_drop and not short
+
+    def _place(self) -> str:
+        if not self._count:
+            return f"step {self._number} waits for its data"
+        return f"step {self._number} is in micro-batch {self._done + 1} of {self._count}"
+
+    def _each(self) -> float | None:
+        """Seconds of a micro-batch: of this step's, or else of the last one's."""
+        if self._done:
+            return (self._batch_began - self._began) / self._done
+        return self._step_seconds / self._count if self._step_seconds is not None and self._count else None
+
+    def _left(self, done: int, count: int) -> float | None:
+        """Seconds that this step will take yet, `done` of `count` micro-batches being done; None: nobody knows."""
+        if done:
+            return (self._batch_began - self._began) / done * count - self.elapsed
+        return None if self._step_seconds is None else self._step_seconds - self.elapsed
 
     def _late(self, done: int, count: int) -> bool:
         signal = signals.received()
         if signal is None:
             return False
-        if done:
-            left = self.elapsed / done * (count - done)
-        elif self._step_seconds is not None:
-            left = self._step_seconds - self.elapsed
-        else:
-            return True  # nobody knows how long the first step takes, and nothing is lost with it
-        return time.monotonic() + left > signal.moment + self._grace[signal.name]
+        left = self._left(done, count)
+        # Nobody knows how long the first step takes, and nothing is lost with it.
+        return left is None or time.monotonic() + left > signal.moment + self._grace[signal.name]
 
     def _agreed(self, mine: bool) -> bool:
         flag = torch.tensor([float(mine)])
@@ -114,5 +173,5 @@ class _Watched(list[MicroBatch]):
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for done, batch in enumerate(super().__iter__()):
-            self._interrupt.drop_if_late(done, len(self))
+            self._interrupt.reached(done, len(self))
             yield batch

@@ -60,7 +60,7 @@ def _life(config: Config, device: torch.device, make: MetricsMaker, before: Guar
     _tell_again(metrics, run, session.step)
     try:
         trainer = Trainer(session, metrics)
-        signals.listen_to_all()
+        signals.listen_to_all(trainer.interrupt.outlook)
         outcome = trainer.run()
     finally:
         metrics.close()

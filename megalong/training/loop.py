@@ -171,6 +171,7 @@ class Trainer:
         settings, started = self.config.evaluation, time.perf_counter()
         if self.validation is None or not (last or self.session.step % settings.interval == 0):
             return None
+        self.interrupt.begins("the validation")
         positions, total, units = PositionLoss(self.config.data.seq_length), 0.0, 0.0
         for index in range(settings.iters):
             if self.interrupt.any_rank():
@@ -187,6 +188,7 @@ class Trainer:
         if not last and self.session.step % self.config.checkpoint.save_interval:
             return
         started = time.perf_counter()
+        self.interrupt.begins("a save")
         self.metrics.flush()
         self._tell_saved(setup.save(self.session))
         self._window.seconds["checkpoint"] = time.perf_counter() - started
@@ -204,6 +206,7 @@ class Trainer:
             if saved.step == self.config.training.train_iters:
                 raise UserError(saved.failure)
             return
+        self.interrupt.save_took(saved.seconds)
         log.info("saved %s in %.1f s, of which training stood still for %.2f s", saved.path, saved.seconds, saved.pause)
         events.record(self.config.run.dir, saved.step, "save", seconds=saved.seconds, pause=saved.pause)
 

@@ -105,7 +105,7 @@ class TrainStep:
         started = time.perf_counter()
         self.clock.start()
         if self.interrupt is not None:
-            self.interrupt.step_begins()
+            self.interrupt.step_begins(number)
         states = random_states()
         micro_batches = batches.at(consumed_samples)
         loaded = time.perf_counter()

@@ -6,7 +6,9 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from megalong import cli
 from megalong.config.lora import Lora
 from megalong.hf import adapter, writer
 from megalong.runtime import signals
+from megalong.training.interrupt import Interrupt
 from tests.llama import make_dataset, make_llama
 from tests.ranks import end_ranks, start_ranks
 from tests.training.test_processes import configuration, wait_for
@@ -45,7 +48,7 @@ def test_a_blocked_rank_says_at_once_what_it_does_and_ends_at_the_second(
         time.sleep(1)
         assert ranks[0].pid is not None
         os.kill(ranks[0].pid, signal.SIGINT)
-        wait_for(lambda: "signal SIGINT: " in log.read_text())
+        wait_for(lambda: "signal SIGINT: step 1 is in micro-batch 1 of 1" in log.read_text())
         os.kill(ranks[0].pid, signal.SIGINT)  # the same press, passed on by a launcher
         time.sleep(signals.SAME_PRESS_UNDER_LAUNCHER + 0.2)
         assert ranks[0].is_alive()
@@ -168,3 +171,68 @@ def test_measuring_ends_with_a_line(
     told = capfd.readouterr().err
     assert told.splitlines()[-1] == "megalong: interrupted"
     assert "Traceback" not in told
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Interrupt]:
+    """A run in the middle of a step at second 1000 of a clock that stands still."""
+    now = [1000.0]
+    monkeypatch.setattr("megalong.training.interrupt.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("megalong.training.interrupt.control_group", lambda: None)
+
+    def make(done: int, count: int, each: float, into: float, last: float | None = None, may_drop: bool = True) -> Any:
+        """`done` of `count` micro-batches took `each`, the present one `into` so far, the last step `last` seconds."""
+        interrupt = Interrupt({"SIGTERM": 20.0, "SIGINT": 20.0, "SIGUSR1": 600.0}, may_drop)
+        monkeypatch.setattr(interrupt, "_agreed", lambda mine: mine)
+        now[0] = 1000.0 - into - done * each
+        if last is not None:
+            interrupt.step_took(last)
+        interrupt.step_begins(7)
+        now[0] = 1000.0 - into
+        if count:
+            interrupt.reached(done, count)
+        now[0] = 1000.0
+        return interrupt
+
+    return make
+
+
+DROPPED = "over the 20s it has: it is dropped when this one is done, in about 40s, and step 6 is saved"
+LATE, LONG = (f"the step would take {seconds} more, {DROPPED}" for seconds in ("4m40s", "7m40s"))
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "told"),
+    [
+        # 3 of 8 done in 60 s each, 20 s into the fourth: 40 s + 4 × 60 s to go.
+        ("SIGTERM", (3, 8, 60.0, 20.0), f"is in micro-batch 4 of 8, 1m00s each; {LATE}"),
+        ("SIGUSR1", (3, 8, 60.0, 20.0), "is in micro-batch 4 of 8, 1m00s each; the step is finished in about 4m40s"),
+        ("SIGTERM", (7, 8, 60.0, 50.0), "is in micro-batch 8 of 8, 1m00s each; the step is finished in about 10s"),
+        ("SIGTERM", (0, 8, 0.0, 20.0), "is in micro-batch 1 of 8, the first since the start: nobody knows how long"),
+        ("SIGTERM", (0, 8, 0.0, 20.0, 480.0), f"is in micro-batch 1 of 8, 1m00s each; {LONG}"),
+        ("SIGTERM", (3, 8, 1.0, 0.5, 8.0), "is in micro-batch 4 of 8; the step is finished in about 4s and saved"),
+        ("SIGTERM", (3, 8, 60.0, 20.0, 480.0, False), "is in micro-batch 4 of 8; the step is finished in about 4m40s"),
+        ("SIGTERM", (0, 0, 0.0, 3.0, 480.0), "waits for its data"),
+    ],
+)  # fmt: skip
+def test_the_line_says_what_follows_and_how_long_it_takes(
+    name: str, state: tuple[Any, ...], told: str, at: Callable[..., Interrupt]
+) -> None:
+    assert at(*state).outlook(signals.Received(name, 1000.0)).startswith(f"step 7 {told}")
+
+
+def test_what_the_line_says_is_what_is_decided(at: Callable[..., Interrupt], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, each, dropped in (("SIGTERM", 3.0, False), ("SIGTERM", 30.0, True), ("SIGUSR1", 30.0, False)):
+        monkeypatch.setattr(signals, "received", lambda: None)
+        interrupted = at(3, 8, each, 0.0)
+        first = signals.Received(name, 1000.0)
+        monkeypatch.setattr(signals, "received", lambda first=first: first)
+        assert ("dropped" in interrupted.outlook(first)) == dropped == interrupted._late(3, 8)
+
+
+def test_a_save_is_told_with_its_usual_time(at: Callable[..., Interrupt]) -> None:
+    running = at(1, 2, 1.0, 0.0, 2.0)
+    running.save_took(75.0)
+    running.begins("the validation")
+    told = running.outlook(signals.Received("SIGINT", 1000.0))
+    assert told == "the run is in the validation, leaves it as soon as it can, and saves, which takes about 1m15s"
