@@ -18,7 +18,8 @@ import numpy as np
 import orjson
 
 from megalong.data.indexed_writer import IndexedDatasetWriter, State, holds
-from megalong.data.part_files import Finished, PartFolder
+from megalong.data.keys import Unread
+from megalong.data.part_files import REJECTED, UNREAD, Finished, PartFolder
 from megalong.data.records import lines_before
 from megalong.errors import UserError
 
@@ -140,9 +141,20 @@ def publish_rejected(folders: Sequence[PartFolder], path: Path) -> int:
     return count
 
 
+def unread_keys(folders: Iterable[PartFolder]) -> Unread:
+    """The keys of all parts that nothing has read."""
+    found = Unread()
+    for folder in folders:
+        for file in sorted(folder.path.glob(f"*.{UNREAD}")):
+            for path, counts in orjson.loads(file.read_bytes()).items():
+                for key, count in counts.items():
+                    found.add(path, [key], count)
+    return found
+
+
 def _rejected(folders: Iterable[PartFolder]) -> Iterator[dict[str, Any]]:
     for folder in folders:
-        for file in sorted(folder.path.glob("*.rejected")):
+        for file in sorted(folder.path.glob(f"*.{REJECTED}")):
             for line in file.read_bytes().splitlines():
                 path, start, number, why, data = orjson.loads(line)
                 yield {"file": path, "line": number + lines_before(path, start), "reason": why, "data": data}

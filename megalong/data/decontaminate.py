@@ -19,10 +19,9 @@ from hashlib import sha256
 from typing import Any
 
 import numpy as np
-import orjson
 
 from megalong.data import parquet
-from megalong.data.records import BYTE_ORDER_MARK
+from megalong.data.records import BYTE_ORDER_MARK, BadRecordError, parsed
 from megalong.data.sources import LINES, TABLE, Source, find_files
 from megalong.data.unpack import unpacked
 from megalong.errors import UserError
@@ -144,18 +143,16 @@ def _texts(source: Source) -> Iterator[str]:
         yield content.decode("utf-8", "replace")
         return
     try:
-        yield from _strings(orjson.loads(content))  # one object or list, as .json files often are
+        yield from _strings(parsed(content))  # one object or list, as .json files often are
         return
-    except ValueError:
+    except BadRecordError:
         pass
     for number, line in enumerate(content.split(b"\n"), 1):
         if line and not line.isspace():
             try:
-                yield from _strings(orjson.loads(line))
-            except ValueError as error:
-                raise UserError(
-                    f"--decontaminate: {source.path}, line {number}: not valid JSON ({error}); give one object a line"
-                ) from None
+                yield from _strings(parsed(line))
+            except BadRecordError as error:
+                raise UserError(f"--decontaminate: {source.path}, line {number}: {error}") from None
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -3,6 +3,7 @@
 A worker writes what it made of part 17 into files of the folder `P.parts`, and at last their description:
 
     000017.0.bin  000017.0.lengths      tokens and document lengths under the first key; .1. under the second …
+    000017.unread                       keys of its records that nothing reads (keys.py); often absent
     000017.rejected                     bad records and contaminated documents, one JSON object a line; often absent
     000017.json                         fingerprint, counts, size and CRC-32 of each file: it appears last, and whole
 
@@ -27,6 +28,7 @@ from typing import IO, Any, Self
 from megalong.errors import UserError
 
 BLOCK = 1 << 20
+REJECTED, UNREAD = KEPT = ("rejected", "unread")
 LOCK_SECONDS = 3.0
 
 
@@ -95,10 +97,10 @@ class PartFolder:
             if int(path.name.partition(".")[0]) not in numbers:
                 path.unlink(missing_ok=True)
 
-    def remove(self, part: Finished, keep: str = "rejected") -> None:
-        """Delete the files of a part that are not needed any more; its file `keep` stays to the end."""
+    def remove(self, part: Finished) -> None:
+        """Delete the files of a part that are not needed any more; those of `KEPT` stay to the end."""
         for ending in ("json", *part.files):
-            if ending != keep:
+            if ending not in KEPT:
                 self.file(part.number, ending).unlink(missing_ok=True)
 
     def clear(self) -> None:

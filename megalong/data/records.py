@@ -2,29 +2,33 @@
 
 A record is what one line, row or text file holds: the text under each key. Text is taken as it stands: no newline is
 translated, nothing is stripped but a byte order mark at the start of a file. Bad records (not UTF-8, not JSON, a key
-that is missing or no string, half a surrogate pair) end the run, or are set aside with `--on-error skip`.
+that is missing, there twice or no string, half a surrogate pair) end the run, or are set aside with `--on-error skip`.
 
 A line is read by orjson, five times as fast as Python's `json`. What orjson refuses, `json` judges: some of it is good
-(NaN, whole numbers past 64 bits), and for the rest it says what is wrong.
+(NaN, whole numbers past 64 bits), and for the rest it says what is wrong. Conversations and benchmarks are read by the
+same functions, so that a line is as good for one of them as for another.
 
 Lines are counted from the start of a part; `lines_before` adds what lies before it, which costs a pass over the file
 and is asked for only where there is something to tell.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import orjson
 
 from megalong.data import parquet
+from megalong.data.keys import printable
 from megalong.data.sources import LINES, TABLE, Part, Piece
 from megalong.data.unpack import unpacked
 from megalong.errors import UserError
 
 BLOCK = 1 << 20  # bytes of a file looked at once
+_KEY_ENDS = (b'":', b'" :')  # how a key ends in a line
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -50,6 +54,7 @@ class BadRecordError(Exception):
 
 
 OnBad = Callable[[Bad], None]
+OnKeys = Callable[[Piece, Iterable[str]], None]
 
 
 def refuse(bad: Bad) -> None:
@@ -73,23 +78,39 @@ def line_number(piece: Piece, line: int) -> int:
     return line if whole else line + lines_before(piece.source.path, piece.start)
 
 
-def read_records(part: Part, keys: Sequence[str], on_bad: OnBad = refuse) -> Iterator[Record]:
+def read_records(
+    part: Part, keys: Sequence[str], on_bad: OnBad = refuse, on_keys: OnKeys | None = None
+) -> Iterator[Record]:
     """The records of `part` in order; those that cannot be used go to `on_bad`.
+
+    Args:
+        on_keys: told of all keys of a record that has more than `keys`.
 
     Raises:
         UserError: a file changed since it was listed, or is broken.
     """
     for piece in part.pieces:
         _refuse_changed(piece)
+        more = None if on_keys is None else partial(on_keys, piece)
+        columns = parquet.columns(piece.source.path) if more is not None and piece.source.kind == TABLE else []
         for line, data in _raw_records(piece, keys):
             try:
-                yield Record(texts_of(data, keys) if piece.source.kind == LINES else _plain_texts(data), piece, line)
+                if piece.source.kind == LINES:
+                    yield Record(texts_of(data, keys, more), piece, line)
+                    continue
+                texts = _plain_texts(data)
+                if more is not None and len(columns) > len(keys):
+                    more(columns)
+                yield Record(texts, piece, line)
             except BadRecordError as error:
                 on_bad(Bad(piece, line, str(error), data if isinstance(data, bytes) else repr(data).encode()))
 
 
-def texts_of(line: bytes, keys: Sequence[str]) -> list[str]:
+def texts_of(line: bytes, keys: Sequence[str], more: Callable[[Iterable[str]], None] | None = None) -> list[str]:
     """The texts of one JSON line, one for each of `keys`.
+
+    Args:
+        more: called with all keys of a record that has others too.
 
     Raises:
         BadRecordError: it cannot be used.
@@ -98,8 +119,38 @@ def texts_of(line: bytes, keys: Sequence[str]) -> list[str]:
         content = orjson.loads(line)
         texts = [content[key] for key in keys]
     except (ValueError, KeyError, TypeError, IndexError):
-        return _judged(line, keys)
-    return texts if all(type(text) is str for text in texts) else _judged(line, keys)
+        texts, content = _judged(line, keys)
+    else:
+        if not all(type(text) is str for text in texts) or any(_may_repeat(line, key) for key in keys):
+            texts, content = _judged(line, keys)
+    if more is not None and len(content) > len(keys):
+        more(content)
+    return texts
+
+
+def parsed(line: bytes) -> Any:
+    """What a line of JSON says; NaN, infinity and whole numbers of any size included, as Python's `json` has them.
+
+    Raises:
+        BadRecordError: it is no JSON, or not UTF-8.
+    """
+    try:
+        return orjson.loads(line)
+    except ValueError:
+        return _by_json(line)
+
+
+def parsed_unambiguous(line: bytes) -> Any:
+    """As `parsed`, of a line in which no object has a key twice, of which every reader would drop one.
+
+    Raises:
+        BadRecordError: it cannot be parsed, or an object has a key twice.
+    """
+    content = parsed(line)
+    spelled = sum(line.count(end) - line.count(b"\\" + end) for end in _KEY_ENDS)
+    if spelled > _number_of_keys(content):
+        _by_json(line, _refuse_repeated)
+    return content
 
 
 @lru_cache(maxsize=64)
@@ -121,23 +172,28 @@ def _refuse_changed(piece: Piece) -> None:
         raise UserError(f"--input: {piece.source.path} changed while it was being read; run again when it is whole")
 
 
-def _raw_records(piece: Piece, keys: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    """(line, content) of every record that is not blank: bytes, or the values of a table's row."""
-    source = piece.source
-    if source.kind == TABLE:
-        yield from parquet.text_rows(source.path, piece.start, piece.end, keys)
-        return
-    with unpacked(source.path, source.packing) as stream:
-        if source.kind != LINES:
-            yield 0, [stream.read().removeprefix(BYTE_ORDER_MARK)]
-            return
-        line = 0
+def raw_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """(line, from 1; its bytes) of every line of a piece that is not blank, without a byte order mark."""
+    line = 0
+    with unpacked(piece.source.path, piece.source.packing) as stream:
         for block in _blocks(stream, piece):
             for data in block.split(b"\n"):
                 line += 1
                 if data and not data.isspace():
                     yield line, data
             line -= 1  # what follows a block's last newline is no line
+
+
+def _raw_records(piece: Piece, keys: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    """(line, content) of every record that is not blank: bytes, or the values of a table's row."""
+    source = piece.source
+    if source.kind == TABLE:
+        yield from parquet.text_rows(source.path, piece.start, piece.end, keys)
+    elif source.kind == LINES:
+        yield from raw_lines(piece)
+    else:
+        with unpacked(source.path, source.packing) as stream:
+            yield 0, [stream.read().removeprefix(BYTE_ORDER_MARK)]
 
 
 def _blocks(stream: IO[bytes], piece: Piece) -> Iterator[bytes]:
@@ -175,22 +231,71 @@ def _decoded(data: bytes) -> str:
         raise BadRecordError(f"not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
 
 
-def _judged(line: bytes, keys: Sequence[str]) -> list[str]:
-    """The texts of a line that orjson or its keys would not give."""
+def _by_json(line: bytes, of_pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     try:
-        content = json.loads(_decoded(line))
+        return json.loads(_decoded(line), object_pairs_hook=of_pairs)
     except (ValueError, RecursionError) as error:
         raise BadRecordError(f"not valid JSON ({error}); give one JSON object a line") from None
+
+
+def _judged(line: bytes, keys: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The texts of a line that orjson or its keys would not give, and all the line says."""
+    repeated: set[str] = set()  # of the outermost object: it is complete last
+
+    def of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated.clear()
+        repeated.update(_repeated(pairs))
+        return dict(pairs)
+
+    content = _by_json(line, of_pairs)
     if not isinstance(content, dict):
         raise BadRecordError(f"a JSON {type(content).__name__}, not an object; write {{{keys[0]!r}: …}} on the line")
     for key in keys:
         if key not in content:
-            raise BadRecordError(f"no key {key!r} (there are: {', '.join(content) or 'none'}); set --json-keys")
+            there = ", ".join(map(printable, content))
+            raise BadRecordError(f"no key {key!r} (there are: {there or 'none'}); set --json-keys")
+        if key in repeated:
+            raise BadRecordError(f"key {key!r} is there twice; leave one")
         if not isinstance(content[key], str):
             _refused_type(f"value of {key!r}", content[key])
         if (why := half_surrogate(content[key])) is not None:
             raise BadRecordError(why)
-    return [content[key] for key in keys]
+    return [content[key] for key in keys], content
+
+
+def _may_repeat(line: bytes, key: str) -> bool:
+    """Whether an object in a line may have `key` twice: quotes within a text never come without a backslash."""
+    quoted = _quoted(key)
+    if line.find(quoted) == line.rfind(quoted):  # nearly always, and found fast
+        return False
+    return sum(line.count(quoted[:-1] + end) for end in _KEY_ENDS) > 1
+
+
+@lru_cache(maxsize=64)
+def _quoted(key: str) -> bytes:
+    return orjson.dumps(key)
+
+
+def _number_of_keys(content: Any) -> int:
+    """Keys of all objects in a value."""
+    count, left = 0, [content]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            count += len(value)
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return count
+
+
+def _repeated(pairs: list[tuple[str, Any]]) -> set[str]:
+    return {key for key, count in Counter(key for key, _ in pairs).items() if count > 1} if pairs else set()
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> None:
+    for key in _repeated(pairs):
+        raise BadRecordError(f"key {key!r} is there twice in one object; leave one")
 
 
 def half_surrogate(text: str) -> str | None:

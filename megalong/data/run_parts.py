@@ -5,13 +5,14 @@
 Whatever ends it, the folder of finished parts stays if there is anything in it to go on from.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from megalong.data.assemble import Assembly, publish_rejected
+from megalong.data.assemble import Assembly, publish_rejected, unread_keys
 from megalong.data.grouping import dealt_bytes
 from megalong.data.indexed_writer import IndexedDatasetWriter
 from megalong.data.part_files import Finished, PartFolder
@@ -95,6 +96,8 @@ class Run:
         log = Path(f"{self._prefix}_rejected.jsonl")
         if publish_rejected(folders, log):
             print(f"{log}: {self.counts['bad']:,} bad records, {self.counts['contaminated']:,} contaminated documents")
+        for line in unread_keys(folders).lines():
+            print(f"megalong: --input: {line}", file=sys.stderr)
         for key, writer in zip(self._reading.keys, self.writers, strict=True):
             writer.finish(
                 {

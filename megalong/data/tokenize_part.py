@@ -8,6 +8,7 @@ such tasks, one that deals records into buckets and one that tokenizes a bucket 
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
@@ -18,12 +19,13 @@ from megalong.data import grouping
 from megalong.data.decontaminate import Benchmarks
 from megalong.data.encoder import BatchEncoder
 from megalong.data.indexed_writer import refuse_too_long
-from megalong.data.part_files import Finished, PartFolder, PartWriter, described
+from megalong.data.keys import Unread, printable, unknown
+from megalong.data.part_files import REJECTED, UNREAD, Finished, PartFolder, PartWriter, described
 from megalong.data.records import Bad, Record, read_records, refuse
 from megalong.data.separator import Separator, with_separator
 from megalong.data.sources import LINES, Part, Piece
 
-FORMAT = 1  # of finished parts; another one makes those of an earlier version of this program be made again
+FORMAT = 2  # of finished parts; another one makes those of an earlier version of this program be made again
 SHOWN = 1000  # characters of a contaminated document in the report
 BATCH_CHARACTERS = 1 << 18  # tokenized at once: bounds a worker's memory, unless one document is longer
 
@@ -46,13 +48,20 @@ class Reading:
 
     def records(self, part: Part, writer: PartWriter, counts: dict[str, int]) -> Iterator[Record]:
         """Records of `part` to be kept; what is set aside is written and counted."""
-        keys = [*self.keys, *(self.group or ())]
+        keys, unread = [*self.keys, *(self.group or ())], Unread()
 
         def set_aside(bad: Bad) -> None:
             counts["bad"] += 1
             _tell(writer, bad.piece, bad.line, bad.why, bad.data.decode("utf-8", "replace"))
 
-        for record in read_records(part, keys, set_aside if self.skip_bad else refuse):
+        @lru_cache(maxsize=1024)  # records of a corpus have few sets of keys
+        def left(found: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(map(printable, unknown(found, keys)))
+
+        def tell_keys(piece: Piece, found: Iterable[str]) -> None:
+            unread.add(piece.source.path, left(tuple(found)))
+
+        for record in read_records(part, keys, set_aside if self.skip_bad else refuse, tell_keys):
             hit = self.benchmarks.find(record.texts[: len(self.keys)]) if self.benchmarks else None
             if hit is not None:
                 counts["contaminated"] += 1
@@ -61,6 +70,8 @@ class Reading:
                 if self.drop:
                     continue
             yield record
+        if unread.counts:
+            writer.write(UNREAD, orjson.dumps(unread.counts))
 
     def settings(self) -> dict[str, Any]:
         """What the records depend on besides the corpus."""
@@ -202,4 +213,4 @@ def _batches(documents: Iterable[Sequence[str]]) -> Iterator[list[Sequence[str]]
 def _tell(writer: PartWriter, piece: Piece, line: int, why: str, data: str) -> None:
     """Note a record; where its piece starts is told too where lines are counted from there."""
     start = piece.start if piece.source.kind == LINES else 0
-    writer.write("rejected", orjson.dumps([piece.source.path, start, line, why, data]) + b"\n")
+    writer.write(REJECTED, orjson.dumps([piece.source.path, start, line, why, data]) + b"\n")

@@ -22,7 +22,7 @@ from megalong.data.workers import available_cores, map_in_order
 from megalong.errors import UserError
 from megalong.sft.formats import BadSampleError, Conversation, read_conversation
 from megalong.sft.mask import Tokens, shorten, tokenize
-from megalong.sft.records import NotJson, records
+from megalong.sft.records import Unreadable, records
 from megalong.sft.template import ChatTemplate
 from megalong.sft.written import unwritten
 
@@ -67,10 +67,8 @@ class Reader:
         """Tokenize one record; never raises for a bad one."""
         reason, detail = None, ""
         try:
-            if isinstance(record, NotJson):
-                raise BadSampleError(
-                    "malformed", f"not valid JSON ({record.why}); every line must be an object of its own"
-                )
+            if isinstance(record, Unreadable):
+                raise BadSampleError("malformed", record.why)
             conversation = read_conversation(record, source.format, source.ignore_keys)
             unread = unwritten(self.template.text, conversation.messages, conversation.tools)
             tokens = tokenize(self.template, conversation)

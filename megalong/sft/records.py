@@ -6,24 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
 from megalong.data import parquet
-from megalong.data.records import BYTE_ORDER_MARK
-from megalong.data.sources import LINES, TABLE, Source
-from megalong.data.unpack import unpacked
+from megalong.data.records import BadRecordError, parsed_unambiguous, raw_lines
+from megalong.data.sources import LINES, TABLE, Piece, Source
 from megalong.errors import UserError
 
 
 @dataclass(frozen=True)
-class NotJson:
-    """A line that is no JSON, and why."""
+class Unreadable:
+    """A line or row that cannot be read, and why."""
 
     why: str
 
 
 def records(source: Source) -> Iterator[tuple[str, Any, float]]:
-    """(place as a message names it, record, share of the file read); what is no JSON comes as `NotJson`.
+    """(place as a message names it, record, share of the file read); what cannot be read is an `Unreadable`.
 
     How far a packed file has been read cannot be told: its share is 0.
 
@@ -39,12 +36,9 @@ def records(source: Source) -> Iterator[tuple[str, Any, float]]:
             yield f"{source.path}, row {row}", _readable(record, texts), row / total
     elif source.kind == LINES:
         read, size = 0, 0 if source.packing else source.size
-        with unpacked(source.path, source.packing) as stream:
-            for number, line in enumerate(stream, 1):
-                read += len(line)
-                line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-                if not line.isspace():
-                    yield f"{source.path}, line {number}", _object(line), read / size if size else 0.0
+        for number, line in raw_lines(Piece(source, 0, source.size)):
+            read += len(line) + 1
+            yield f"{source.path}, line {number}", _object(line), read / size if size else 0.0
     else:
         raise UserError(f"sft.sources: {source.path} is plain text; write conversations as .jsonl or .parquet")
 
@@ -60,12 +54,12 @@ def _readable(record: dict[str, Any], texts: set[str]) -> Any:
     """The record; one whose text is not UTF-8 is as bad as a line that is not. Pictures and such need not be."""
     for name, value in record.items():
         if isinstance(value, parquet.Unreadable) and name in texts:
-            return NotJson(f"column {name!r}: {value.why}")
+            return Unreadable(f"column {name!r}: {value.why}")
     return record
 
 
 def _object(line: bytes) -> Any:
     try:
-        return orjson.loads(line)
-    except ValueError as error:
-        return NotJson(str(error))
+        return parsed_unambiguous(line)
+    except BadRecordError as error:
+        return Unreadable(str(error))

@@ -53,6 +53,14 @@ def test_what_orjson_refuses_and_json_takes_is_taken(tmp_path: Path) -> None:
     assert read(path) == [["x"]]
 
 
+def test_a_key_elsewhere_is_not_there_twice(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    text = 'of "text": and \\"text" : again'
+    inside = json.dumps({"text": text, "kind": "text", "meta": {"text": 1, "a": [{"text": 2}]}})
+    path.write_text('{"meta": {"text": 0, "text": 1}, "text": "x", "a": 1, "a": 2}\n' + inside + "\n")
+    assert read(path) == [["x"], [text]]
+
+
 def test_a_text_file_is_one_document_to_the_byte(tmp_path: Path) -> None:
     text = "\n first \r\n\n last \n"
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -304,6 +312,9 @@ BAD = [
     (b'{"text": "\xff"}', "not UTF-8"),
     (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
     (b'{"text": "a \\ud800 b"}', "surrogate"),
+    (b'{"text": "a", "text" : "b"}', "key 'text' is there twice; leave one"),
+    (b'{"text": "a", "x": NaN, "te\\u0078t": "b"}', "key 'text' is there twice; leave one"),
+    (b'{"\\ud800": "a"}', r"no key 'text' .there are: .ud800."),
 ]
 
 
