@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.signatures import checked, parse, recorded, signature_of
-from tests.signatures.calls import ROOT, calls, calls_in, read
+from tests.signatures.calls import ROOT, calls, calls_in
+from tests.signatures.source import Source
 
 DISTRIBUTIONS = {"transformer_engine": "transformer_engine", "megatron": "megatron_core"}
 VERSIONS = [version.split() for version in recorded()]
@@ -53,7 +54,8 @@ def test_the_recording_is_the_packages(package: str, version: str) -> None:
     root = sources(package, version)
     if root is None:
         pytest.skip(f"{package} {version} is neither installed nor a wheel in .whl or the folder MEGALONG_WHEELS")
-    assert read(root, package) == recorded()[f"{package} {version}"]
+    source, known = Source(root), recorded()[f"{package} {version}"]
+    assert {name: source.signature(name) for name in known} == known
 
 
 def test_what_is_read_is_what_python_sees() -> None:
