@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING
 
 from megalong.data.sampler import PackedSamples
 from megalong.errors import UserError
+from megalong.evaluation.fit import free_bytes, refuse_what_cannot_fit
 from megalong.evaluation.source import ModelSource, find_model, open_held_out
 from megalong.runtime import gpus
 from megalong.runtime.folders import refuse_unwritable
 from megalong.runtime.launch import run_local
 
 if TYPE_CHECKING:
+    import torch
+
     from megalong.evaluation.perplexity import PerplexityResult
 
 
@@ -47,7 +50,7 @@ def perplexity(
         nproc: context-parallel processes to start here; None joins torchrun's, or runs in this one.
 
     Raises:
-        UserError: no such model or dataset, a length the processes cannot share, fewer tokens than asked for.
+        UserError: no such model or dataset, a length the processes cannot share or hold, fewer tokens than asked for.
     """
     launched = "RANK" in os.environ
     if nproc is not None and launched:
@@ -90,6 +93,7 @@ def _measure(source: ModelSource, data: str, packed: PackedSamples, samples: int
         from megalong.evaluation.measure import measure_losses
 
         setup_logging(dist.get_rank())
+        _refuse_what_cannot_fit(source, packed.seq_length, device)
         distributed.set_layout(distributed.Layout(context=dist.get_world_size()))
         positions = measure_losses(source, packed, samples, device)
     finally:
@@ -105,6 +109,17 @@ def _measure(source: ModelSource, data: str, packed: PackedSamples, samples: int
         nll=positions.means(),
         tokens=positions.sums_counts()[1],
     )
+
+
+def _refuse_what_cannot_fit(source: ModelSource, seq_length: int, device: torch.device) -> None:
+    """By the rank that has least memory, so that all ranks refuse together; before any of them reads weights."""
+    from megalong.runtime.distributed import from_all_ranks
+
+    # A process that was started by hand is alone here.
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = from_all_ranks([float(free_bytes(device, local_world))])
+    there = min(one for (one,) in free)
+    refuse_what_cannot_fit(source.architecture, seq_length, len(free), there, device.type == "cuda")
 
 
 def _publish(result: PerplexityResult, output: str | None) -> None:

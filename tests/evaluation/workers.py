@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from megalong.runtime import distributed
 
@@ -42,3 +43,30 @@ def continuations(
         return [list(new_tokens(model, ids, count, prefill_chunk=chunk)) for ids, count, chunk in jobs]
     finally:
         distributed.clear_layout()
+
+
+def peak_bytes(hf: Path, seq_length: int) -> tuple[int, int]:
+    """(Bytes of the model's weights, bytes that measuring one sample takes on top), as torch counts them."""
+    device = torch.device("cpu")
+    distributed.start(device)
+    from megalong.attention.layout import TokenLayout
+    from megalong.evaluation.buckets import PositionLoss
+    from megalong.evaluation.forward import forward_losses
+    from megalong.evaluation.measure import load_model
+    from megalong.evaluation.source import find_model
+    from megalong.model.batch import shard_samples
+
+    distributed.set_layout(distributed.Layout())
+    try:
+        chunks = load_model(find_model(hf=hf))
+        batch = shard_samples(torch.ones(1, seq_length + 1, dtype=torch.int64), TokenLayout(1), 0, device)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            forward_losses(chunks, [batch], PositionLoss(seq_length))
+    finally:
+        distributed.clear_layout()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    taken = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        taken += event.nbytes()
+        peak = max(peak, taken)
+    return sum(one.numel() * one.element_size() for one in chunks[0].parameters()), peak
