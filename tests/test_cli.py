@@ -48,7 +48,16 @@ SURFACE = {
     "import-hf": ["--hf", "--output"],
     "export-hf": ["--adapter", "--base", "--checkpoint", "--dtype", "--output", "--step"],
     "train": ["--nproc", "CONFIG.yaml", "section.key=value"],
-    "evaluate perplexity": ["--checkpoint", "--data", "--hf", "--nproc", "--output", "--samples", "--seq-length"],
+    "evaluate perplexity": [
+        "--allow-other-tokenizer",
+        "--checkpoint",
+        "--data",
+        "--hf",
+        "--nproc",
+        "--output",
+        "--samples",
+        "--seq-length",
+    ],
     "generate": [
         "--chat",
         "--checkpoint",
@@ -260,6 +269,7 @@ ANSWERS = {
             "samples": 8,
             "nproc": None,
             "output": None,
+            "allow_other_tokenizer": False,
         },
     ),
     "generate --hf h --prompt p --top-k 5": (

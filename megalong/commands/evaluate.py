@@ -16,6 +16,9 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--seq-length", type=count, required=True, metavar="N", help="tokens of a sample")
     parser.add_argument("--samples", type=count, default=8, metavar="N", help="samples to average over (%(default)s)")
     parser.add_argument("--nproc", type=count, metavar="N", help="context-parallel processes to start here")
+    parser.add_argument(
+        "--allow-other-tokenizer", action="store_true", help="for a dataset made with another than the model's"
+    )
     parser.add_argument("--output", metavar="DIR", help="where to write the table and the plot")
 
 
@@ -30,5 +33,6 @@ def _run_perplexity(options: argparse.Namespace) -> int:
         samples=options.samples,
         nproc=options.nproc,
         output=options.output,
+        allow_other_tokenizer=options.allow_other_tokenizer,
     )
     return 0

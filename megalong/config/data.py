@@ -32,6 +32,8 @@ class Data(Section):
     """Shares of documents for training and validation."""
     allow_change: bool = False
     """Resume although the data differs from what the checkpoint was trained on; the change is logged."""
+    allow_other_tokenizer: bool = False
+    """Read datasets that were made with another tokenizer than the model's (one whose ids differ); it is logged."""
     pose: Pose | None = None
     """PoSE: positions of training samples skip ahead. Example: `{target_length: 4194304, chunks: 2}`"""
     loader: Literal["torch", "dali"] = "torch"

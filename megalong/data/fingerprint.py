@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 READING = {
     "separator",
     "allow_change",
+    "allow_other_tokenizer",
     "loader",
     "prefetch",
     "workers",

@@ -16,6 +16,7 @@ import numpy as np
 from megalong.data.indexed import IndexedDataset, data_path
 from megalong.data.indexed_writer import SLICE, Entries, IndexedDatasetWriter
 from megalong.data.progress import Progress
+from megalong.data.token_ids import same_ids
 from megalong.errors import UserError
 
 ENDINGS = (".idx", ".bin", ".json")
@@ -84,12 +85,20 @@ def _refuse_strangers(datasets: Sequence[IndexedDataset]) -> None:
                 "vocabularies; tokenize them with one tokenizer"
             )
         for name in SAME:
+            if name == "tokenizer" and _same_tokenizer(first, other):
+                continue
             ours, theirs = (_compared(name, dataset.sidecar or {}) for dataset in (first, other))
             if ours != theirs:
                 raise UserError(
                     f"--input: {first.prefix} and {other.prefix} differ in their {name.replace('_', ' ')} "
                     f"({_shown(ours)}, {_shown(theirs)}); merge what was preprocessed alike"
                 )
+
+
+def _same_tokenizer(first: IndexedDataset, other: IndexedDataset) -> bool:
+    """Whether both record one, and these give the same ids."""
+    ours, theirs = ((dataset.sidecar or {}).get("tokenizer") for dataset in (first, other))
+    return isinstance(ours, dict) and isinstance(theirs, dict) and bool(same_ids(ours, theirs))
 
 
 def _compared(name: str, sidecar: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ its vocabulary are held against the model's, where that is known.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from megalong.config.schema import Config
 from megalong.data.lengths import LengthHistogram
 from megalong.data.rows import Rows
 from megalong.data.sampler import DomainShare, PackedSamples
-from megalong.data.vocabulary import model_vocabulary
+from megalong.data.tokenizer_check import ALLOW, check_tokenizers
+from megalong.data.vocabulary import model_tokenizer, model_vocabulary
 
 LOOKED_AT = 5000
 
@@ -92,10 +94,11 @@ def plan(config_file: str, overrides: Sequence[str] = (), png: str | None = None
     """
     from megalong.data.plan_table import table
 
-    stages, vocabulary = [], None
+    stages, vocabulary, tokenizer = [], None, None
     for config in load_config(config_file, list(overrides)):
         vocabulary = model_vocabulary(config) or vocabulary  # a stage that starts from the one before has its model
-        stages.append(plan_stage(config, vocabulary))
+        tokenizer = model_tokenizer(config) or tokenizer
+        stages.append(plan_stage(config, vocabulary, tokenizer))
     for stage in stages:
         print(table(stage), end="\n\n" if stage is not stages[-1] else "\n")
     if png is None:
@@ -108,18 +111,24 @@ def plan(config_file: str, overrides: Sequence[str] = (), png: str | None = None
         print(f"picture: {path}")
 
 
-def plan_stage(config: Config, vocabulary: int | None = None) -> StagePlan:
+def plan_stage(config: Config, vocabulary: int | None = None, tokenizer: Path | None = None) -> StagePlan:
     """What the run, or stage, `config` will see.
 
     Args:
         vocabulary: ids the model has, None where that is not known.
+        tokenizer: folder of the model's tokenizer, None where that is not known; then, and where a dataset does not say
+            its own, a warning goes to stderr.
 
     Raises:
-        UserError: a bad dataset, an empty part, ids the model does not have, a document shown more often than allowed.
+        UserError: a bad dataset, an empty part, ids the model does not have or of another tokenizer, a document shown
+            more often than allowed.
     """
     packed = _opened(config, "train")
     if vocabulary is not None:
         packed.refuse_foreign_ids(vocabulary)
+    if config.model.load is not None:
+        for line in check_tokenizers(packed.made_with(), tokenizer, ALLOW, config.data.allow_other_tokenizer):
+            print(f"megalong: warning: {line}", file=sys.stderr)
     if config.evaluation.interval:
         _opened(config, "validation")
     samples = config.training.train_iters * config.training.global_batch_size

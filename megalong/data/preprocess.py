@@ -85,19 +85,22 @@ def preprocess(
     group = (group_by, group_path) if group_by else None
     reading = Reading(list(json_keys), on_error == "skip", benchmarks, decontaminate_action == "drop", group)
     prefix = output_prefix if shard is None else f"{output_prefix}_shard_{place + 1:05d}_of_{shards:05d}"
-    with _encoder(text_tokenizer, encoder, parts, json_keys) as (batch_encoder, check):
+    with (
+        in_background(lambda one: one.ids, text_tokenizer) as ids,
+        _encoder(text_tokenizer, encoder, parts, json_keys) as (batch_encoder, check),
+    ):
         dtype = token_type(batch_encoder.vocabulary_size)
         run = Run(prefix, reading, Tokenizing(batch_encoder, ending, dtype, text_tokenizer.sha256), workers, turns)
-        about = {
-            "grouped_by": group_by,
-            "tokenizer": {"name": text_tokenizer.name, "path": text_tokenizer.path, "sha256": text_tokenizer.sha256},
-            "vocabulary_size": batch_encoder.vocabulary_size,
-            "separator": ending.described() if ending else None,
-        }
         with run.kept_on_failure():
             run.tokenize(parts, place, shards, bucket_count(files) if group else None, check)
             if shard is None:
                 run.refuse_empty(inputs)
+            about = {
+                "grouped_by": group_by,
+                "tokenizer": text_tokenizer.described() | {"ids": ids()},
+                "vocabulary_size": batch_encoder.vocabulary_size,
+                "separator": ending.described() if ending else None,
+            }
             writers = run.publish(about)
     for writer in writers:
         print(_summary(writer, ending, run.seconds))

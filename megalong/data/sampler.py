@@ -24,6 +24,8 @@ from megalong.data.sample import Sample, StoredTokens
 from megalong.data.splitting import PARTS
 from megalong.data.stream import DomainStream
 from megalong.data.synthetic.related import RelatedDocuments
+from megalong.data.token_ids import same_ids
+from megalong.data.tokenizer_check import Made
 from megalong.data.whole_documents import WholeDocuments
 from megalong.errors import UserError
 
@@ -142,6 +144,13 @@ class PackedSamples:
             )
         for dataset in self._untold:
             dataset.refuse_ids_from(vocabulary)
+
+    def made_with(self) -> list[Made]:
+        """Which tokenizer each dataset was made with, for `check_tokenizers`."""
+        return [
+            Made(f"data.mixture: {name}", stream.made_with, (stream.dataset.sidecar or {}).get("separator"))
+            for name, stream in zip(self.names, self.streams, strict=True)
+        ]
 
     @cached_property
     def token_type(self) -> np.dtype[Any]:
@@ -319,7 +328,7 @@ def _common_tokenizer(names: list[str], streams: Sequence[DomainStream]) -> str 
             continue
         if first is None:
             first = name, tokenizer
-        elif tokenizer["sha256"] != first[1]["sha256"]:
+        elif not same_ids(first[1], tokenizer):
             raise UserError(
                 f"data.mixture: {first[0]!r} was tokenized with {first[1]['name']!r} and {name!r} with "
                 f"{tokenizer['name']!r}, whose ids mean other text; preprocess them with one tokenizer"

@@ -19,6 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from megalong.data.memory import give_back_freed
+from megalong.data.token_ids import ids_fingerprint
 from megalong.errors import UserError
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
@@ -72,6 +73,15 @@ class TextTokenizer:
     def eos_id(self) -> int | None:
         """Id of the end token, None where the folder names none."""
         return self._named_id("eos_token")
+
+    def described(self) -> dict[str, str]:
+        """What a sidecar records of it at once; `ids`, which takes a moment, comes beside."""
+        return {"name": self.name, "path": self.path, "sha256": self.sha256}
+
+    @cached_property
+    def ids(self) -> str | None:
+        """Fingerprint of what decides ids alone (see token_ids.py)."""
+        return ids_fingerprint(self.file.read_bytes())
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

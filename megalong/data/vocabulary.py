@@ -1,4 +1,4 @@
-"""How many ids the model of a configuration has, by the files it starts from, and without torch.
+"""How many ids the model of a configuration has and where its tokenizer is, by the files it starts from, without torch.
 
 Looked up for reports that need no model (`megalong data plan`, `data inspect`): training itself reads the whole
 architecture, and refuses what is wrong with it.
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megalong.config.schema import Config
+from megalong.config.schema import Config, Load
 
 
 def model_vocabulary(config: Config) -> int | None:
@@ -20,10 +20,23 @@ def model_vocabulary(config: Config) -> int | None:
         return config.model.architecture.vocab_size if config.model.architecture is not None else None
     if load.hf is not None:
         return _number(_json(Path(load.hf) / "config.json").get("vocab_size"))
-    folder = Path(load.checkpoint or "")
-    steps = sorted(folder.glob("checkpoints/step-*[0-9]/megalong.json")) or [folder / "megalong.json"]
-    architecture = _json(steps[-1]).get("architecture")
+    architecture = _json(_step(load) / "megalong.json").get("architecture")
     return _number(architecture.get("vocab_size")) if isinstance(architecture, dict) else None
+
+
+def model_tokenizer(config: Config) -> Path | None:
+    """Folder of the tokenizer of the model that `config` starts from; None where none is named, or not here (yet)."""
+    load = config.model.load
+    if load is None:
+        return None
+    folder = Path(load.hf) if load.hf is not None else _step(load) / "tokenizer"
+    return folder if folder.is_dir() else None
+
+
+def _step(load: Load) -> Path:
+    """The newest step of the run that `load.checkpoint` names, or that folder itself."""
+    folder = Path(load.checkpoint or "")
+    return max(folder.glob("checkpoints/step-*[0-9]"), default=folder)
 
 
 def _number(value: Any) -> int | None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from megalong.data.sampler import PackedSamples
 from megalong.errors import UserError
 from megalong.evaluation.fit import free_bytes, refuse_what_cannot_fit
-from megalong.evaluation.source import ModelSource, find_model, open_held_out
+from megalong.evaluation.source import ModelSource, find_model, open_held_out, tokenizer_notes
 from megalong.runtime import gpus
 from megalong.runtime.folders import refuse_unwritable
 from megalong.runtime.launch import run_local
@@ -39,6 +39,7 @@ def perplexity(
     samples: int = 8,
     nproc: int | None = None,
     output: str | None = None,
+    allow_other_tokenizer: bool = False,
 ) -> None:
     """Measure one model, print its table, and write table, numbers and picture to `output` (if given).
 
@@ -48,6 +49,7 @@ def perplexity(
         seq_length: tokens per sample.
         samples: sequences to average over.
         nproc: context-parallel processes to start here; None joins torchrun's, or runs in this one.
+        allow_other_tokenizer: measure although the dataset was made with another tokenizer than the model's.
 
     Raises:
         UserError: no such model or dataset, a length the processes cannot share or hold, fewer tokens than asked for.
@@ -57,16 +59,17 @@ def perplexity(
         raise UserError("--nproc: these processes were started by torchrun already; drop --nproc")
     gpus.refuse_more_processes(nproc)
     source = find_model(checkpoint, hf)
-    packed = open_held_out(data, seq_length, samples, source)
+    packed = open_held_out(data, seq_length, samples, source, allow_other_tokenizer)
     if output is not None:
         refuse_unwritable(Path(output), "--output")
     if nproc is not None and nproc > 1:
         model = ["--hf", hf] if hf is not None else ["--checkpoint", str(checkpoint)]
         where = ["--output", output] if output is not None else []
         sizes = ["--seq-length", str(seq_length), "--samples", str(samples)]
+        where += ["--allow-other-tokenizer"] if allow_other_tokenizer else []
         _spawn(["evaluate", "perplexity", *model, "--data", data, *sizes, *where], nproc)
         return
-    result = _measure(source, data, packed, samples)
+    result = _measure(source, data, packed, samples, tokenizer_notes(packed, source, allow_other_tokenizer))
     if int(os.environ.get("RANK", 0)) == 0:
         _publish(result, output)
 
@@ -78,8 +81,8 @@ def _spawn(command: list[str], nproc: int) -> None:
         raise SystemExit(status)
 
 
-def _measure(source: ModelSource, data: str, packed: PackedSamples, samples: int) -> PerplexityResult:
-    """Join the world, measure, leave it."""
+def _measure(source: ModelSource, data: str, packed: PackedSamples, samples: int, notes: list[str]) -> PerplexityResult:
+    """Join the world, log `notes`, measure, leave it."""
     import torch.distributed as dist
 
     from megalong.evaluation.perplexity import PerplexityResult
@@ -92,7 +95,9 @@ def _measure(source: ModelSource, data: str, packed: PackedSamples, samples: int
         # Imports the model, and with it Megatron-Core: only now is the process prepared for that.
         from megalong.evaluation.measure import measure_losses
 
-        setup_logging(dist.get_rank())
+        log = setup_logging(dist.get_rank())
+        for note in notes if dist.get_rank() == 0 else []:
+            log.warning("%s", note)
         _refuse_what_cannot_fit(source, packed.seq_length, device)
         distributed.set_layout(distributed.Layout(context=dist.get_world_size()))
         positions = measure_losses(source, packed, samples, device)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megalong.checkpoint.folder import find_checkpoint, read_meta
+from megalong.checkpoint.folder import ASSETS, find_checkpoint, read_meta
 from megalong.config.architecture import Architecture
 from megalong.config.lora import Lora
 from megalong.data.sampler import PackedSamples
+from megalong.data.tokenizer_check import check_tokenizers
 from megalong.errors import UserError
 from megalong.hf.config import read_architecture
 
@@ -29,6 +30,11 @@ class ModelSource:
 
     def __str__(self) -> str:
         return str(self.checkpoint or self.hf)
+
+    @property
+    def tokenizer(self) -> Path:
+        """Where its tokenizer is, if it has one."""
+        return self.checkpoint / ASSETS if self.checkpoint is not None else self.hf or Path()
 
     @property
     def name(self) -> str:
@@ -63,11 +69,13 @@ class _Dataset:
     lengths: None = None
 
 
-def open_held_out(data: str, seq_length: int, samples: int, source: ModelSource) -> PackedSamples:
+def open_held_out(
+    data: str, seq_length: int, samples: int, source: ModelSource, allow_other_tokenizer: bool = False
+) -> PackedSamples:
     """The dataset taken whole and packed, with at least `samples` sequences in it.
 
     Raises:
-        UserError: no such dataset, too few tokens, or ids the model does not have.
+        UserError: no such dataset, too few tokens, ids the model does not have, or another tokenizer's.
     """
     vocabulary = source.architecture.vocab_size
     packed = PackedSamples([_Dataset(Path(data).name, data)], seq_length, SHUFFLE_SEED, "1,0", vocabulary=vocabulary)
@@ -81,4 +89,17 @@ def open_held_out(data: str, seq_length: int, samples: int, source: ModelSource)
             f"{source.architecture.vocab_size}; preprocess it with the model's own tokenizer"
         )
     packed.refuse_foreign_ids(vocabulary)
+    tokenizer_notes(packed, source, allow_other_tokenizer)
     return packed
+
+
+def tokenizer_notes(packed: PackedSamples, source: ModelSource, allow_other_tokenizer: bool = False) -> list[str]:
+    """What is not known of the tokenizers of data and model, or was let through.
+
+    Raises:
+        UserError: they are others, and that is not allowed.
+    """
+    made = [
+        replace(one, name=f"--data {entry.path}") for one, entry in zip(packed.made_with(), packed.mixture, strict=True)
+    ]
+    return check_tokenizers(made, source.tokenizer, "--allow-other-tokenizer", allow_other_tokenizer)

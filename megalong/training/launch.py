@@ -25,7 +25,7 @@ from megalong.runtime import gpus
 from megalong.runtime.folders import refuse_unwritable
 from megalong.runtime.launch import run_local
 from megalong.runtime.requeue import clear
-from megalong.training.samples import Samples, open_samples
+from megalong.training.samples import Samples, check_tokenizer, open_samples
 from megalong.training.start import as_configured, exchange_of, find_start
 
 
@@ -64,6 +64,7 @@ def _check(stages: list[Config], world: int) -> None:
     positions and window.
     """
     architecture: Architecture | None = None
+    assets: Path | None = None
     for index, config in enumerate(stages):
         check_world(config, world)
         if config.data.loader == "dali":
@@ -75,11 +76,13 @@ def _check(stages: list[Config], world: int) -> None:
         if architecture is not None and _follows(config, stages[index - 1]):
             architecture = as_configured(config, architecture)
         else:
-            architecture = find_start(config).architecture
+            start = find_start(config)
+            architecture, assets = start.architecture, start.assets
         check_model(config, architecture)
         exchange_of(config, architecture)
         if samples is not None:
             _check_vocabulary(samples, architecture.vocab_size)
+            check_tokenizer(config, samples, assets)
         refuse_unwritable(Path(config.run.dir), "run.dir")
 
 

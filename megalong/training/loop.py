@@ -34,7 +34,7 @@ from megalong.training.guard import Event
 from megalong.training.health import HealthWatch
 from megalong.training.interrupt import Interrupt, StepDropped, grace_of
 from megalong.training.metrics import Metrics, StepRecord
-from megalong.training.samples import Samples, open_samples
+from megalong.training.samples import Samples, check_tokenizer, open_samples
 from megalong.training.setup import Session
 from megalong.training.step import StepResult, TrainStep
 
@@ -259,7 +259,11 @@ class Trainer:
         vocabulary, index = self.session.architecture.vocab_size, Path(self.config.run.dir) / "index"
         opened = partial(open_samples, self.config, part, self.session.assets, index, vocabulary)
         if is_main_rank():  # the others read what this one has tokenized or shuffled
-            opened().prepare(*self._sample_range(part))
+            samples = opened()
+            if part == "train":
+                for line in check_tokenizer(self.config, samples, self.session.assets):
+                    log.warning("%s", line)
+            samples.prepare(*self._sample_range(part))
         dist.barrier()
         return opened
 

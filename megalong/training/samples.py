@@ -6,6 +6,8 @@ from pathlib import Path
 
 from megalong.config.schema import Config
 from megalong.data.sampler import PackedSamples
+from megalong.data.tokenizer import TextTokenizer
+from megalong.data.tokenizer_check import ALLOW, Made, check_tokenizers
 from megalong.errors import UserError
 from megalong.sft.samples import ConversationSamples
 
@@ -44,3 +46,22 @@ def open_samples(
         raise UserError("sft.tokenizer: the model to start from brings none; write sft.tokenizer: DIR")
     assert index_folder is not None
     return ConversationSamples.open(config, part, folder, index_folder)
+
+
+def check_tokenizer(config: Config, samples: Samples, assets: Path | None) -> list[str]:
+    """Hold the tokenizer of what is read against the model's, in `assets`; what is not known, or let through.
+
+    A model with random weights has none that could be another.
+
+    Raises:
+        UserError: it is another, and `data.allow_other_tokenizer` does not let it through.
+    """
+    if config.model.load is None:
+        return []
+    if isinstance(samples, PackedSamples):
+        made = samples.made_with()
+    elif config.sft.tokenizer is None:
+        return []  # the model's own
+    else:
+        made = [Made("sft", TextTokenizer(config.sft.tokenizer).described())]
+    return check_tokenizers(made, assets, ALLOW, config.data.allow_other_tokenizer)

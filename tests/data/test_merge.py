@@ -13,6 +13,7 @@ from megalong.data.indexed_writer import IndexedDatasetWriter
 from megalong.data.merge import merge
 from megalong.data.preprocess import preprocess
 from megalong.errors import UserError
+from tests.data.swapped import with_two_ids_swapped
 from tests.data.test_indexed import cut, documents, whole, write_with_megatron
 
 FILES = (".bin", ".idx", ".json")
@@ -59,7 +60,7 @@ def test_megatrons_datasets_merge_as_its_builder_does(tmp_path: Path) -> None:
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path, tokenizer_folder: Path, corpus: Path) -> None:
     other = tmp_path / "tokenizer.json"
-    other.write_text((tokenizer_folder / "tokenizer.json").read_text() + " ")
+    other.write_text(with_two_ids_swapped((tokenizer_folder / "tokenizer.json").read_text()))
 
     def run(name: str, tokenizer: Path, separator: str | None) -> str:
         return preprocess([str(corpus)], str(tmp_path / name), str(tokenizer), separator=separator)[0]

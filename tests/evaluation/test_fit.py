@@ -87,7 +87,7 @@ def test_the_command_refuses_before_it_reads_weights(
     capsys.readouterr()  # transformers' progress of writing it
     arguments = ["--hf", str(hf), "--data", str(data), "--seq-length", "1024", "--samples", "1"]
     assert cli.main(["evaluate", "perplexity", *arguments, "--output", str(output)]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning: " not in line]
     assert len(said) == 1
     assert "--seq-length 1024: measuring takes 0.0 GiB on each of 1 CPU processes" in said[0]
     assert not output.exists()

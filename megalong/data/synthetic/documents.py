@@ -55,8 +55,8 @@ class TaskDocuments(DomainStream):
 
     @property
     def made_with(self) -> dict[str, str] | None:
-        """`name` and `sha256` of the tokenizer."""
-        return {"name": self.tokenizer.name, "sha256": self.tokenizer.sha256}
+        """Name, folder and fingerprint of the tokenizer."""
+        return super().made_with or self.tokenizer.described()
 
     @property
     def vocabulary_size(self) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megalong.data.indexed import IndexedDataset
+from megalong.data.token_ids import same_ids
 from megalong.data.tokenizer import TextTokenizer
 from megalong.errors import UserError
 
@@ -39,7 +40,7 @@ def find_tokenizer(dataset: IndexedDataset, named: str | None, domain: str) -> T
             f"{key}: {folder} has {found.vocabulary_size} ids, {dataset.prefix} holds {dataset.dtype.name}, too narrow "
             "for them: it was made with another tokenizer; give that one"
         )
-    if made_with is not None and found.sha256 != made_with["sha256"]:
+    if made_with is not None and not same_ids(made_with, found.described()):
         raise UserError(
             f"{key}: {folder} is not the tokenizer that {dataset.prefix} was made with ({made_with['name']}, sha256 "
             f"{made_with['sha256'][:12]}…), its ids would mean other text; give that one"

@@ -22,6 +22,7 @@ from megalong.data.preprocess import preprocess
 from megalong.data.sampler import PackedSamples
 from megalong.data.tokenizer import TextTokenizer
 from megalong.errors import UserError
+from tests.data.swapped import with_two_ids_swapped
 
 S = 600
 
@@ -162,6 +163,8 @@ def test_the_tokenizer_must_be_the_datasets(
     shutil.copytree(tokenizer_folder, other)
     file = other / "tokenizer.json"
     file.write_text(file.read_text() + "\n")
+    assert open_it(tokenizer=str(other)).read(0).filled == S, "another file, and the same ids"
+    file.write_text(with_two_ids_swapped(file.read_text()))
     with pytest.raises(UserError, match=r"other is not the tokenizer that .* was made with \(gone, sha256 "):
         open_it(tokenizer=str(other))
     sidecar_path(prefix).unlink()
