@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megalong.checkpoint.folder import ASSETS
 from megalong.errors import UserError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from megalong.model.llama import LlamaModel
+    from megalong.sft.template import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -80,44 +81,58 @@ def generate(
     sampling = Sampling(temperature, top_p, top_k, seed)
     source = find_model(checkpoint, hf)
     folder = Path(hf) if hf is not None else Path(str(source.checkpoint)) / ASSETS
-    tokenizer = _open_tokenizer(folder, source)
-    ids = _encode(tokenizer, _read_prompt(prompt, prompt_file), chat, source)
-    answer = _answer(source, ids, max_new_tokens, sampling, prefill_chunk, end_ids(folder, tokenizer.eos_token_id))
-    print(tokenizer.decode(answer, skip_special_tokens=True))
+    _check_tokenizer(folder, source)
+    from megalong.sft.template import ChatTemplate
+    from megalong.sft.words import Words, open_tokenizer
+
+    text = _read_prompt(prompt, prompt_file)
+    if chat:
+        template = ChatTemplate(folder, "--chat")
+        words, ids, named = template.words, _asked(template, text), template.tokenizer
+    else:
+        named = open_tokenizer(folder, str(source))
+        words = Words(folder, named)
+        ids = words.prompt(text)
+    _check_ids(ids, source)
+    ends = end_ids(folder, words.tokenizer.token_to_id(named.eos_token) if named.eos_token else None)
+    answer = _answer(source, ids, max_new_tokens, sampling, prefill_chunk, ends)
+    print(words.decode(answer))
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise UserError("give exactly one prompt: --prompt TEXT or --prompt-file F")
-    if prompt is not None:
-        return prompt
     try:
+        if prompt is not None:
+            prompt.encode("utf-8")
+            return prompt
         return Path(str(prompt_file)).read_text(encoding="utf-8")
+    except UnicodeEncodeError:  # the shell's bytes were no UTF-8
+        raise UserError("--prompt: not UTF-8 text; write it to a file of that encoding, --prompt-file F") from None
     except UnicodeDecodeError:
         raise UserError(f"--prompt-file {prompt_file}: not UTF-8 text; convert it first") from None
     except OSError as error:
         raise UserError(f"--prompt-file {prompt_file}: {error.strerror}; give a text file") from None
 
 
-def _open_tokenizer(folder: Path, source: ModelSource) -> Any:
+def _check_tokenizer(folder: Path, source: ModelSource) -> None:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"{source} holds no tokenizer; put the model's tokenizer.json into {folder}")
-    from transformers import AutoTokenizer
 
+
+def _asked(template: ChatTemplate, text: str) -> list[int]:
+    """Ids of `text` as a user's turn, up to where the answer begins; a template writes its special tokens itself."""
+    from megalong.sft.formats import BadSampleError, Conversation
+
+    turns = Conversation([{"role": "user", "content": text}])
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: its tokenizer cannot be read ({reason}); fetch it again") from None
+        template.refuse_added(turns)
+        return template.tokens(template.text(turns.messages, prompt=True))[0]
+    except BadSampleError as error:
+        raise UserError(f"--chat: {error}; leave --chat out, and write all of the conversation in the prompt") from None
 
 
-def _encode(tokenizer: Any, text: str, chat: bool, source: ModelSource) -> list[int]:
-    if chat:
-        if not tokenizer.chat_template:
-            raise UserError(f"--chat: the tokenizer of {source} has no chat template; leave --chat out")
-        turns = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer.encode(text, add_special_tokens=not chat)  # a template writes its special tokens itself
+def _check_ids(ids: list[int], source: ModelSource) -> None:
     if not ids:
         raise UserError("the prompt is empty; write at least one word")
     if max(ids) >= source.architecture.vocab_size:
@@ -125,7 +140,6 @@ def _encode(tokenizer: Any, text: str, chat: bool, source: ModelSource) -> list[
             f"the tokenizer of {source} has id {max(ids)}, its model only {source.architecture.vocab_size} ids; take "
             "both from one release"
         )
-    return list(ids)
 
 
 def end_ids(folder: Path, of_tokenizer: int | None = None) -> set[int]:

@@ -40,7 +40,7 @@ from megalong.sft.reading import KEPT, Read, Reader, read_all
 from megalong.sft.template import ChatTemplate
 
 IDS, TARGETS, LEFT_OUT = "ids.bin", "targets.bin", "left_out.jsonl"
-VERSION = 6  # of what the folder holds and how it was made
+VERSION = 7  # of what the folder holds and how it was made
 EXAMPLES = 20  # places told of each reason
 NOT_PREPARED = {"tokenizer", "max_length", "loss_average"}  # keys that count otherwise, or not at all
 
@@ -68,6 +68,8 @@ def prepare(sft: Sft, seq_length: int, tokenizer: str | Path, folder: Path) -> P
         UserError: a source is missing, has no usable conversation, or a conversation's rule is `error`.
     """
     files = {source.name: _files(source) for source in sft.sources}
+    if not (Path(tokenizer) / "tokenizer.json").is_file():
+        raise UserError(f"sft.tokenizer: {tokenizer} holds no tokenizer.json; write sft.tokenizer: DIR that has one")
     template = ChatTemplate(tokenizer)
     limit = sft.max_length or seq_length
     benchmarks = _benchmarks(sft)

@@ -12,74 +12,50 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from megalong.errors import UserError
 from megalong.sft.formats import BadSampleError, Conversation, Message
 from megalong.sft.marks import Span, has_marks, locate
 from megalong.sft.spelled import AddedTokens
 from megalong.sft.tool_calls import as_written
-
-# What a template raises besides jinja's own errors where a turn has not the keys or types it is written for.
-_REFUSALS = (TypeError, KeyError, ValueError, AttributeError)
+from megalong.sft.words import Words, open_tokenizer
 
 
 class ChatTemplate:
     """The tokenizer and template of a folder.
 
     Attributes:
-        tokenizer: transformers' fast tokenizer.
+        tokenizer: transformers' tokenizer, which renders the text; words: what makes ids of it.
         marked: whether the template marks the assistant's tokens with `{% generation %}`.
         fingerprint: of vocabulary and template.
 
     Raises:
-        UserError: the folder has no fast tokenizer, or that has no chat template.
+        UserError: the folder's tokenizer cannot be read, or has no chat template, several, or a broken one.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        from transformers import AutoTokenizer
-
-        if not (Path(folder) / "tokenizer.json").is_file():
-            raise UserError(f"sft.tokenizer: {folder} holds no tokenizer.json; write sft.tokenizer: DIR that has one")
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise UserError(f"sft.tokenizer: {folder} cannot be read ({' '.join(str(error).split())})") from None
-        template = self.tokenizer.chat_template
-        if isinstance(template, dict):
-            raise UserError(
-                f"sft.tokenizer: {folder} has several chat templates ({', '.join(template)}); leave one, as its "
-                "chat_template.jinja"
-            )
-        if not isinstance(template, str):
-            raise UserError(
-                f"sft.tokenizer: {folder} has no chat template; put a chat_template.jinja beside its tokenizer.json, "
-                "or write sft.tokenizer: DIR of the instruction-tuned model"
-            )
+    def __init__(self, folder: str | Path, asked: str = "sft.tokenizer") -> None:
+        """`asked` is how messages begin: the key or the flag that needs the template."""
+        self.tokenizer: Any = open_tokenizer(folder, asked)
+        template = _the_one(self.tokenizer.chat_template, folder, asked)
+        self.tokenizer.chat_template = template
         self.marked = has_marks(template)
-        self._check_syntax(folder)
-        self._added = AddedTokens(self.tokenizer.backend_tokenizer, self.tokenizer.all_special_tokens)
+        self._check_syntax(folder, asked)
+        self.words = Words(folder, self.tokenizer)
+        self._added = AddedTokens(self.words.tokenizer, self.words.named)
         self._find_control()
-        self._words = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
-        self._words.no_truncation()
-        self._words.no_padding()
-        self._words.post_processor = None  # one that adds no token here may still cut white space off a token's place
-        closing = repr(self._added.closing).encode()
-        content = (Path(folder) / "tokenizer.json").read_bytes() + template.encode() + closing
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        content = self.words.tokenizer.to_str() + template + repr(self._added.closing)
+        self.fingerprint = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
-    def _check_syntax(self, folder: str | Path) -> None:
-        from jinja2.exceptions import TemplateError, TemplateSyntaxError
+    def _check_syntax(self, folder: str | Path, asked: str) -> None:
+        from jinja2.exceptions import TemplateSyntaxError
 
         try:
             self.tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
         except TemplateSyntaxError as error:
             raise UserError(
-                f"sft.tokenizer: the chat template of {folder} is broken at line {error.lineno}: {error.message}; mend "
-                "it"
+                f"{asked}: the chat template of {folder} is broken at line {error.lineno}: {one_line(error)}; mend it"
             ) from None
-        except (TemplateError, *_REFUSALS):
-            pass  # it may refuse this conversation; those of the sources are told one by one
+        except Exception:
+            pass  # it may refuse this conversation; those it is used for are told one by one
 
     def _find_control(self) -> None:
         """Learn which tokens the template writes itself, from the plainest conversation that it takes."""
@@ -111,9 +87,17 @@ class ChatTemplate:
         return replace(conversation, messages=messages)
 
     def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a rendered text, and for each the characters it stands for, white space included."""
-        found = self._words.encode(text, add_special_tokens=False)
-        return found.ids, found.offsets
+        """Ids of a rendered text, and for each the characters it stands for, white space included.
+
+        Raises:
+            BadSampleError: the template writes a special token that the vocabulary does not have.
+        """
+        missing = self.words.missing(text)
+        if missing is not None:
+            raise BadSampleError(
+                "malformed", f"the chat template writes {missing!r}, which tokenizer.json does not have"
+            )
+        return self.words.encode(text)
 
     def marks(self, conversation: Conversation, text: str) -> list[Span]:
         """The stretches of `text`, in characters, that the template's `{% generation %}` marks.
@@ -146,9 +130,29 @@ class ChatTemplate:
         return text.endswith(self._added.closing)
 
     def _apply(self, messages: list[Message], tools: list[Any] | None, **how: Any) -> Any:
-        from jinja2.exceptions import TemplateError
-
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, **how)
-        except (TemplateError, *_REFUSALS) as error:
-            raise BadSampleError("malformed", f"the chat template refuses it ({error})") from None
+        except Exception as error:  # a template is a program of somebody else's: it may divide by zero
+            raise BadSampleError("malformed", f"the chat template refuses it ({one_line(error)})") from None
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line, or else its kind."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _the_one(template: Any, folder: str | Path, asked: str) -> str:
+    """The template of a tokenizer that has one, or one by the name of default for `--chat`."""
+    if isinstance(template, dict) and (len(template) == 1 or (asked == "--chat" and "default" in template)):
+        template = template.get("default", next(iter(template.values())))
+    if isinstance(template, dict) and template:
+        raise UserError(
+            f"{asked}: {folder} has several chat templates ({', '.join(map(str, template))}); leave one, as its "
+            "chat_template.jinja"
+        )
+    if not isinstance(template, str) or not template:
+        instead = "leave --chat out" if asked == "--chat" else "write sft.tokenizer: DIR of the instruction-tuned model"
+        raise UserError(
+            f"{asked}: {folder} has no chat template; put a chat_template.jinja beside its tokenizer.json, or {instead}"
+        )
+    return template

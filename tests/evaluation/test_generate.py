@@ -1,6 +1,7 @@
 """`megalong generate` against `transformers.generate`, and what it says to a user's mistakes."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,10 +9,17 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from megalong.errors import UserError
 from megalong.evaluation.generate import Sampling, choose_token, end_ids, generate
+from megalong.sft.template import ChatTemplate
 from tests.llama import VOCABULARY, make_llama
 
 NEW, PROMPT = 200, 70  # the prompt is longer than what the model was trained for
@@ -121,5 +129,72 @@ def test_a_model_without_tokenizer_or_template_is_told(chatty, tmp_path):
     plain = PreTrainedTokenizerFast.from_pretrained(chatty)
     plain.chat_template = None
     plain.save_pretrained(bare)
-    with pytest.raises(UserError, match=r"--chat: the tokenizer of .*bare has no chat template"):
+    with pytest.raises(UserError, match=r"--chat: .*bare has no chat template.* or leave --chat out"):
         generate(hf=str(bare), prompt="hello", chat=True)
+
+
+SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('needs\na system turn') }}{% endif %}"
+TEMPLATES = {
+    "{{ raise_exception('not today') }}": r"--chat: the chat template refuses it \(not today\); leave --chat out",
+    SYSTEM: r"refuses it \(needs a system turn\)",
+    "{% if %}": r"--chat: the chat template of .* is broken at line 1: ",
+    "\n{{ x | nowhere }}": r"is broken at line 2: No filter named 'nowhere'",
+    "{{ 1 // 0 }}": r"refuses it \(.*division",
+    "{{ messages[7].content + 1 }}": r"refuses it \(",
+    "{% for i in range(99999999999) %}{% endfor %}": r"refuses it \(",
+    "{{ ''.nowhere.at.all }}": r"refuses it \(",
+    "": r"has no chat template",
+    " ": r"the prompt is empty",
+    "a list": r"has several chat templates \(rag, tool_use\); leave one",
+    "no names": r"the tokenizer of .* cannot be read \(",
+    "a number": r"has no chat template",
+    "broken settings": r"the tokenizer of .* cannot be read \(",
+    "broken tokenizer": r"the tokenizer of .* cannot be read \(",
+}
+FILES = {
+    "a list": {"chat_template": [{"name": "rag", "template": "a"}, {"name": "tool_use", "template": "b"}]},
+    "no names": {"chat_template": [{"template": "a"}, {"template": "b"}]},
+    "a number": {"chat_template": 7},
+}
+
+
+def with_template(chatty, folder, template):
+    shutil.copytree(chatty, folder)
+    settings = folder / "tokenizer_config.json"
+    if template in FILES:
+        (folder / "chat_template.jinja").unlink()
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | FILES[template]))
+    elif template == "broken settings":
+        settings.write_text("{")
+    elif template == "broken tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
+    else:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_that_cannot_ask_are_told_in_one_line(template, chatty, tmp_path):
+    folder = with_template(chatty, tmp_path / "hf", template)
+    with pytest.raises(UserError, match=TEMPLATES[template]) as error:
+        generate(hf=str(folder), prompt="hello", chat=True)
+    assert "\n" not in str(error.value)
+
+
+def test_one_template_by_the_name_of_default_asks(chatty, tmp_path):
+    folder = with_template(chatty, tmp_path / "hf", "a list")
+    settings = folder / "tokenizer_config.json"
+    named = [{"name": "rag", "template": "a"}, {"name": "default", "template": "<user> {{ messages[0].content }}"}]
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": named}))
+    template = ChatTemplate(folder, "--chat")
+    turns = [{"role": "user", "content": "w7"}]
+    assert template.text(turns) == AutoTokenizer.from_pretrained(folder).apply_chat_template(turns, tokenize=False)
+    with pytest.raises(UserError, match=r"sft.tokenizer: .* has several chat templates \(rag, default\)"):
+        ChatTemplate(folder)
+
+
+def test_a_prompt_that_would_end_its_own_turn_is_told(chatty):
+    with pytest.raises(UserError, match=r"--chat: a turn of role user spells the token '</s>'; leave --chat out"):
+        generate(hf=str(chatty), prompt="w7 </s>", chat=True)
+    with pytest.raises(UserError, match="--prompt: not UTF-8 text"):
+        generate(hf=str(chatty), prompt="w7 \udcff")
