@@ -12,7 +12,6 @@ arXiv 1904.09751).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 from megalong.checkpoint.folder import ASSETS
 from megalong.errors import UserError
 from megalong.evaluation.source import ModelSource, find_model
+from megalong.hf.config import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +149,7 @@ def end_ids(folder: Path, of_tokenizer: int | None = None) -> set[int]:
     """
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            ids = read_json(folder / name).get("eos_token_id")
             if ids is not None:
                 return set(ids) if isinstance(ids, list) else {ids}
     return set() if of_tokenizer is None else {of_tokenizer}

@@ -103,6 +103,10 @@ def test_an_answer_ends_where_the_model_says(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
     assert end_ids(tmp_path, 3) == {8, 9}
     assert end_ids(tmp_path / "nowhere", 3) == {3}
+    for broken in ("{", "[]"):
+        (tmp_path / "generation_config.json").write_text(broken)
+        with pytest.raises(UserError, match=r"generation_config\.json: (not valid JSON|holds a list)"):
+            end_ids(tmp_path, 3)
 
 
 @pytest.mark.parametrize(
