@@ -3,10 +3,10 @@
     step 50 done ─▶ copy ─▶ steps 51, 52, 53 …            the thread that trains
                       └───▶ write, checksums, rename      a thread of every rank, over a process group of its own
 
-Training pauses for the copy alone (with `fully_reshardable` for gathering the optimizer's state too). What is written
-is the copy, so a later step can't be seen in it. One save is under way at a time: one that comes before the last is
-done waits for it. That a save is done is agreed between ranks at the end of a step, so that all of them hear of a
-failure at the same step. The price is host memory for the copy: what this rank writes, once.
+Training pauses for the copy alone. What is written is the copy, so a later step can't be seen in it. One save is
+under way at a time: one that comes before the last is done waits for it. That a save is done is agreed between ranks at
+the end of a step, so that all of them hear of a failure at the same step. The price is host memory for the copy: what
+this rank writes, once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Saving and loading a model, its optimizer, the LR schedule and random states with Megatron-Core's sharded format.
 
 Tensors are stored by what they are (layer 3's `linear_qkv.weight`), not by which rank held them. So is the optimizer's
-state when it is `fully_reshardable`: gathered over the data-parallel ranks at each save, which costs a moment then and
-lets any layout load any other's checkpoint. `dp_reshardable` skips the gathering and binds the state to TP and PP.
+state when it is `fully_reshardable`: each rank saves what it holds, and any layout loads any other's checkpoint
+(`optimizer_state`). `dp_reshardable` stores Megatron-Core's buffers as they are, which binds the state to TP and PP.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalong import __version__
 from megalong.checkpoint.data_only import refusal
 from megalong.checkpoint.folder import DamagedError, Meta, SavedLayout, read_meta
 from megalong.checkpoint.groups import use_configured
+from megalong.checkpoint.optimizer_state import FORM, optimizer_state
 from megalong.checkpoint.reading import direct_reading
 from megalong.checkpoint.strategy import HeldBack
 from megalong.checkpoint.verification import Verification
@@ -33,6 +35,8 @@ from megalong.runtime.megatron import version as megatron_version
 from megalong.runtime.random_states import random_states, restore
 
 log = logging.getLogger("megalong")
+
+_SHARDS = "optimizer_shards"
 
 
 def save_weights(checkpoint: Path, chunks: list[torch.nn.Module], meta: Meta, assets: Path | None = None) -> None:
@@ -52,12 +56,13 @@ def begin_training(
     """Everything a run needs to go on as if it had never stopped, for `complete` to write; see `begin`."""
     model, metadata = _model_state(chunks), _metadata(meta)
     _begin_moments(optimizer)
-    state = {
-        "model": model,
-        "optimizer": optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata),
-        "scheduler": scheduler.state_dict(),
-        "random": _random_state(),
-    }
+    state = {"model": model, "scheduler": scheduler.state_dict(), "random": _random_state()}
+    sharded = _sharded_optimizer(optimizer, meta)
+    if sharded is None:
+        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata)
+    else:
+        state["optimizer"] = {**sharded.state_dict(), "param_state_sharding_type": FORM}
+        state[_SHARDS] = optimizer_state(sharded, model).shards
     return begin(checkpoint, state, meta, assets, strategy, content_metadata=metadata)
 
 
@@ -96,16 +101,23 @@ def load_training(
     """
     _check_optimizer(checkpoint, meta)
     model = _model_state(chunks)
-    wanted: dict[str, Any] = {
-        "model": model,
-        "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata(meta)),
-    }
+    wanted: dict[str, Any] = {"model": model}
+    sharded, direct = _sharded_optimizer(optimizer, meta), None
+    if sharded is None:
+        wanted["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata(meta))
+    else:
+        _begin_moments(optimizer)
+        direct = optimizer_state(sharded, model, loading=True)
+        wanted[_SHARDS] = direct.shards
     same_layout = meta.layout == current_layout()
     if same_layout:
         wanted["random"] = _random_state()
     state = _load(wanted, checkpoint, verification)
     _set_model_state(chunks, state["model"])
     use_configured(state["optimizer"], optimizer.param_groups)
+    if direct is not None:
+        direct.finish()
+        state["optimizer"].pop("param_state", None)  # empty dictionaries of a checkpoint of Megatron-Core's
     with torch.no_grad():  # fp32 masters are views of the weights, which dp_reshardable copies into
         optimizer.load_state_dict(state["optimizer"])
     # Megatron-Core adds the saved count to what the schedule has counted already.
@@ -128,6 +140,12 @@ def current_layout() -> SavedLayout:
 
 def _metadata(meta: Meta) -> dict[str, Any]:
     return {"distrib_optim_sharding_type": meta.optimizer}
+
+
+def _sharded_optimizer(optimizer: Any, meta: Meta) -> DistributedOptimizer | None:
+    """The optimizer whose shards are stored one by one; None where Megatron-Core stores the state in its own way."""
+    (one,) = getattr(optimizer, "chained_optimizers", [optimizer])  # more than one only with experts
+    return one if meta.optimizer == FORM and isinstance(one, DistributedOptimizer) else None
 
 
 def _begin_moments(optimizer: Any) -> None:

@@ -140,8 +140,8 @@ class Checkpoint(Section):
     on_save_failure: Literal["stop", "continue"] = "stop"
     """`stop` ends the run when a save fails; `continue` logs it and tries again at the next save."""
     optimizer: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
-    """`fully_reshardable` gathers optimizer state over data-parallel ranks at each save, and any layout loads it.
-    `dp_reshardable` writes what each rank holds: faster, but only data and context parallelism may change.
+    """The form of the optimizer state. Any layout loads `fully_reshardable`. `dp_reshardable` is Megatron-Core's own
+    buffers: only data and context parallelism may change. Each rank writes what it holds in both, equally fast.
     """
 
 
