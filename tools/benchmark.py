@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 BENCHMARKS = {
     "attention": "context-parallel attention against one process with as many threads; document masks; rotary",
-    "checkpoint": "saving and loading beside plain files on the same disk; the pause of a save in the background",
+    "checkpoint": "saving and loading beside plain files on the same disk; a background save's pause and memory",
     "fp8": "200 steps of a small Llama in bf16 and in emulated FP8: loss ratios, curves in fp8-loss.png",
     "gpu": "training steps of Llamas at 8K to 256K tokens beside transformers on one GPU, and attention by backend",
     "index": "the sample index of ten million documents, built and opened, beside Megatron-Core's steps",

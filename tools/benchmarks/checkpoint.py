@@ -1,9 +1,11 @@
 """Saving and loading beside the disk's own rate, and what a step waits for an asynchronous save.
 
-Two data-parallel ranks hold a small Llama in bf16 with its optimizer's state (dp_reshardable). Turn by turn they save
-it while they wait, save it in the background, and write as many bytes to plain files, a half each, synced; then load
-it (checksums included) beside reading the same files, none of them in the page cache. Seconds are those of the slower
-rank. The first asynchronous save gets its memory from the system, which later ones keep: the table tells it apart.
+Two data-parallel ranks hold a small Llama in bf16 with its optimizer's state, and save it as a run does by default.
+Turn by turn they save it while they wait, save it in the background, and write as many bytes to plain files, a half
+each, synced; then load it (checksums included) beside reading the same files, none of them in the page cache. Seconds
+are those of the slower rank. The first asynchronous save gets its memory from the system, which later ones keep: the
+table tells it apart, and how much memory that is. Beside it stands what Megatron-Core's own code takes for a state that
+any layout can load: it gathers the optimizer's state before anything is copied or written.
 
 Then the run is started again from its last checkpoint by `megalong train --nproc 2`, from the command to the end of its
 first step, from which the length of the second is taken; the loading is told apart.
@@ -49,7 +51,7 @@ def run() -> Report:
             process.join()
         if any(process.exitcode for process in processes):
             raise RuntimeError("a rank failed")
-        size, seconds = results.get()
+        size, seconds, memory = results.get()
         restart, loading = _restart(Path(name))
     middle = {what: statistics.median(many) for what, many in seconds.items()}
     figures = {
@@ -57,6 +59,9 @@ def run() -> Report:
         "save_share_of_disk": round(middle["write"] / middle["save"], 3),
         "load_share_of_disk": round(middle["read"] / middle["load"], 3),
         "restart_s": round(restart - loading, 1),
+        "pause_share_of_gather": round(middle["pause"] / middle["gather"], 4),
+        "save_memory_share": round(memory["first pause"] / size, 3),
+        "gather_memory_share": round(memory["gather"] / size, 3),
     }
     told = f"started again: {restart:.1f} s to the beginning of the first step, {loading:.1f} s of it loading"
     return Report(figures, f"{_table(size, seconds)}\n\n{told}\n\n{_lines(figures)}")
@@ -72,6 +77,7 @@ def _table(size: int, seconds: dict[str, list[float]]) -> str:
         "pause": "save in the background: pause",
         "first pause": "the first of them: pause",
         "whole": "save in the background: in all",
+        "gather": "Megatron-Core gathers: pause",
         "write": "plain write and fsync",
         "load": "load and check",
         "read": "plain read",
@@ -124,8 +130,8 @@ def _rank(rank: int, port: int, name: str, results: Any) -> None:
         results.put(measured)
 
 
-def _measure(folder: Path) -> tuple[int, dict[str, list[float]]]:
-    """Bytes of the checkpoint, and seconds by what took them."""
+def _measure(folder: Path) -> tuple[int, dict[str, list[float]], dict[str, int]]:
+    """Bytes of the checkpoint; seconds, and bytes of memory of all ranks, by what took them."""
     import torch
 
     from megalong.checkpoint import store
@@ -141,8 +147,9 @@ def _measure(folder: Path) -> tuple[int, dict[str, list[float]]]:
     waits = session.config.checkpoint.model_copy(update={"async_save": False})
     savers = {"save": Saver(folder / "run", waits), "pause": session.saver}
     seconds: dict[str, list[float]] = {
-        one: [] for one in ("save", "pause", "first pause", "whole", "write", "load", "read")
+        one: [] for one in ("save", "pause", "first pause", "whole", "gather", "write", "load", "read")
     }
+    memory: dict[str, int] = {}
 
     def save(what: str) -> float:
         session.step += 1
@@ -154,8 +161,13 @@ def _measure(folder: Path) -> tuple[int, dict[str, list[float]]]:
         assert saved is not None
         assert saved.failure is None
 
-    seconds["first pause"].append(save("pause"))
+    def gather() -> None:
+        model = store._model_state(session.chunks)
+        session.optimizer.sharded_state_dict(model, metadata={"distrib_optim_sharding_type": "fully_reshardable"})
+
+    memory["first pause"] = _memory(lambda: seconds["first pause"].append(save("pause")))
     finish()
+    memory["gather"] = _memory(lambda: seconds["gather"].append(_slowest(gather)))
     for _ in range(TURNS):
         seconds["save"].append(save("save"))
         finish()
@@ -176,7 +188,26 @@ def _measure(folder: Path) -> tuple[int, dict[str, list[float]]]:
         seconds["load"].append(_slowest(load))
         _forget(files)
         seconds["read"].append(_slowest(lambda: _read(files)))  # noqa: B023
-    return size, seconds
+    return size, seconds, memory
+
+
+def _memory(work: Callable[[], Any]) -> int:
+    """By how many bytes the memory of all ranks rises at the highest while they do `work`."""
+    import torch
+    import torch.distributed as dist
+
+    Path("/proc/self/clear_refs").write_text("5")  # the highest begins again
+    before = _resident("VmRSS")
+    work()
+    risen = torch.tensor([_resident("VmHWM") - before])
+    dist.all_reduce(risen)
+    return int(risen)
+
+
+def _resident(what: str) -> int:
+    """Bytes of this process in memory: now (VmRSS), or at the highest (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
 
 
 def _slowest(work: Callable[[], Any]) -> float:
@@ -241,7 +272,7 @@ def _config(folder: Path) -> Any:
         "data": {"seq_length": SEQUENCE, "mixture": [{"name": "a", "path": str(folder / "data"), "weight": 1.0}]},
         "optimizer": {"lr": 1e-4, "lr_schedule": "constant"},
         "training": {"train_iters": 100, "global_batch_size": RANKS},
-        "checkpoint": {"optimizer": "dp_reshardable", "keep_last": 1},
+        "checkpoint": {"keep_last": 1},
     }
     if os.environ["RANK"] == "0":
         (folder / "run.yaml").write_text(yaml.safe_dump(tree))
