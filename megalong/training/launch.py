@@ -25,6 +25,7 @@ from megalong.runtime import gpus
 from megalong.runtime.folders import refuse_unwritable
 from megalong.runtime.launch import run_local
 from megalong.runtime.requeue import clear
+from megalong.runtime.run_lock import held, refuse_held
 from megalong.training.samples import Samples, check_tokenizer, open_samples
 from megalong.training.start import as_configured, exchange_of, find_start
 
@@ -47,13 +48,16 @@ def train(config_path: str, overrides: list[str] | None = None, nproc: int | Non
     world = int(os.environ["WORLD_SIZE"]) if under_launcher else nproc or 1
     if stages[0].runtime.device != "cpu":
         gpus.refuse_more_processes(nproc)
+    runs = [Path(config.run.dir) for config in stages]
     if os.environ.get("RANK", "0") == "0":
-        for config in stages:
-            clear(Path(config.run.dir))
+        for run in runs:
+            refuse_held(run)
+            clear(run)
     _check(stages, world)
     if nproc is not None and nproc > 1:
         return run_local(["train", config_path, *overrides], nproc)
-    _run_here(stages)
+    with held(runs if os.environ.get("RANK", "0") == "0" else []):
+        _run_here(stages)
     return 0
 
 
