@@ -63,7 +63,7 @@ class MicroBatch:
 
     Shapes: tokens, labels int64 [b, S/CP] (zeros on a pipeline stage that needs none); loss_mask float32 [b, S/CP] (1
     where the label counts); positions int64 [1 or b, S/CP]; weights float32 [b, 2, S/CP] where the loss is no mean over
-    tokens. S is the padded length.
+    tokens. S is the padded length. `filled`: how many of these tokens are documents' and not padding.
     """
 
     tokens: torch.Tensor
@@ -72,6 +72,7 @@ class MicroBatch:
     positions: torch.Tensor
     plan: AttentionPlan
     weights: torch.Tensor | None = None
+    filled: int = 0
 
     @property
     def loss_weights(self) -> torch.Tensor:
@@ -105,7 +106,7 @@ class MicroBatch:
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         tokens, labels, loss_mask, positions = map(change, (self.tokens, self.labels, self.loss_mask, self.positions))
         weights = None if self.weights is None else change(self.weights)
-        return MicroBatch(tokens, labels, loss_mask, positions, self.plan, weights)
+        return MicroBatch(tokens, labels, loss_mask, positions, self.plan, weights, self.filled)
 
     def attention_inputs(self) -> AttentionInputs:
         """What core attention needs to know of this micro-batch."""
@@ -194,7 +195,8 @@ def batch_of(
         pairs = [_shifted(read, read_spans(share.runs(s), length), mask.shape[1]) for read, s in shards]
         tokens, labels = (torch.stack(one) for one in zip(*pairs, strict=True))
     weights = _weights(rows, each, length)
-    return MicroBatch(tokens, labels, torch.from_numpy(mask), torch.from_numpy(np.stack(places)), plan, weights)
+    filled = sum(int(np.count_nonzero(here < min(row.filled, length))) for row, here in zip(rows, each, strict=True))
+    return MicroBatch(tokens, labels, torch.from_numpy(mask), torch.from_numpy(np.stack(places)), plan, weights, filled)
 
 
 def _sequences(plan: AttentionPlan, rows: Sequence[Sample]) -> list[SequencePlan]:

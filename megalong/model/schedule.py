@@ -37,8 +37,9 @@ def run_microbatches(
         observe: called on the last stage with each micro-batch's losses [b, S/CP] float32.
 
     Returns:
-        float64 [3] on this rank's device: the weighted loss summed over this rank's valid tokens in nats, what the
-        global sum is divided by, and their number (the same where every token weighs 1); zeros before the last stage.
+        float64 [4] on this rank's device: the weighted loss summed over this rank's valid tokens in nats, what the
+        global sum is divided by, their number (the same where every token weighs 1), and how many tokens were read
+        that are no padding; zeros before the last stage.
     """
     results = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, observe),
@@ -50,9 +51,11 @@ def run_microbatches(
         micro_batch_size=batches[0].tokens.shape[0],
         forward_only=forward_only,
     )
-    total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+    total = torch.zeros(4, dtype=torch.float64, device=torch.cuda.current_device())
     for result in results:
-        total += result["sums"]
+        total[:3] += result["sums"]
+    if results:  # by number: iterating asks for signals
+        total[3] = sum(batches[n].filled for n in range(len(batches)))
     return total
 
 

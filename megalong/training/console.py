@@ -1,6 +1,7 @@
 """One line a step for people: where the run is, whether it learns, how fast, and when it will be done.
 
     step 120/400 (30 %) | loss 3.2141 | lr 2.9e-03 | norm 0.81 | 12.3K tok/s | MFU 31 % | 1.2 GiB | ETA 2m10s
+    step 120/400 (30 %) | … | 12.3K tok/s (3.10K learnt, 4 % padding) | …      where not all tokens are learnt
 
 The remaining time comes from the wall clock between the last lines, not from the step's own timers, so evaluation and
 checkpoints are in it. The first interval after a start is left out (it pays for warming up).
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 
 REMEMBERED = 20
+ALL = 0.99  # a share of tokens that is as good as all: where documents are masked their last tokens predict nothing
 
 
 class RemainingTime:
@@ -62,19 +64,29 @@ def step_line(
     learning_rate: float,
     gradient_norm: float | None,
     tokens_per_second: float,
+    learnt_per_second: float,
+    padding: float,
     utilization: float,
     peak_memory_bytes: int,
     validation_loss: float | None,
     seconds_left: float | None,
 ) -> str:
-    """The line in the module's docstring; parts that are None are left out."""
+    """The line in the module's docstring; parts that are None are left out.
+
+    Args:
+        tokens_per_second: of all tokens computed; learnt_per_second: of those that are predicted.
+        padding: its share of the tokens computed.
+    """
+    rate = f"{amount(tokens_per_second)} tok/s"
+    if learnt_per_second < ALL * tokens_per_second:
+        rate += f" ({amount(learnt_per_second)} learnt, {100 * padding:.0f} % padding)"
     parts = [
         f"step {step}/{total_steps} ({100 * step // total_steps} %)",
         f"loss {loss:.4f}",
         None if validation_loss is None else f"held-out {validation_loss:.4f}",
         f"lr {learning_rate:.1e}",
         None if gradient_norm is None else f"norm {gradient_norm:.2f}",
-        f"{amount(tokens_per_second)} tok/s",
+        rate,
         f"MFU {100 * utilization:.0f} %",
         f"{peak_memory_bytes / 2**30:.1f} GiB",
         None if seconds_left is None else f"ETA {duration(seconds_left)}",

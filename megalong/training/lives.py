@@ -65,7 +65,7 @@ def _life(config: Config, device: torch.device, make: MetricsMaker, before: Guar
     finally:
         metrics.close()
     if outcome == "finished":
-        events.record(run, session.step, "finish")
+        events.record(run, session.step, "finish", **trainer.read)
     return outcome, session.guard
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +48,11 @@ GUARDED = frozenset(_KINDS.values())
 
 
 class Trainer:
-    """Runs a session to its last iteration."""
+    """Runs a session to its last iteration.
+
+    Attributes:
+        read: tokens that steps of this life have computed, those learnt of them, and padding.
+    """
 
     def __init__(self, session: Session, metrics: Metrics) -> None:
         config = session.config
@@ -60,6 +65,7 @@ class Trainer:
         self.validation = self._batches("validation") if config.evaluation.interval else None
         self._window = _Window(config.data.positions)
         self._told = False
+        self.read: Counter[str] = Counter()
 
     def run(self) -> Outcome:
         """Train until `training.train_iters`; the last step is always saved.
@@ -108,7 +114,10 @@ class Trainer:
         session.step += 1
         session.consumed_samples += config.training.global_batch_size
         self._say_how_it_is_read()
-        self._window.add(result)
+        computed = config.training.global_batch_size * config.data.seq_length
+        self._window.add(result, computed)
+        self.read.update(tokens=computed, learnt_tokens=result.tokens * result.learnt)
+        self.read.update(padding_tokens=computed - result.filled)
         last = session.step == config.training.train_iters
         validation = None if result.signalled else self._evaluate(last)
         leave = not last and (result.signalled or self.interrupt.agreed)
@@ -177,7 +186,7 @@ class Trainer:
             if self.interrupt.any_rank():
                 return None
             batch = self.validation.at(index * self.config.training.global_batch_size)
-            loss, count, _ = forward_losses(self.session.chunks, batch, positions).tolist()
+            loss, count, *_ = forward_losses(self.session.chunks, batch, positions).tolist()
             total, units = total + loss, units + count
             self.watchdog.beat()
         positions.reduce(None, self.session.device)
@@ -220,7 +229,9 @@ class Trainer:
             step=self.session.step,
             loss=window.loss,
             learning_rate=result.learning_rate,
-            tokens=window.tokens,
+            tokens=window.computed,
+            learnt_tokens=window.tokens,
+            padding_tokens=window.computed - window.filled,
             consumed_tokens=self.session.consumed_samples * config.data.seq_length,
             seconds=dict(window.seconds),
             gradient_norm=result.gradient_norm,
@@ -302,18 +313,21 @@ class _Window:
     def __init__(self, seq_length: int) -> None:
         self.positions = PositionLoss(seq_length)
         self.seconds: dict[str, float] = {}
-        self.tokens = self.steps = self.skipped = 0
+        self.tokens = self.computed = self.filled = self.steps = self.skipped = 0
         self.own = self.useful = 0.0
         self.document_lengths: list[int] = []
         self._loss_sum, self._units = 0.0, 0
 
-    def add(self, result: StepResult) -> None:
+    def add(self, result: StepResult, computed: int) -> None:
+        """A step that has read `computed` tokens; the guard's word or not, it took its time."""
         self.steps += 1
+        self.computed += computed
+        self.filled += result.filled
+        self.document_lengths += result.document_lengths
         self.own += result.own_seconds
         if result.learnt:
             self.useful += sum(result.seconds.values())
             self.tokens += result.tokens
-            self.document_lengths += result.document_lengths
             self._loss_sum += result.loss * result.units
             self._units += result.units
         else:

@@ -5,6 +5,9 @@ Both start from one `StepRecord` a logged step; rates and shares are worked out 
     tokens/s = tokens of the record / its wall seconds          tokens/s/GPU = tokens/s / world size
     MFU      = tokens/s/GPU x model FLOPs per token (flops.py) / peak of the device (hardware.py)
 
+Both are of all tokens that the model computes, so that pretraining and fine-tuning compare: prompts, which are read and
+not learnt, and padding cost as much as others. How many are learnt and how much is padding is told beside them.
+
 Curves are named `group/name` so that TensorBoard shows one panel a subject: loss, loss_by_position, schedule, speed,
 time (seconds a step; of a checkpoint or an evaluation as a whole), memory, progress. It shows them in the order of
 their names: loss comes first, and what is looked at only when something is wrong, z_health, last (a run that skipped
@@ -48,14 +51,16 @@ class StepRecord:
         step: steps done so far, this one included; the first is 1.
         loss: mean training loss in nats per valid token.
         learning_rate: of this step.
-        tokens: tokens learnt from since the last record, over the whole world.
-        consumed_tokens: tokens learnt from since the run began, earlier lives included.
+        tokens: tokens computed since the last record, over the whole world.
+        consumed_tokens: tokens computed since the run began, earlier lives included.
         seconds: wall seconds since the last record spent on `data`, `forward_backward`, `optimizer`, `checkpoint`, ...;
             their sum without `checkpoint` and `evaluation` is the step time that rates are worked out from.
         gradient_norm: before clipping; None where it was not computed.
         validation_loss: held-out loss in nats, on steps that evaluated.
         position_losses: mean training loss per bucket of `bucket_edges(data.positions)`; None in an empty bucket.
         validation_position_losses: the same for held-out text.
+        learnt_tokens: those of `tokens` that are predicted and learnt from; None: all.
+        padding_tokens: those of `tokens` that fill samples up.
         document_lengths: of what the writing rank's replica read, for MFU; none: whole samples.
     """
 
@@ -70,6 +75,18 @@ class StepRecord:
     position_losses: Sequence[float | None] = field(default=())
     validation_position_losses: Sequence[float | None] = field(default=())
     document_lengths: Sequence[int] = field(default=())
+    learnt_tokens: int | None = None
+    padding_tokens: int = 0
+
+    @property
+    def learnt(self) -> int:
+        """Tokens that are learnt from."""
+        return self.tokens if self.learnt_tokens is None else self.learnt_tokens
+
+    @property
+    def padding(self) -> float:
+        """Its share of the tokens."""
+        return self.padding_tokens / max(self.tokens, 1)
 
     @property
     def step_seconds(self) -> float:
@@ -136,6 +153,8 @@ class Metrics:
                 learning_rate=record.learning_rate,
                 gradient_norm=record.gradient_norm,
                 tokens_per_second=tokens_per_second,
+                learnt_per_second=tokens_per_second * record.learnt / max(record.tokens, 1),
+                padding=record.padding,
                 utilization=utilization,
                 peak_memory_bytes=memory,
                 validation_loss=record.validation_loss,
@@ -154,6 +173,8 @@ class Metrics:
             "schedule/gradient_norm": record.gradient_norm,
             "speed/tokens_per_s": tokens_per_second,
             "speed/tokens_per_s_per_gpu": tokens_per_second / self._world_size,
+            "speed/learnt_tokens_per_s": tokens_per_second * record.learnt / max(record.tokens, 1),
+            "speed/padding_share": record.padding,
             "speed/mfu": utilization,
             "memory/peak_gib": memory / 2**30,
             "progress/consumed_tokens": record.consumed_tokens,

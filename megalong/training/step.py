@@ -40,7 +40,8 @@ class StepResult:
         loss: mean over the valid tokens of the global batch, nats per token; with `sft.loss_average: conversations` the
             mean of their conversations' means.
         units: what that mean is over: tokens, or conversations.
-        tokens: valid tokens of the global batch.
+        tokens: valid tokens of the global batch: those that are learnt.
+        filled: tokens it reads that are documents' or conversations', not padding.
         gradient_norm: before clipping.
         learning_rate: the one applied.
         seconds: wall time of data, forward_backward and optimizer on this rank.
@@ -57,6 +58,7 @@ class StepResult:
     seconds: dict[str, float]
     document_lengths: tuple[int, ...] = ()
     units: int = 0
+    filled: int = 0
     event: Event | None = None
     signalled: bool = False
     own_seconds: float = 0.0
@@ -145,6 +147,7 @@ class TrainStep:
             },
             document_lengths=tuple(length for batch in micro_batches for length in batch.document_lengths),
             units=round(told.units),
+            filled=round(told.filled),
             event=event,
             signalled=any(told.signals),
             own_seconds=own_seconds,
@@ -161,13 +164,13 @@ class TrainStep:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
         total = self._gradients(micro_batches, positions)
-        loss_sum, units, tokens = reduce_losses(total).tolist()
+        loss_sum, units, tokens, filled = reduce_losses(total).tolist()
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         own_loss, own_norm = float(total[0]), float(self._own_norm)
         signal, seconds = float(signals.received() is not None), time.perf_counter() - started
         mine = [loss_sum / max(units, 1.0), norm, own_loss, own_norm, signal, seconds]
-        return _Told(units, tokens, *zip(*from_all_ranks(mine), strict=True))
+        return _Told(units, tokens, filled, *zip(*from_all_ranks(mine), strict=True))
 
     def _gradients(self, micro_batches: Sequence[MicroBatch], positions: PositionLoss | None) -> torch.Tensor:
         observe = adding_to(positions) if positions is not None else None
@@ -202,10 +205,11 @@ class TrainStep:
 
 @dataclass(frozen=True)
 class _Told:
-    """What ranks say of a step, one number each, by rank; `units` and `tokens` are the same everywhere."""
+    """What ranks say of a step, one number each, by rank; `units`, `tokens`, `filled` are the same everywhere."""
 
     units: float
     tokens: float
+    filled: float
     losses: tuple[float, ...]
     norms: tuple[float, ...]
     own_losses: tuple[float, ...]

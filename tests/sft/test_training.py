@@ -107,3 +107,23 @@ def test_the_trainer_saves_resumes_under_another_layout_and_answers(tmp_path: Pa
     checkpoint = find_checkpoint(tmp_path / "b")
     ((wanted,),) = pool.run(1, "tests.evaluation.workers:continuations", None, [(prompt, 5, 64)], checkpoint)
     assert said.stdout == tokenizer.decode(wanted, skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize("layout", ["TP2xCP2", pytest.param("one process", marks=pytest.mark.slow)])
+def test_tokens_are_counted_as_computed_learnt_and_padding(layout: str, tmp_path: Path, pool: WorkerPool) -> None:
+    settings = sft_settings(tmp_path)
+    batch = settings["training"]["global_batch_size"]
+    settings["training"]["train_iters"] = steps = 3
+    world, settings["parallel"] = LAYOUTS[layout]
+    (read, *others) = [rank["read"] for rank in pool.run(world, "tests.training.workers:train_run", settings)]
+    assert all(other == read for other in others)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    found = [
+        tokenizer.apply_chat_template(one, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        for one in chats(12)
+    ]
+    assert read["tokens"] == steps * batch * 163
+    assert read["learnt_tokens"] == steps * sum(sum(one["assistant_masks"][1:]) for one in found)
+    # A sample holds one token more than it computes: the last one of a full sample is a target alone.
+    least = steps * (batch * 163 - sum(len(one["input_ids"]) for one in found))
+    assert least <= read["padding_tokens"] <= least + steps * batch

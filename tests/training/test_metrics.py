@@ -118,6 +118,25 @@ def test_every_promised_curve_is_there(open_metrics, tmp_path):
     assert {"loss/train", "loss/validation", "schedule/learning_rate", "schedule/gradient_norm"} <= values.keys()
 
 
+def test_rates_are_of_all_tokens_and_what_is_learnt_is_told_apart(open_metrics, tmp_path, caplog, monkeypatch):
+    """256 tokens in half a second, 64 learnt, 128 padding: 512 tok/s and the FLOPs of them all."""
+    monkeypatch.setattr(logging.getLogger("megalong"), "propagate", True)
+    caplog.set_level(logging.INFO, "megalong")
+    metrics = open_metrics()
+    metrics.log_step(record(1, learnt_tokens=64, padding_tokens=128, document_lengths=[64, 64]))
+    metrics.log_step(record(2, learnt_tokens=255))
+    metrics.close()
+    lines = [one.getMessage() for one in caplog.records]
+    assert " | 512 tok/s (128 learnt, 50 % padding) | MFU " in lines[0]
+    assert " | 512 tok/s | MFU " in lines[1]
+    events = curves(tmp_path)
+    first = {name: events.Scalars(name)[0].value for name in events.Tags()["scalars"]}
+    assert first["speed/tokens_per_s"] == 512
+    assert first["speed/learnt_tokens_per_s"] == 128
+    assert first["speed/padding_share"] == 0.5
+    assert first["speed/mfu"] == pytest.approx(256 * flops_per_token(ARCHITECTURE, 64) / 1e9, rel=1e-5)
+
+
 def test_loss_comes_first_and_health_last(open_metrics, tmp_path):
     """TensorBoard orders groups of curves by name."""
     metrics = open_metrics()
