@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megalong.data.token_ids import FILE, same_ids
-from megalong.data.tokenizer import TextTokenizer
 from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    from megalong.data.tokenizer import TextTokenizer
 
 ALLOW = "data.allow_other_tokenizer: true"
 
@@ -62,6 +64,8 @@ def _open(folder: Path | None) -> TextTokenizer | None:
     """The tokenizer in `folder`; None where there is none, or none that can be read, which whoever needs it tells."""
     if folder is None or not (folder / FILE).is_file():
         return None
+    from megalong.data.tokenizer import TextTokenizer  # imports `tokenizers`, which opening a dataset does without
+
     try:
         return TextTokenizer(folder)
     except (UserError, OSError):
