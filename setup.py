@@ -49,7 +49,17 @@ setup(
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.20,<3"],
         "dali": [DALI],
         "eval": ["lm-eval[hf,ruler]>=0.4.13,<0.5"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "peft", DALI],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "peft",
+            DALI,
+        ],
     },
     entry_points={"console_scripts": ["megalong = megalong.__main__:run"]},
 )

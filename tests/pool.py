@@ -54,7 +54,7 @@ class WorkerPool:
         self.max_workers = max_workers
         self._workers: list[_Worker] = []
 
-    def run(self, world_size: int, target: str, *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, world_size: int, target: str, *arguments: Any, timeout: float = 240.0) -> list[Any]:
         """Call `target` ("package.module:function") on `world_size` ranks; return their results, rank 0 first.
 
         Arguments and results must be picklable. `timeout` (seconds) bounds the whole call. Raises `RankError` with

@@ -151,7 +151,7 @@ def test_an_adapter_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("command", "place"),
     [
-        (["generate", "--prompt", "x"], "megalong.evaluation.generate._open_tokenizer"),
+        (["generate", "--prompt", "x"], "megalong.evaluation.generate._check_tokenizer"),
         (
             ["evaluate", "perplexity", "--data", "DATA", "--seq-length", "32", "--samples", "2"],
             "megalong.evaluation.measure.load_model",
