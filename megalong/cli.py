@@ -62,7 +62,22 @@ def _answer(arguments: Sequence[str] | None) -> int:
             raise
         tell(f"{error.filename or 'output'}: {error.strerror}; {mend}")
         return 2
+    except (MemoryError, RuntimeError) as error:
+        asked = _refused_memory(error)
+        if asked is None:
+            raise
+        tell(f"{asked}; take a shorter length, a smaller batch, or more processes", alone=True)
+        return 2
     return status
+
+
+def _refused_memory(error: MemoryError | RuntimeError) -> str | None:
+    """What the machine had no memory for, in numpy's or torch's words; None for any other error."""
+    words = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return f"out of memory: {words}" if words else "out of memory"
+    _, found, asked = words.partition("DefaultCPUAllocator: can't allocate memory: ")
+    return f"out of memory: {asked.partition('.')[0]}" if found else None
 
 
 def _reader_is_gone() -> bool:

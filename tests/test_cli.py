@@ -343,6 +343,15 @@ def test_the_command_line_and_data_need_no_torch():
     assert done.stdout == "[]\n", done.stderr
 
 
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_memory_that_the_machine_does_not_have_is_one_line(library, answers, capsys):
+    answers("doctor", lambda _: importlib.import_module(library).empty(10**15))
+    assert cli.main(["doctor"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("megalong: error: out of memory: ")
+    assert told.count("\n") == 1
+
+
 def test_a_reader_that_leaves_early_is_no_error():
     code = (
         "import sys; from megalong import cli; from megalong.commands import run\n"

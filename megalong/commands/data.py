@@ -150,7 +150,11 @@ def _run_balance(options: argparse.Namespace) -> int:
 
 
 def _run_plan(options: argparse.Namespace) -> int:
+    from megalong.config.load import load_config
     from megalong.data.plan import plan
+    from megalong.hf.known import check_stages
 
+    if Path(options.config).is_file():  # what is none is told below
+        check_stages(load_config(options.config, options.overrides))
     plan(options.config, options.overrides, png=options.png)
     return 0

@@ -76,7 +76,8 @@ class Architecture(Section):
         The override replaces the scaling as a whole. Only two of its values may be left to the checkpoint: the base
         (`rope_theta`), and the length before any scaling, the checkpoint's own (`original_length`). A scaled model
         reads `factor * original` positions, and says so in `max_position_embeddings`: transformers versions that derive
-        the factor from the two lengths then find the same one. Applying the same override twice gives the same model.
+        the factor from the two lengths then find the same one. One whose scaling is taken away reads what it did before
+        it. Applying the same override twice gives the same model, and one that repeats the model's own changes nothing.
         """
         if override is None:
             return self
@@ -88,7 +89,9 @@ class Architecture(Section):
                 "original_max_position_embeddings": original if scaled else None,
             }
         )
-        longest = round(override.factor * original) if scaled else self.max_position_embeddings
+        if rope == self.rope:
+            return self
+        longest = round(override.factor * original) if scaled else self.original_length
         return self.model_copy(update={"rope": rope, "max_position_embeddings": longest})
 
     @property

@@ -74,6 +74,9 @@ class Model(Section):
     """RoPE scaling that replaces the model's own; left out, the model keeps its own. Example: `{type: yarn, factor:
     16}`
     """
+    allow_extrapolation: bool = False
+    """Train positions that the model's RoPE does not cover, or from another original length than its own; else refused.
+    """
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:

@@ -25,6 +25,7 @@ from megalong.data.rows import Rows
 from megalong.data.sampler import DomainShare, PackedSamples
 from megalong.data.tokenizer_check import ALLOW, check_tokenizers
 from megalong.data.vocabulary import model_tokenizer, model_vocabulary
+from megalong.errors import UserError
 
 LOOKED_AT = 5000
 
@@ -94,8 +95,10 @@ def plan(config_file: str, overrides: Sequence[str] = (), png: str | None = None
     """
     from megalong.data.plan_table import table
 
+    configs = load_config(config_file, list(overrides))
+    _refuse_conversations(configs, config_file)
     stages, vocabulary, tokenizer = [], None, None
-    for config in load_config(config_file, list(overrides)):
+    for config in configs:
         vocabulary = model_vocabulary(config) or vocabulary  # a stage that starts from the one before has its model
         tokenizer = model_tokenizer(config) or tokenizer
         stages.append(plan_stage(config, vocabulary, tokenizer))
@@ -109,6 +112,16 @@ def plan(config_file: str, overrides: Sequence[str] = (), png: str | None = None
         path = Path(png) if len(stages) == 1 else Path(png).with_stem(f"{Path(png).stem}-{stage.config.run.name}")
         plot_plan(stage, path)
         print(f"picture: {path}")
+
+
+def _refuse_conversations(stages: list[Config], config_file: str) -> None:
+    """Conversations become samples by a tokenizer and a template; what they become is what `data inspect` shows."""
+    chats = [config.run.name for config in stages if config.task == "sft"]
+    if chats:
+        raise UserError(
+            f"{config_file}: {chats[0]} has task sft, and data plan counts the documents of data.mixture only; see "
+            f"`megalong data inspect {config_file}` for its conversations, what is dropped and how they are packed"
+        )
 
 
 def plan_stage(config: Config, vocabulary: int | None = None, tokenizer: Path | None = None) -> StagePlan:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from megalong.checkpoint.folder import ASSETS
 from megalong.errors import UserError
-from megalong.evaluation.source import ModelSource, find_model
+from megalong.evaluation.source import ModelSource, beyond_trained, find_model
 from megalong.hf.config import read_json
 
 if TYPE_CHECKING:
@@ -169,7 +169,9 @@ def _answer(
         from megalong.evaluation.measure import load_model
         from megalong.model.build import unwrap
 
-        setup_logging()
+        log = setup_logging()
+        if (warning := beyond_trained(source, len(ids) + max_new_tokens, "prompt and --max-new-tokens")) is not None:
+            log.warning(warning)
         distributed.set_layout(distributed.Layout())
         model = unwrap(load_model(source)[0])
         return list(new_tokens(model, ids, max_new_tokens, sampling, prefill_chunk, ends))

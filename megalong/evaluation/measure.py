@@ -16,7 +16,7 @@ from megalong.checkpoint.store import load_weights
 from megalong.data.sampler import PackedSamples
 from megalong.evaluation.buckets import PositionLoss
 from megalong.evaluation.forward import forward_losses
-from megalong.evaluation.source import ModelSource
+from megalong.evaluation.source import ModelSource, beyond_trained
 from megalong.hf.load import load_into
 from megalong.hf.reader import HFReader
 from megalong.model.batch import shard_samples
@@ -47,6 +47,8 @@ def measure_losses(source: ModelSource, packed: PackedSamples, samples: int, dev
     world, rank = dist.get_world_size(), dist.get_rank()
     chunks = load_model(source, world)
     log.info("measuring %s: rope %s, %d tokens a sample", source, source.architecture.rope.type, packed.seq_length)
+    if rank == 0 and (warning := beyond_trained(source, packed.seq_length, "--seq-length")) is not None:
+        log.warning(warning)
     positions, layout = PositionLoss(packed.seq_length), TokenLayout(world)
     started = time.monotonic()
     for k in range(samples):

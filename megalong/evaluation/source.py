@@ -8,6 +8,7 @@ from pathlib import Path
 from megalong.checkpoint.folder import ASSETS, find_checkpoint, read_meta
 from megalong.config.architecture import Architecture
 from megalong.config.lora import Lora
+from megalong.config.positions import covered_positions
 from megalong.data.sampler import PackedSamples
 from megalong.data.tokenizer_check import check_tokenizers
 from megalong.errors import UserError
@@ -57,6 +58,20 @@ def find_model(checkpoint: str | Path | None = None, hf: str | Path | None = Non
     folder = find_checkpoint(checkpoint)
     meta = read_meta(folder)
     return ModelSource(meta.architecture, checkpoint=folder, lora=meta.lora)
+
+
+def beyond_trained(source: ModelSource, tokens: int, key: str) -> str | None:
+    """What to say of a length that the model's positions do not cover; None where they do.
+
+    Measuring and generating there is no mistake, as training would be: seeing where a model ends can be the point.
+    """
+    covered = covered_positions(source.architecture)
+    if tokens <= covered:
+        return None
+    return (
+        f"{key}: {tokens} positions are used, and the rope of {source} ({source.architecture.rope.type}) covers "
+        f"{covered}: expect bad predictions beyond"
+    )
 
 
 @dataclass(frozen=True)

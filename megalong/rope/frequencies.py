@@ -29,6 +29,7 @@ import torch
 
 from megalong.config.rope import RopeSettings
 from megalong.errors import UserError
+from megalong.rope.scaling import ntk_theta, theta_of
 
 
 def inverse_frequencies(rope: RopeSettings, head_dim: int) -> torch.Tensor:
@@ -36,7 +37,7 @@ def inverse_frequencies(rope: RopeSettings, head_dim: int) -> torch.Tensor:
 
     Raises `UserError` where a value is missing that only the checkpoint could have filled in.
     """
-    theta = _theta(rope)
+    theta = theta_of(rope)
     if rope.type == "linear":
         return _unscaled(theta, head_dim) / rope.factor
     if rope.type == "ntk":
@@ -50,34 +51,12 @@ def inverse_frequencies(rope: RopeSettings, head_dim: int) -> torch.Tensor:
     return _unscaled(theta, head_dim)
 
 
-def temperature(rope: RopeSettings) -> float:
-    """Factor on queries and on keys (attention scores get its square); 1.0 for every type but yarn.
-
-    An explicit `attention_factor` wins, then the ratio of the mscale pair (DeepSeek's refinement), then the paper's
-    `0.1 ln(factor) + 1` (arXiv 2309.00071, equation 22).
-    """
-    if rope.type != "yarn":
-        return 1.0
-    if rope.attention_factor is not None:
-        return rope.attention_factor
-    if rope.mscale and rope.mscale_all_dim:
-        return _logarithmic(rope.factor, rope.mscale) / _logarithmic(rope.factor, rope.mscale_all_dim)
-    return _logarithmic(rope.factor, 1.0)
-
-
-def ntk_theta(rope: RopeSettings, head_dim: int) -> float:
-    """The base that NTK-aware scaling changes to: `theta * factor^(d / (d - 2))`."""
-    if head_dim <= 2:
-        raise UserError(f"rope.type: ntk needs a head dimension above 2, not {head_dim}; write type: linear")
-    return _theta(rope) * math.pow(rope.factor, head_dim / (head_dim - 2))
-
-
 def correction_range(rope: RopeSettings, head_dim: int) -> tuple[float, float]:
     """(low, high): yarn keeps pairs up to index `low`, divides those from `high` on, and ramps between.
 
     (28, 35) in the example above. With `truncate` both are moved outwards to whole indices, as in YaRN's own code.
     """
-    theta, original = _theta(rope), _original(rope)
+    theta, original = theta_of(rope), _original(rope)
 
     def index_with(turns: float) -> float:
         return (head_dim * math.log(original / (turns * 2 * math.pi))) / (2 * math.log(theta))
@@ -117,16 +96,6 @@ def _by_rotations(rope: RopeSettings, theta: float, head_dim: int, slow: float, 
     kept = (original / wavelength - slow) / (fast - slow)
     ramp = (1 - kept) * unscaled / rope.factor + kept * unscaled
     return torch.where(short, unscaled, torch.where(long, unscaled / rope.factor, ramp))
-
-
-def _logarithmic(factor: float, weight: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-
-def _theta(rope: RopeSettings) -> float:
-    if rope.rope_theta is None:
-        raise UserError("rope.rope_theta: is empty and no checkpoint filled it in; write the base, e.g. 500000.0")
-    return rope.rope_theta
 
 
 def _original(rope: RopeSettings) -> int:

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from megalong.config.rope import RopeSettings
 from megalong.errors import UserError
-from megalong.rope.frequencies import ntk_theta, temperature
+from megalong.rope.scaling import ntk_theta, temperature
 
 _FIELDS: dict[str, tuple[str, ...]] = {
     "none": (),

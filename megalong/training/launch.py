@@ -16,6 +16,7 @@ from pathlib import Path
 from megalong.config.architecture import Architecture
 from megalong.config.checks import check_model, check_world
 from megalong.config.load import load_config
+from megalong.config.positions import check_positions
 from megalong.config.schema import Config
 from megalong.config.text import dump_config
 from megalong.data import dali
@@ -71,19 +72,21 @@ def _check(stages: list[Config], world: int) -> None:
     assets: Path | None = None
     for index, config in enumerate(stages):
         check_world(config, world)
-        if config.data.loader == "dali":
-            dali.check_installed()
-        for part in ("train", "validation") if config.evaluation.interval else ("train",):
-            samples = _opened(config, part, follows=index > 0 and _follows(config, stages[index - 1]))
-            if part == "train" and isinstance(samples, PackedSamples):
-                samples.refuse_repeats(config.training.train_iters * config.training.global_batch_size)
-        if architecture is not None and _follows(config, stages[index - 1]):
+        follows = index > 0 and _follows(config, stages[index - 1])
+        if architecture is not None and follows:
+            check_positions(config, architecture)
             architecture = as_configured(config, architecture)
         else:
             start = find_start(config)
             architecture, assets = start.architecture, start.assets
         check_model(config, architecture)
         exchange_of(config, architecture)
+        if config.data.loader == "dali":
+            dali.check_installed()
+        for part in ("train", "validation") if config.evaluation.interval else ("train",):
+            samples = _opened(config, part, follows)
+            if part == "train" and isinstance(samples, PackedSamples):
+                samples.refuse_repeats(config.training.train_iters * config.training.global_batch_size)
         if samples is not None:
             _check_vocabulary(samples, architecture.vocab_size)
             check_tokenizer(config, samples, assets)

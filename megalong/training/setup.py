@@ -40,6 +40,8 @@ from megalong.model.config import DTYPES, ModelSettings
 from megalong.model.implementations import Implementations, implementations
 from megalong.model.lora import adapters, random_adapters
 from megalong.runtime import distributed
+from megalong.training.activation_memory import refuse_without_memory
+from megalong.training.first_lines import model_line
 from megalong.training.guard import Guard
 from megalong.training.optimizer import build_optimizer, build_scheduler, changed, recorded
 from megalong.training.start import Start, exchange_of, find_start
@@ -154,6 +156,8 @@ def _session(config: Config, device: torch.device, machine: Machine, start: Star
     verification = Verification(start.resume) if start.resume is not None else None
     check_model(config, start.architecture)
     check_fp8_model(config, machine, start.architecture)
+    log.info(model_line(config, start.architecture))
+    refuse_without_memory(config, start.architecture, device)
     exchange = exchange_of(config, start.architecture)
     if config.parallel.context_parallel_size > 1:
         log.info("attention over context-parallel ranks: %s (%s)", exchange.name, exchange.reason)

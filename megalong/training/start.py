@@ -5,7 +5,7 @@ It builds nothing, so that a mistake is found before a process is started.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megalong.attention.choice import Exchange, choose_exchange
@@ -13,6 +13,7 @@ from megalong.checkpoint.folder import ASSETS, Meta, find_checkpoint, newest_goo
 from megalong.config.architecture import Architecture
 from megalong.config.attention_checks import ENGINE
 from megalong.config.lora import Lora
+from megalong.config.positions import check_positions, refuse_uncovered, trained_architecture
 from megalong.config.schema import Config
 from megalong.data.fingerprint import changes, fingerprint
 from megalong.errors import UserError
@@ -32,6 +33,10 @@ _SHAPE = (
     "tie_word_embeddings",
     "norm_epsilon",
 )
+
+
+# Changes of the data under which a resumed run may use positions that it did not use before.
+_DECIDES_POSITIONS = ("data.seq_length", "data.pose", "data.mixture", "sft.max_length")
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,14 @@ def find_start(config: Config) -> Start:
 
     Raises:
         UserError: a folder is missing or damaged, or the run folder's checkpoint has another shape than the model
-            the configuration names, or was trained on other data.
+            the configuration names, or was trained on other data; or samples use positions that nothing covers.
     """
     run = Path(config.run.dir)
     own, damaged = newest_good(run)
     if own is None:
-        return _first_start(config)
+        start = _first_weights(config)
+        check_positions(config, start.architecture)
+        return _configured(config, start)
     meta = read_meta(own)
     _check_same_model(config, meta.architecture, own)
     _check_same_adapters(config, meta.lora, own)
@@ -78,6 +85,8 @@ def find_start(config: Config) -> Start:
             f"{meta.consumed_samples} would not be the one that comes next: put it back, start a new run.dir with "
             f"model.load: {{checkpoint: {config.run.dir}}}, or write data.allow_change: true"
         )
+    if any(change.startswith(_DECIDES_POSITIONS) for change in changed):
+        refuse_uncovered(config, meta.architecture)
     return Start(
         meta.architecture,
         resume=own,
@@ -95,34 +104,34 @@ def as_configured(config: Config, architecture: Architecture) -> Architecture:
         UserError: a pattern of windows for another number of layers.
     """
     attention = config.attention
-    return architecture.with_rope(config.model.rope).with_window(attention.window_size, attention.window_attn_skip_freq)
+    trained = trained_architecture(config, architecture)
+    return trained.with_window(attention.window_size, attention.window_attn_skip_freq)
 
 
-def _first_start(config: Config) -> Start:
-    start = _first_weights(config)
+def _configured(config: Config, start: Start) -> Start:
+    start = replace(start, architecture=as_configured(config, start.architecture))
     check_adapter(config.lora, start.architecture)
     return start
 
 
 def _first_weights(config: Config) -> Start:
+    """The model to start from as it is found, without what the configuration changes of it."""
     load = config.model.load
     if load is None:
         assert config.model.architecture is not None
-        return Start(as_configured(config, config.model.architecture))
+        return Start(config.model.architecture)
     if load.hf is not None:
         folder = Path(load.hf)
-        architecture = as_configured(config, read_architecture(folder))
-        return Start(architecture, hf=folder, assets=folder, base=_named_base(config))
+        return Start(read_architecture(folder), hf=folder, assets=folder, base=_named_base(config))
     assert load.checkpoint is not None
     checkpoint = find_checkpoint(load.checkpoint)
     meta = read_meta(checkpoint)
-    architecture = as_configured(config, meta.architecture)
     if meta.lora is not None:
         _check_same_adapters(config, meta.lora, checkpoint)
         if config.lora.load is not None:
             raise UserError(f"lora.load {config.lora.load}: {checkpoint} has adapters of its own; drop one of them")
     trained = None if meta.lora is not None else whole_path(checkpoint)
-    return Start(architecture, checkpoint=checkpoint, assets=_assets(checkpoint), base=meta.base or trained)
+    return Start(meta.architecture, checkpoint=checkpoint, assets=_assets(checkpoint), base=meta.base or trained)
 
 
 def _named_base(config: Config) -> str | None:
@@ -139,7 +148,7 @@ def _assets(checkpoint: Path) -> Path | None:
 def _check_same_model(config: Config, found: Architecture, checkpoint: Path) -> None:
     """Refuse to resume a folder that holds another model than the configuration asks for."""
     try:
-        wanted = _first_start(config).architecture
+        wanted = _configured(config, _first_weights(config)).architecture
     except UserError:
         # The source of the first start may be gone by now; the run folder is all that a resume needs.
         wanted = as_configured(config, found)

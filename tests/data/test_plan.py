@@ -21,6 +21,7 @@ from megalong.data.sampler import PackedSamples
 from megalong.data.splitting import documents_of_part
 from megalong.errors import UserError
 from tests.data.test_packed_samples import dataset
+from tests.llama import make_llama
 
 LENGTHS = {"a": [40] * 30 + [9] * 60 + [3] * 40 + [70] * 12, "b": [20] * 50 + [95] * 16}
 RUN = """
@@ -176,3 +177,35 @@ def test_labels_of_the_pictures_do_not_overlap(
     buckets = length_histogram(lengths)
     figure = drawn(monkeypatch, lambda: plot_lengths(buckets, "books", run.parent / "l.png"))
     assert_apart(figure.axes[0].get_xticklabels(), figure)
+
+
+def test_positions_that_the_model_does_not_have_are_refused_as_in_training(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = make_llama(run.parent / "hf", max_position_embeddings=16)
+    capsys.readouterr()
+    assert cli.main(["data", "plan", str(run), f"model.load.hf={hf}"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("megalong: error: data.seq_length 32: the model reads 16 positions, ")
+    assert "write model.rope: {type: yarn, factor: 2}" in told
+    assert cli.main(["data", "plan", str(run), f"model.load.hf={hf}", "model.rope={type: yarn, factor: 2}"]) == 0
+    stages = "stages:\n  - {name: one, data: {seq_length: 16}}\n  - {name: two, data: {seq_length: 64}}\n"
+    run.write_text(run.read_text() + stages)
+    assert cli.main(["data", "plan", str(run), f"model.load.hf={hf}"]) == 2
+    assert "data.seq_length 64: the model reads 16 positions" in capsys.readouterr().err
+    assert cli.main(["data", "plan", str(run), f"model.load.hf={hf}", "model.rope={rope_theta: 1e6}"]) == 0
+
+
+def test_conversations_are_sent_to_the_command_that_shows_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sft = run.with_name("sft.yaml")
+    sft.write_text(
+        "{task: sft, run: {name: tuned, dir: x}, model: {load: {hf: nowhere}}, optimizer: {lr: 1.0e-4}, training: "
+        "{train_iters: 1, global_batch_size: 1}, data: {seq_length: 8, packing: best_fit}, sft: {sources: [{name: a, "
+        "path: a.jsonl}]}}"
+    )
+    assert cli.main(["data", "plan", str(sft)]) == 2
+    told = capsys.readouterr().err
+    assert (
+        f"tuned has task sft, and data plan counts the documents of data.mixture only; see `megalong data inspect {sft}"
+        in told
+    )

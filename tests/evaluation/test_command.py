@@ -73,6 +73,7 @@ def test_the_command_writes_numbers_table_and_picture(sources, expected, tmp_pat
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("| position |"), done.stdout  # one rank alone speaks
     assert done.stdout.count("| tiny ") == 1
+    assert done.stderr.count("--seq-length: 256 positions are used, and the rope of ") == 1
     result = PerplexityResult.load(tmp_path / "perplexity.json")
     assert result.nll == pytest.approx(expected, rel=1e-5)
     assert result.perplexity == pytest.approx([math.exp(value) for value in expected], rel=1e-5)

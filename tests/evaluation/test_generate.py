@@ -202,3 +202,12 @@ def test_a_prompt_that_would_end_its_own_turn_is_told(chatty):
         generate(hf=str(chatty), prompt="w7 </s>", chat=True)
     with pytest.raises(UserError, match="--prompt: not UTF-8 text"):
         generate(hf=str(chatty), prompt="w7 \udcff")
+
+
+def test_more_positions_than_rope_covers_are_warned_of(chatty, capsys):
+    generate(hf=str(chatty), prompt="w9 w10", max_new_tokens=4)
+    assert "expect bad predictions" not in capsys.readouterr().err
+    generate(hf=str(chatty), prompt="w9 w10", max_new_tokens=63)  # the model has 64 positions
+    told = capsys.readouterr().err
+    assert "prompt and --max-new-tokens: 65 positions are used, and the rope of " in told
+    assert "(none) covers 64: expect bad predictions beyond" in told

@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_is_that_of_transformers(case: str, tmp_path: Path, pool: WorkerPool) -> None:
     changes = dict(CASES[case])
-    llama, data = make_llama(tmp_path / "hf"), make_dataset(tmp_path / "data")
+    llama, data = make_llama(tmp_path / "hf", max_position_embeddings=1024), make_dataset(tmp_path / "data")
     settings = run_settings(tmp_path / "run", llama, data)
     if (length := changes.pop("packs", None)) is not None:
         only = settings["data"]["mixture"][0]
@@ -82,7 +82,10 @@ def plain_step(llama: Path, settings: dict[str, Any]) -> dict[str, list[float]]:
 def test_loss_by_position_reaches_the_target(tmp_path: Path, pool: WorkerPool) -> None:
     """Buckets of 64 128 256 512 1024 positions in training; held-out samples have plain ones, below 64."""
     settings = run_settings(
-        tmp_path / "run", make_llama(tmp_path / "hf"), make_dataset(tmp_path / "data"), evaluation={"interval": 1}
+        tmp_path / "run",
+        make_llama(tmp_path / "hf", max_position_embeddings=1024),
+        make_dataset(tmp_path / "data"),
+        evaluation={"interval": 1},
     )
     settings["data"] |= POSE
     (told,) = pool.run(1, "tests.training.workers:train_run", settings, 3)
