@@ -20,6 +20,7 @@ from megalong.data.plan_plot import plot_plan
 from megalong.data.sampler import PackedSamples
 from megalong.data.splitting import documents_of_part
 from megalong.errors import UserError
+from megalong.hf.known import check_stages
 from tests.data.test_packed_samples import dataset
 from tests.llama import make_llama
 
@@ -188,12 +189,16 @@ def test_positions_that_the_model_does_not_have_are_refused_as_in_training(
     told = capsys.readouterr().err
     assert told.startswith("megalong: error: data.seq_length 32: the model reads 16 positions, ")
     assert "write model.rope: {type: yarn, factor: 2}" in told
-    assert cli.main(["data", "plan", str(run), f"model.load.hf={hf}", "model.rope={type: yarn, factor: 2}"]) == 0
+    check_stages(load_config(run, [f"model.load.hf={hf}", "model.rope={type: yarn, factor: 2}"]))
     stages = "stages:\n  - {name: one, data: {seq_length: 16}}\n  - {name: two, data: {seq_length: 64}}\n"
     run.write_text(run.read_text() + stages)
     assert cli.main(["data", "plan", str(run), f"model.load.hf={hf}"]) == 2
     assert "data.seq_length 64: the model reads 16 positions" in capsys.readouterr().err
-    assert cli.main(["data", "plan", str(run), f"model.load.hf={hf}", "model.rope={rope_theta: 1e6}"]) == 0
+    with pytest.raises(UserError, match=r"^data\.seq_length 64: the model reads 16 .* above 1e\+06"):  # raised once
+        check_stages(load_config(run, [f"model.load.hf={hf}", "model.rope={rope_theta: 1e6}"]))
+    check_stages(load_config(run))  # a model that is not here
+    run.write_text(run.read_text().replace("64}", "64}, model: {rope: {rope_theta: 1e6}}"))
+    check_stages(load_config(run, [f"model.load.hf={hf}"]))
 
 
 def test_conversations_are_sent_to_the_command_that_shows_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
