@@ -13,6 +13,7 @@ Nothing here needs torch.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -207,7 +208,7 @@ def _check_seal(checkpoint: Path, meta: Meta) -> None:
 def _compare_seal(checkpoint: Path) -> None:
     try:
         wanted = (checkpoint / SEAL).read_bytes()
-    except OSError:
+    except FileNotFoundError:  # what may not be read is not damaged
         raise DamagedError(f"{checkpoint} is damaged: {SEAL} is missing; {_MEND}") from None
     if f"{checksum(checkpoint / META)}\n".encode() != wanted:
         raise DamagedError(f"{checkpoint} is damaged: {META} is not what {SEAL} says; {_MEND}")
@@ -219,6 +220,8 @@ def _check_files(checkpoint: Path, meta: Meta) -> None:
         if found.get(name) != size:
             told = f"has {found[name]} bytes instead of {size}" if name in found else "is missing"
             raise DamagedError(f"{checkpoint} is damaged: {name} {told}; {_MEND}")
+        if not os.access(checkpoint / name, os.R_OK):  # not damaged: a run would set it aside
+            raise UserError(f"{checkpoint / name}: this user may not read it (permission denied); ask its owner")
 
 
 def remove_old(run: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:

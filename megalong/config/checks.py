@@ -4,6 +4,7 @@ Three moments, three functions: `check_config` as soon as the file is read, `che
 is known, `check_model` when the architecture is known. All three need no torch and run before a process is spawned.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 from megalong.config.attention_checks import check_attention, check_window
@@ -126,12 +127,25 @@ def _check_pipeline(config: "Config") -> None:
 def check_replicas(config: "Config", world_size: int) -> None:
     """Refuse a number of processes that does not hold a whole number of replicas (world = TP * CP * PP * DP)."""
     parallel, divisor = config.parallel, config.world_divisor
-    if world_size < 1 or world_size % divisor:
-        raise UserError(
-            f"{world_size} processes cannot hold whole replicas of tensor {parallel.tensor_model_parallel_size} * "
-            f"context {parallel.context_parallel_size} * pipeline {parallel.pipeline_model_parallel_size} = {divisor} "
-            f"ranks: start a multiple of {divisor} processes, or lower a size under parallel"
-        )
+    if world_size >= 1 and world_size % divisor == 0:
+        return
+    below, above = world_size // divisor * divisor, (max(world_size, 0) // divisor + 1) * divisor
+    sizes = [
+        (name, [size for size in range(1, own) if world_size >= 1 and world_size % (divisor // own * size) == 0])
+        for name in ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
+        for own in (getattr(parallel, name),)
+    ]
+    fits = "; ".join(f"{name} {_listed(found)}" for name, found in sizes if found)
+    raise UserError(
+        f"{world_size} processes cannot hold whole replicas of tensor {parallel.tensor_model_parallel_size} * "
+        f"context {parallel.context_parallel_size} * pipeline {parallel.pipeline_model_parallel_size} = {divisor} "
+        f"ranks: start a multiple of {divisor} processes, such as {f'{below} or {above}' if below > 0 else above}"
+        + (f", or lower one size under parallel ({fits})" if fits else ", or lower sizes under parallel")
+    )
+
+
+def _listed(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes))
 
 
 def check_world(config: "Config", world_size: int) -> None:
@@ -167,16 +181,29 @@ def check_model(config: "Config", architecture: "Architecture") -> None:
     tensor_key, pipeline_key = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
     if config.parallel.virtual_pipeline_model_parallel_size > 1:
         pipeline_key += " * virtual_pipeline_model_parallel_size"
-    for what, size, divisor, key in (
-        ("attention heads", architecture.num_attention_heads, tensor, tensor_key),
-        ("KV groups", architecture.num_query_groups, tensor, tensor_key),
-        ("MLP channels (ffn_hidden_size)", architecture.ffn_hidden_size, tensor, tensor_key),
-        ("vocabulary rows (padded to a multiple of 128)", architecture.padded_vocab_size, tensor, tensor_key),
-        ("layers", architecture.num_layers, pipeline, pipeline_key),
+    of_tensor = (
+        ("attention heads", architecture.num_attention_heads),
+        ("KV groups", architecture.num_query_groups),
+        ("MLP channels (ffn_hidden_size)", architecture.ffn_hidden_size),
+        ("vocabulary rows (padded to a multiple of 128)", architecture.padded_vocab_size),
+    )
+    whole = math.gcd(*(size for _, size in of_tensor))
+    for what, size, divisor, key, cut in (
+        *((what, size, tensor, tensor_key, whole) for what, size in of_tensor),
+        ("layers", architecture.num_layers, pipeline, pipeline_key, architecture.num_layers),
     ):
         if size % divisor:
-            fits = ", ".join(str(n) for n in range(1, divisor) if size % n == 0)
+            fits = [n for n in range(1, cut + 1) if cut % n == 0]
             raise UserError(
                 f"{key} {divisor} does not divide the model's {size} {what}: every rank holds the same share; "
-                f"sizes that fit: {fits}"
+                f"sizes that fit: {_listed(fits)}{_processes(config, key, fits)}"
             )
+
+
+def _processes(config: "Config", key: str, sizes: list[int]) -> str:
+    """How many processes a replica takes at each of the `sizes` of a key, where they are more than the sizes."""
+    own = getattr(config.parallel, key.removeprefix("parallel."), None)
+    if own is None:  # of a product: the number of processes depends on how it is shared
+        return ""
+    others = config.world_divisor // own
+    return f" (on multiples of {_listed([size * others for size in sizes])} processes)"

@@ -15,6 +15,7 @@ not by a wrong token three days into a run.
 
 import json
 import mmap
+import os
 import struct
 from collections.abc import Iterator
 from functools import cached_property
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from megalong.errors import ForeignIdError, UserError
+from megalong.runtime.files import refuse_unreadable
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -302,11 +304,14 @@ def _any_foreign(tokens: np.ndarray, ids: int) -> bool:
 
 def _refuse_missing(prefix: str) -> None:
     for path in (index_path(prefix), data_path(prefix)):
-        if not path.is_file():
+        if not os.path.lexists(path):
             ending = Path(prefix).suffix
             hint = f"leave out {ending!r}, " if ending in (".bin", ".idx") else ""
             raise UserError(f"no dataset at {prefix!r}: {path} does not exist; {hint}write it with "
                             "`megalong data preprocess` (an interrupted one leaves no .idx)")  # fmt: skip
+    for path in (index_path(prefix), data_path(prefix), sidecar_path(prefix)):
+        if os.path.lexists(path) or path != sidecar_path(prefix):
+            refuse_unreadable(path, again=AGAIN)
 
 
 def _refuse_header(path: Path, magic: bytes, version: int, code: int) -> None:

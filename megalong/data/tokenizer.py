@@ -11,6 +11,7 @@ Settings for truncation and padding that a tokenizer.json may carry are switched
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer
 from megalong.data.memory import give_back_freed
 from megalong.data.token_ids import ids_fingerprint
 from megalong.errors import UserError
+from megalong.runtime.files import refuse_unreadable
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 
@@ -41,6 +43,7 @@ class TextTokenizer:
 
     def __init__(self, path: str | Path) -> None:
         self.file = _tokenizer_file(Path(path))
+        refuse_unreadable(self.file, "--tokenizer: ", again="fetch it again")
         content = self.file.read_bytes()
         self.path = str(self.file.parent.resolve())
         self.name = self.file.parent.resolve().name
@@ -133,7 +136,7 @@ def _tokenizer_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"--tokenizer: the folder {path} does not exist; give a folder that holds tokenizer.json")
-    if not (path / "tokenizer.json").is_file():
+    if not os.path.lexists(path / "tokenizer.json"):
         raise UserError(
             f"--tokenizer: {path} holds no tokenizer.json; write it once with transformers: "
             "AutoTokenizer.from_pretrained(…).save_pretrained(…)"
@@ -188,8 +191,9 @@ def _loaded(file: Path, content: bytes) -> Tokenizer:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if not os.path.lexists(file):
         return {}
+    refuse_unreadable(file, "--tokenizer: ", again="fetch it again")
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -21,9 +21,9 @@ from megalong.config.architecture import Architecture
 from megalong.config.rope import whole
 from megalong.errors import UserError
 from megalong.hf.family import CLASSES, WINDOW_FIELDS, defaults, read_windows, write_windows
-from megalong.hf.tensor_file import unopened
 from megalong.hf.weight_files import ADAPTER_FILE
 from megalong.rope.hf import from_hf, to_hf
+from megalong.runtime.files import unopened
 
 CONFIG_FILE = "config.json"
 _FIELDS = {

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megalong.errors import UserError
+from megalong.runtime.files import unopened
 
 _LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 _STRANGERS = (
@@ -82,16 +83,3 @@ def _wrong_length(header: bytes, size: int) -> str | None:
     if size < expected:
         return f"truncated: {size} of {expected} bytes; download it again"
     return f"damaged: {size} bytes, its header describes {expected}; download it again"
-
-
-def unopened(path: Path, error: OSError) -> str:
-    """Why `path` cannot be opened, and what to do."""
-    if isinstance(error, PermissionError):
-        return "this user may not read it (permission denied); ask its owner, or chmod +r it and its folders"
-    if isinstance(error, FileNotFoundError) and path.is_symlink():
-        return f"a link to {os.readlink(path)}, which is not there; download it again"
-    if isinstance(error, FileNotFoundError):
-        return "no such file; download it again"
-    if isinstance(error, IsADirectoryError):
-        return "a folder, not a file; download it again"
-    return f"cannot be read ({error.strerror or error}); look at the disk or its network mount"

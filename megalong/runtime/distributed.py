@@ -95,7 +95,7 @@ def start(device: torch.device, timeout_minutes: float = 60) -> None:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, world = _rendezvous(timeout)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = store_of_this_life(store, rank, world, timeout)
         store.set_timeout(timeout)
@@ -103,6 +103,32 @@ def start(device: torch.device, timeout_minutes: float = 60) -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         return
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _rendezvous(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
+    """The store of MASTER_ADDR and MASTER_PORT, this rank, and how many there are.
+
+    Raises:
+        UserError: rank 0 cannot open the port, or this rank does not reach it.
+    """
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistNetworkError as error:
+        words = " ".join(str(error).split())
+        if "EADDRINUSE" in words:
+            told = UserError(
+                f"MASTER_PORT {port} of this host is in use by another process, perhaps a run that has not ended; give "
+                "another one (torchrun --master-port P, or MASTER_PORT=P)"
+            )
+        else:
+            told = UserError(
+                f"rank {os.environ['RANK']} does not reach {address}:{port} (MASTER_ADDR, MASTER_PORT), where rank 0 "
+                f"listens ({words.partition('. ')[0].rstrip('.')}); start rank 0, or look at the name and the network"
+            )
+        told.alone = True
+        raise told from None
+    return store, rank, world
 
 
 def set_layout(layout: Layout, seed: int = 1234, timeout_minutes: float = 60) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from megalong.errors import UserError
+from megalong.runtime.files import refuse_unreadable_json
 
 
 def open_tokenizer(folder: str | Path, asked: str) -> Any:
@@ -25,6 +26,7 @@ def open_tokenizer(folder: str | Path, asked: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    refuse_unreadable_json(Path(folder), f"{asked}: ")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # `tokenizers` raises bare Exception; settings of wrong types raise anything

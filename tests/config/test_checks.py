@@ -100,7 +100,17 @@ def test_world_is_tp_cp_pp_dp_and_batches_come_out_even(load, layout):
             "640 vocabulary rows",
         ),
         ({}, {"pipeline": 4}, "pipeline_model_parallel_size 4 does not divide the model's 6 layers"),
-        ({}, {"pipeline": 4}, "sizes that fit: 1, 2, 3"),
+        ({}, {"pipeline": 4}, "sizes that fit: 1, 2, 3, 6 (on multiples of 1, 2, 3, 6 processes)"),
+        (
+            {"num_attention_heads": 9, "num_query_groups": 3, "kv_channels": 8, "vocab_size": 49152},
+            {"tensor": 2},
+            "sizes that fit: 1, 3 (on multiples of 1, 3 processes)",
+        ),
+        (
+            {"num_query_groups": 2},
+            {"tensor": 4, "pipeline": 3},
+            "fit: 1, 2 (on multiples of 3, 6 processes)",
+        ),
     ],
 )
 def test_the_layout_cuts_the_model_evenly(load, shape, layout, message):
@@ -111,6 +121,17 @@ def test_the_layout_cuts_the_model_evenly(load, shape, layout, message):
         return
     with pytest.raises(UserError, match=re.escape(message)):
         check_model(config, architecture)
+
+
+def test_processes_that_hold_no_whole_replicas_are_told_what_does(load):
+    config = load("parallel.tensor_model_parallel_size=4", "parallel.context_parallel_size=2")
+    with pytest.raises(UserError) as error:
+        check_world(config, 12)
+    told = str(error.value)
+    assert "start a multiple of 8 processes, such as 8 or 16" in told
+    assert told.endswith("size under parallel (tensor_model_parallel_size 1, 2, 3; context_parallel_size 1)")
+    with pytest.raises(UserError, match="such as 8, or lower"):
+        check_world(config, 1)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import socket
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
 
+from megalong.errors import UserError
+from megalong.runtime.distributed import _rendezvous
 from megalong.runtime.rendezvous import store_of_this_life
 
 WORLD = 3
@@ -45,3 +49,33 @@ def test_no_life_reads_what_another_wrote() -> None:
 def test_a_rank_that_does_not_come_is_named() -> None:
     with pytest.raises(TimeoutError, match=r"ranks \[1\] did not come"):
         store_of_this_life(dist.HashStore(), 0, 2, datetime.timedelta(seconds=0.1))
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A port that another process listens on, as this rank's MASTER_PORT."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_PORT", str(listener.getsockname()[1]))
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        yield listener
+
+
+def test_a_port_that_is_taken_is_told_in_one_line(taken: socket.socket) -> None:
+    with pytest.raises(UserError, match=r"^MASTER_PORT \d+ of this host is in use by another process.*=P\)$"):
+        _rendezvous(datetime.timedelta(seconds=5))
+
+
+def test_a_first_rank_that_is_not_there_is_told_in_one_line(
+    taken: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken.close()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^rank 1 does not reach 127\.0\.0\.1:\d+ \(MASTER_ADDR") as error:
+        _rendezvous(datetime.timedelta(seconds=1))
+    assert error.value.alone
+    assert "\n" not in str(error.value)
