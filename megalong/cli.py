@@ -66,7 +66,7 @@ def _answer(arguments: Sequence[str] | None) -> int:
         asked = _refused_memory(error)
         if asked is None:
             raise
-        tell(f"{asked}; take a shorter length, a smaller batch, or more processes", alone=True)
+        tell(f"{asked}; take a shorter length, a smaller batch, or more processes", speaker="rank")
         return 2
     return status
 

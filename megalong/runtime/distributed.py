@@ -126,7 +126,7 @@ def _rendezvous(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
                 f"rank {os.environ['RANK']} does not reach {address}:{port} (MASTER_ADDR, MASTER_PORT), where rank 0 "
                 f"listens ({words.partition('. ')[0].rstrip('.')}); start rank 0, or look at the name and the network"
             )
-        told.alone = True
+        told.speaker = "rank"
         raise told from None
     return store, rank, world
 

@@ -19,6 +19,7 @@ from megalong.errors import UserError
 from megalong.sft import reading
 from megalong.sft.prepare import Prepared, prepare
 from megalong.sft.samples import ConversationSamples
+from megalong.training import events
 from tests.sft.chats import chats, make_tokenizer, write_lines
 from tests.sft.test_training import sft_settings
 
@@ -235,3 +236,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "data: chats: 12 conversations of 13" in log
     assert "; empty: 1" in log
     assert "% padding" in log
+    assert re.search(r"step 3/3 .* tok/s \(\S+ learnt, \d+ % padding\) \| MFU", log)
+    (finished,) = [event for event in events.read(tmp_path / "run") if event["kind"] == "finish"]
+    assert finished["tokens"] == 3 * 2 * 163
+    assert 0 < finished["learnt_tokens"] < finished["tokens"] - finished["padding_tokens"] < finished["tokens"]

@@ -10,7 +10,7 @@ from tests.training.workers import _session
 
 
 def sft_steps(settings: dict[str, Any], steps: int) -> dict[str, list[float]]:
-    """Loss and gradient norm of the first steps."""
+    """Loss and gradient norm of the first steps, and their tokens: learnt, and all that are no padding."""
     with _session(settings) as session:
         import torch.distributed as dist
 
@@ -28,4 +28,9 @@ def sft_steps(settings: dict[str, Any], steps: int) -> dict[str, list[float]]:
         step = TrainStep(session.chunks, session.optimizer, session.scheduler)
         size = config.training.global_batch_size
         results = [step.run(batches, index * size) for index in range(steps)]
-        return {"loss": [r.loss for r in results], "norm": [r.gradient_norm for r in results]}
+        return {
+            "loss": [r.loss for r in results],
+            "norm": [r.gradient_norm for r in results],
+            "learnt": [r.tokens for r in results],
+            "filled": [r.filled for r in results],
+        }

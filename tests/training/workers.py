@@ -58,7 +58,7 @@ def train_run(settings: dict[str, Any], stop_after: int | None = None) -> dict[s
             while session.step < stop_after:
                 trainer._one_step()
             session.saver.finish()
-        return {"started": started, "records": records.kept, "read": dict(trainer.read)}
+        return {"started": started, "records": records.kept}
 
 
 def train_run_in(folder: str, settings: dict[str, Any], stop_after: int | None = None) -> dict[str, Any]:
