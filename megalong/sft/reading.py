@@ -70,7 +70,8 @@ class Reader:
             if isinstance(record, Unreadable):
                 raise BadSampleError("malformed", record.why)
             conversation = read_conversation(record, source.format, source.ignore_keys)
-            unread = unwritten(self.template.text, conversation.messages, conversation.tools)
+            given = self.template.with_calls(conversation)
+            unread = unwritten(self.template.text, given.messages, given.tools)
             tokens = tokenize(self.template, conversation)
             if tokens.unmarked:
                 reason, detail = "unmarked", tokens.unmarked
