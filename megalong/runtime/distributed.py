@@ -117,17 +117,16 @@ def _rendezvous(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
     except dist.DistNetworkError as error:
         words = " ".join(str(error).split())
         if "EADDRINUSE" in words:
-            told = UserError(
+            raise UserError(
                 f"MASTER_PORT {port} of this host is in use by another process, perhaps a run that has not ended; give "
-                "another one (torchrun --master-port P, or MASTER_PORT=P)"
-            )
-        else:
-            told = UserError(
-                f"rank {os.environ['RANK']} does not reach {address}:{port} (MASTER_ADDR, MASTER_PORT), where rank 0 "
-                f"listens ({words.partition('. ')[0].rstrip('.')}); start rank 0, or look at the name and the network"
-            )
-        told.speaker = "rank"
-        raise told from None
+                "another one (torchrun --master-port P, or MASTER_PORT=P)",
+                speaker="rank",
+            ) from None
+        raise UserError(
+            f"rank {os.environ['RANK']} does not reach {address}:{port} (MASTER_ADDR, MASTER_PORT), where rank 0 "
+            f"listens ({words.partition('. ')[0].rstrip('.')}); start rank 0, or look at the name and the network",
+            speaker="node",
+        ) from None
     return store, rank, world
 
 

@@ -77,5 +77,5 @@ def test_a_first_rank_that_is_not_there_is_told_in_one_line(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"^rank 1 does not reach 127\.0\.0\.1:\d+ \(MASTER_ADDR") as error:
         _rendezvous(datetime.timedelta(seconds=1))
-    assert error.value.alone
+    assert error.value.speaker == "node"
     assert "\n" not in str(error.value)
