@@ -1,5 +1,6 @@
 """Fixtures every folder of tests may use."""
 
+import logging
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,3 +51,13 @@ def pool() -> Iterator[WorkerPool]:
     """Worker processes for distributed tests, shared by the whole session (see tests/pool.py)."""
     with WorkerPool() as workers:
         yield workers
+
+
+@pytest.fixture
+def megalong_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What our logger says from INFO on, also after a command in this process has cut it off from the root logger."""
+    logger = logging.getLogger("megalong")
+    if caplog.handler not in logger.handlers:  # pytest adds it to loggers that are cut off already
+        monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.INFO, "megalong")
+    return caplog

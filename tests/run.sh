@@ -7,4 +7,4 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source examples/setup_env.sh
-exec python -m pytest -rs -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest -rfEs -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -71,11 +71,11 @@ def _is_no_noise(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_NOISE[record.name])
 
 
-def hide_gpu_packages() -> None:
+def hide_gpu_packages(why: str = "no GPU in use") -> None:
     """Treat Transformer Engine and apex as absent: Megatron-Core would give their kernels the CPU's tensors."""
     hidden = _hide(*_TRANSFORMER_ENGINE, *_APEX)
     if hidden:
-        log.info("no GPU in use: going on without %s, for GPUs only", ", ".join(hidden))
+        log.info("%s: going on without %s, for GPUs only", why, ", ".join(hidden))
 
 
 def _hide(*packages: str) -> list[str]:

@@ -109,7 +109,8 @@ def test_reports_of_a_run_end_in_one_line(tmp_path: Path, capsys: pytest.Capture
         "training": {"train_iters": 2, "global_batch_size": 1},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(run))
-    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": IDS}))
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": IDS, **shape}))
     write(tmp_path / "a", DOCUMENTS)
     assert cli.main(["data", command, str(tmp_path / "run.yaml")]) == 0
     write(tmp_path / "a", [*DOCUMENTS, [127]])

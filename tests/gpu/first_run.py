@@ -25,13 +25,18 @@ from tests.gpu.harness import Harness, run_step, table
 from tests.gpu.steps import STEPS
 
 NAMES = [step.name for step in STEPS]
+FIRST_PASS = 480.0  # seconds
 
 
 def main() -> int:
     """Run the steps that are asked for."""
     parser = argparse.ArgumentParser(description="The first run on a GPU.")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=NAMES, help=f"of {', '.join(NAMES)}")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="steps that no longer fit are skipped by name")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help=f"steps that no longer fit are skipped by name ({FIRST_PASS:g}; no limit with --only)",
+    )
     parser.add_argument("--list", action="store_true", help="the steps and their estimates")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at tiny sizes")
     parser.add_argument("--step", choices=NAMES, help=argparse.SUPPRESS)
@@ -40,13 +45,17 @@ def main() -> int:
     steps = [step for step in STEPS if options.only is None or step.name in options.only]
     if options.list:
         print("\n".join(f"{step.seconds:5.0f} s  {step.name:14}{step.about}" for step in steps))
-        print(f"{sum(step.seconds for step in steps):5.0f} s  in all")
+        within = [
+            step.seconds for step in steps if sum(one.seconds for one in steps[: steps.index(step) + 1]) <= FIRST_PASS
+        ]
+        print(f"{sum(within):5.0f} s  for the first {len(within)}; the others run where these leave time")
         return 0
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --rehearse runs the same code on the CPU")
     if options.step:
         return run_step(STEPS[NAMES.index(options.step)], options.rehearse, options.report_to)
-    harness = Harness([os.path.abspath(__file__)], options.seconds, options.rehearse)
+    seconds = options.seconds or (math.inf if options.only else FIRST_PASS)
+    harness = Harness([os.path.abspath(__file__)], seconds, options.rehearse)
     outcomes = harness.run(steps)
     print(f"\n{table(outcomes)}\nlines and log: {harness.folder}", flush=True)
     return int(any(outcome.is_bad for outcome in outcomes))

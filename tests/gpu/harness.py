@@ -32,6 +32,8 @@ sys.path.append(str(ROOT / "tools"))
 
 from benchmarks.gpu.child import TIMED_OUT, Line, python, reporter, run_child  # noqa: E402
 
+from megalong.runtime.gpus import missing_settings  # noqa: E402
+
 PATIENCE, GRACE = 2.0, 30.0  # a step is killed after its estimate times the one plus the other, in seconds
 LOG_LINES = 25  # of a step that failed
 
@@ -241,7 +243,6 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """What a run on a cluster has besides: it is told in slurm/common.sh."""
+    """What a run sets for itself, before it imports torch."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    usual = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    return {**usual, **os.environ, "PYTHONPATH": path}
+    return {**missing_settings(os.environ), **os.environ, "PYTHONPATH": path}

@@ -37,7 +37,7 @@ SLOW = ("one process", "PP2", "DP2xCP2")
 
 def sft_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """A run on twelve chats in ChatML whose global batch is an epoch."""
-    llama = make_llama(folder / "hf")
+    llama = make_llama(folder / "hf", max_position_embeddings=256)
     make_tokenizer(llama, "chatml")
     lines = write_lines(folder / "chats.jsonl", [{"messages": one} for one in chats(12)])
     settings = run_settings(folder / "run", llama, folder, **sections)

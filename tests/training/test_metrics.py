@@ -1,6 +1,5 @@
 """Curves read back with TensorBoard's own reader; FLOPs against torch's counter and published throughput."""
 
-import logging
 import math
 
 import pytest
@@ -118,15 +117,13 @@ def test_every_promised_curve_is_there(open_metrics, tmp_path):
     assert {"loss/train", "loss/validation", "schedule/learning_rate", "schedule/gradient_norm"} <= values.keys()
 
 
-def test_rates_are_of_all_tokens_and_what_is_learnt_is_told_apart(open_metrics, tmp_path, caplog, monkeypatch):
+def test_rates_are_of_all_tokens_and_what_is_learnt_is_told_apart(open_metrics, tmp_path, megalong_log):
     """256 tokens in half a second, 64 learnt, 128 padding: 512 tok/s and the FLOPs of them all."""
-    monkeypatch.setattr(logging.getLogger("megalong"), "propagate", True)
-    caplog.set_level(logging.INFO, "megalong")
     metrics = open_metrics()
     metrics.log_step(record(1, learnt_tokens=64, padding_tokens=128, document_lengths=[64, 64]))
     metrics.log_step(record(2, learnt_tokens=255))
     metrics.close()
-    lines = [one.getMessage() for one in caplog.records]
+    lines = [one.getMessage() for one in megalong_log.records]
     assert " | 512 tok/s (128 learnt, 50 % padding) | MFU " in lines[0]
     assert " | 512 tok/s | MFU " in lines[1]
     events = curves(tmp_path)
@@ -187,14 +184,12 @@ def test_other_ranks_write_nothing(open_metrics, tmp_path, caplog):
     assert not caplog.records
 
 
-def test_the_console_line(open_metrics, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("megalong"), "propagate", True)
-    caplog.set_level(logging.INFO, "megalong")
+def test_the_console_line(open_metrics, megalong_log):
     seconds = iter([0.0, 30.0])
     metrics = open_metrics(clock=lambda: next(seconds))
     metrics.log_step(record(3))
     metrics.log_step(record(4, gradient_norm=0.812, validation_loss=1.5))
-    first, second = (r.getMessage() for r in caplog.records)
+    first, second = (r.getMessage() for r in megalong_log.records)
     assert first.startswith("step 3/10 (30 %) | loss 2.0000 | lr 1.0e-03 | 512 tok/s | MFU ")
     assert "ETA" not in first
     assert second.startswith("step 4/10 (40 %) | loss 2.0000 | held-out 1.5000 | lr 1.0e-03 | norm 0.81 | ")

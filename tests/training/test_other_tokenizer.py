@@ -151,7 +151,7 @@ def test_a_run_says_what_is_not_known_and_a_resume_is_held_against_its_own(made:
 
 def test_conversations_are_held_against_the_model_too(made: Path, tmp_path: Path, capsys) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "an answer"}]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": turns, "n": n}) + "\n" for n in range(20)))
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": turns, "id": n}) + "\n" for n in range(20)))
     tree = settings(made, tmp_path / "run", "hf")
     tree |= {"task": "sft", "sft": {"tokenizer": str(made / "other"), "deduplicate": False}}
     tree["sft"]["sources"] = [{"name": "chats", "path": str(tmp_path / "chats.jsonl")}]

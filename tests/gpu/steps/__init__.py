@@ -18,4 +18,10 @@ STEPS = [
     Step("engine", 45, "Transformer Engine in bf16 and FP8: attention and linear layers, errors and rates"),
     Step("packs", 40, "masked packs of 64K tokens: waits of the CPU for the GPU, and the GPU's idle share"),
     Step("fp8_training", 60, "training in FP8 beside bf16: tests/gpu/test_transformer_engine.py -k steps"),
+    Step(
+        "plain_rank",
+        55,
+        "the faked rank without Transformer Engine and apex: torch's RMSNorm and AdamW, a compiled SwiGLU",
+        target="tests.gpu.steps.faked_rank:run_plain",
+    ),
 ]

@@ -55,6 +55,14 @@ def run(trial: Trial) -> None:
     training.close()
 
 
+def run_plain(trial: Trial) -> None:
+    """The same where Transformer Engine and apex are not installed."""
+    from megalong.runtime.megatron import hide_gpu_packages
+
+    hide_gpu_packages("to be measured")
+    run(trial)
+
+
 def _shape(rehearse: bool) -> dict[str, Any]:
     if rehearse:
         return {**SIZES["tiny"], "num_attention_heads": 8, "num_query_groups": 8, "vocab_size": 1024}

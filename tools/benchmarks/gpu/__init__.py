@@ -49,6 +49,7 @@ from typing import IO, Any
 from benchmarks import Report
 from benchmarks.gpu.child import TIMED_OUT, Line, python, run_child
 from benchmarks.gpu.rows import QUICK_SECONDS, START_SECONDS, Choice, Row, chosen, estimate
+from megalong.runtime.gpus import missing_settings
 
 ROOT = Path(__file__).resolve().parents[3]
 PATIENCE = 3.0  # times its estimate that a group may take before it is killed
@@ -165,5 +166,4 @@ def _rounded(value: float) -> float:
 
 def _environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    usual = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    return {**usual, **os.environ, "PYTHONPATH": path}
+    return {**missing_settings(os.environ), **os.environ, "PYTHONPATH": path}
