@@ -14,6 +14,7 @@ import argparse
 import math
 import os
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 sys.path.pop(0)  # this folder
