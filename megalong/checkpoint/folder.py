@@ -32,6 +32,7 @@ FOLDER = "checkpoints"
 META = "megalong.json"
 SEAL = "megalong.json.crc32"
 ASSETS = "tokenizer"
+TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # of `precision.params_dtype`
 # What travels with the weights: text and tokenizer models. No weights, no code.
 _ASSET_SUFFIXES = {".json", ".jinja", ".model", ".txt"}
 _MEND = "copy it again, or delete that folder to use the step before it"
@@ -88,6 +89,15 @@ class Meta(BaseModel):
     data: dict[str, Any] = {}
     guard: dict[str, Any] = {}
     settings: dict[str, Any] = {}
+
+    @property
+    def dtype(self) -> str:
+        """The type its weights were trained in, or imported in: `float32`, `bfloat16` or `float16`.
+
+        `architecture.torch_dtype` is that of the model a run started from, which may be another.
+        """
+        trained = self.settings.get("precision.params_dtype")
+        return self.architecture.torch_dtype if trained is None else TORCH_DTYPES[trained]
 
 
 def step_folder(run: Path, step: int) -> Path:

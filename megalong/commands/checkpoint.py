@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from megalong.commands.parsing import command, group, step
+from megalong.commands.parsing import add_dtype, command, group, step
 
 
 def add_checkpoint(commands: Any) -> None:
@@ -54,9 +54,7 @@ def add_export(commands: Any, name: str) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="CKPT_OR_RUN", help="a run's folder, or one step's")
     parser.add_argument("--step", type=step, metavar="N", help="step of the run; the last one where not given")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="type of the weights; as trained where not given"
-    )
+    add_dtype(parser, "type of the weights")
     parser.add_argument("--adapter", action="store_true", help="the adapters alone, as peft has them, not merged")
     parser.add_argument("--base", metavar="NAME", help="base that --adapter names; the model the run started from")
 

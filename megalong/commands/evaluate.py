@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from megalong.commands.parsing import command, count, group
+from megalong.commands.parsing import add_dtype, command, count, group
 
 
 def add_evaluate(commands: Any) -> None:
@@ -15,6 +15,7 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--data", required=True, metavar="PREFIX", help="indexed dataset to read")
     parser.add_argument("--seq-length", type=count, required=True, metavar="N", help="tokens of a sample")
     parser.add_argument("--samples", type=count, default=8, metavar="N", help="samples to average over (%(default)s)")
+    add_dtype(parser)
     parser.add_argument("--nproc", type=count, metavar="N", help="context-parallel processes to start here")
     parser.add_argument(
         "--allow-other-tokenizer", action="store_true", help="for a dataset made with another than the model's"
@@ -32,6 +33,7 @@ def _run_perplexity(options: argparse.Namespace) -> int:
         seq_length=options.seq_length,
         samples=options.samples,
         nproc=options.nproc,
+        dtype=options.dtype,
         output=options.output,
         allow_other_tokenizer=options.allow_other_tokenizer,
     )

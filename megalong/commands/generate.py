@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from megalong.commands.parsing import command, count
+from megalong.commands.parsing import add_dtype, command, count
 
 
 def add_generate(commands: Any) -> None:
@@ -15,6 +15,7 @@ def add_generate(commands: Any) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="what to continue")
     prompt.add_argument("--prompt-file", metavar="F", help="file that holds the prompt, UTF-8")
     parser.add_argument("--chat", action="store_true", help="ask it by the tokenizer's chat template")
+    add_dtype(parser)
     parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="tokens at most (%(default)s)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (%(default)s)"
@@ -36,6 +37,7 @@ def _run_generate(options: argparse.Namespace) -> int:
         prompt=options.prompt,
         prompt_file=options.prompt_file,
         chat=options.chat,
+        dtype=options.dtype,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,

@@ -85,6 +85,12 @@ def step(text: str) -> int:
     return 0 if text == "0" else count(text)
 
 
+def add_dtype(parser: argparse.ArgumentParser, what: str = "type to compute in") -> None:
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help=f"{what}; as trained where not given"
+    )
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="the run, section by section")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="instead of the file's")

@@ -63,7 +63,7 @@ class Architecture(Section):
     eos_token_id: int | list[int] | None = None
     """Token or tokens that end a text. Example: `2`"""
     torch_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type that exports are written in by default."""
+    """Type of the weights in a Hugging Face folder; a run is exported in `precision.params_dtype`."""
 
     @property
     def padded_vocab_size(self) -> int:

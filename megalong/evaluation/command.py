@@ -38,6 +38,7 @@ def perplexity(
     seq_length: int,
     samples: int = 8,
     nproc: int | None = None,
+    dtype: str | None = None,
     output: str | None = None,
     allow_other_tokenizer: bool = False,
 ) -> None:
@@ -49,6 +50,7 @@ def perplexity(
         seq_length: tokens per sample.
         samples: sequences to average over.
         nproc: context-parallel processes to start here; None joins torchrun's, or runs in this one.
+        dtype: type to compute in, as `find_model` has it.
         allow_other_tokenizer: measure although the dataset was made with another tokenizer than the model's.
 
     Raises:
@@ -58,7 +60,7 @@ def perplexity(
     if nproc is not None and launched:
         raise UserError("--nproc: these processes were started by torchrun already; drop --nproc")
     gpus.refuse_more_processes(nproc)
-    source = find_model(checkpoint, hf)
+    source = find_model(checkpoint, hf, dtype)
     packed = open_held_out(data, seq_length, samples, source, allow_other_tokenizer)
     if output is not None:
         refuse_unwritable(Path(output), "--output")
@@ -66,6 +68,7 @@ def perplexity(
         model = ["--hf", hf] if hf is not None else ["--checkpoint", str(checkpoint)]
         where = ["--output", output] if output is not None else []
         sizes = ["--seq-length", str(seq_length), "--samples", str(samples)]
+        sizes += ["--dtype", dtype] if dtype is not None else []
         where += ["--allow-other-tokenizer"] if allow_other_tokenizer else []
         _spawn(["evaluate", "perplexity", *model, "--data", data, *sizes, *where], nproc)
         return
@@ -96,9 +99,9 @@ def _measure(source: ModelSource, data: str, packed: PackedSamples, samples: int
         from megalong.evaluation.measure import measure_losses
 
         log = setup_logging(dist.get_rank())
+        _refuse_what_cannot_fit(source, packed.seq_length, device)
         for note in notes if dist.get_rank() == 0 else []:
             log.warning("%s", note)
-        _refuse_what_cannot_fit(source, packed.seq_length, device)
         distributed.set_layout(distributed.Layout(context=dist.get_world_size()))
         positions = measure_losses(source, packed, samples, device)
     finally:

@@ -60,6 +60,7 @@ def generate(
     prompt: str | None = None,
     prompt_file: str | None = None,
     chat: bool = False,
+    dtype: str | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float | None = None,
@@ -72,6 +73,7 @@ def generate(
     Args:
         checkpoint: a run's folder (its newest step) or one step's; or else `hf`, a Hugging Face folder.
         prompt: the text itself; or else `prompt_file`, a file that holds it.
+        dtype: type to compute in, as `find_model` has it.
 
     Raises:
         UserError: no such model, tokenizer, template or file; nothing to read; sampling that contradicts itself.
@@ -79,7 +81,7 @@ def generate(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("generate runs in one process, but torchrun started several; start it without torchrun")
     sampling = Sampling(temperature, top_p, top_k, seed)
-    source = find_model(checkpoint, hf)
+    source = find_model(checkpoint, hf, dtype)
     folder = Path(hf) if hf is not None else Path(str(source.checkpoint)) / ASSETS
     _check_tokenizer(folder, source)
     from megalong.sft.template import ChatTemplate

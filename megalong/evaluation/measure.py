@@ -29,8 +29,9 @@ log = logging.getLogger("megalong")
 
 
 def load_model(source: ModelSource, context_parallel: int = 1) -> list[torch.nn.Module]:
-    """The whole model on this rank, in the type its weights are stored in (fp16 as bf16)."""
-    dtype = torch.float32 if source.architecture.torch_dtype == "float32" else torch.bfloat16
+    """The whole model on this rank, in the type that `source` names."""
+    dtype = getattr(torch, source.architecture.torch_dtype)
+    log.info("%s computes in %s, %s", source, source.architecture.torch_dtype, source.why)
     settings = ModelSettings(Layout(context=context_parallel), params_dtype=dtype, lora=source.lora)
     chunks = build_model(source.architecture, settings)
     if source.checkpoint is not None:

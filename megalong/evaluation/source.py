@@ -21,13 +21,15 @@ SHUFFLE_SEED = 1234  # one order of documents for every model measured
 class ModelSource:
     """Where weights come from; exactly one of `checkpoint` (a step's folder) and `hf` is set.
 
-    `lora` is what the checkpoint's adapters are, None where it has none.
+    `architecture.torch_dtype` is the type to compute in, `why` who says so; `lora` is what the checkpoint's adapters
+    are, None where it has none.
     """
 
     architecture: Architecture
     checkpoint: Path | None = None
     hf: Path | None = None
     lora: Lora | None = None
+    why: str = ""
 
     def __str__(self) -> str:
         return str(self.checkpoint or self.hf)
@@ -44,8 +46,13 @@ class ModelSource:
         return folder.parent.parent.name if folder.parent.name == "checkpoints" else folder.name
 
 
-def find_model(checkpoint: str | Path | None = None, hf: str | Path | None = None) -> ModelSource:
+def find_model(
+    checkpoint: str | Path | None = None, hf: str | Path | None = None, dtype: str | None = None
+) -> ModelSource:
     """The model of a run (its newest step), of one step's folder, or of a Hugging Face folder.
+
+    It is computed in `dtype` (float32, bfloat16, float16), or where None in the type it was trained in, which for a
+    Hugging Face folder is what config.json says.
 
     Raises:
         UserError: not exactly one was given, or it is no model.
@@ -53,11 +60,22 @@ def find_model(checkpoint: str | Path | None = None, hf: str | Path | None = Non
     if (checkpoint is None) == (hf is None):
         raise UserError("give exactly one model: --checkpoint CKPT_OR_RUN or --hf DIR")
     if hf is not None:
-        return ModelSource(read_architecture(hf), hf=Path(hf))
+        architecture = read_architecture(hf)
+        return _in_dtype(ModelSource(architecture, hf=Path(hf), why="as its config.json says"), dtype)
     assert checkpoint is not None
     folder = find_checkpoint(checkpoint)
     meta = read_meta(folder)
-    return ModelSource(meta.architecture, checkpoint=folder, lora=meta.lora)
+    architecture = meta.architecture.model_copy(update={"torch_dtype": meta.dtype})
+    why = "as trained" if meta.optimizer is not None else "as imported"
+    return _in_dtype(ModelSource(architecture, checkpoint=folder, lora=meta.lora, why=why), dtype)
+
+
+def _in_dtype(source: ModelSource, dtype: str | None) -> ModelSource:
+    if dtype is None:
+        return source
+    architecture = source.architecture.model_copy(update={"torch_dtype": dtype})
+    own = source.architecture.torch_dtype
+    return replace(source, architecture=architecture, why=f"as --dtype says, instead of {own} {source.why}")
 
 
 def beyond_trained(source: ModelSource, tokens: int, key: str) -> str | None:

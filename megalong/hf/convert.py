@@ -88,19 +88,22 @@ def export_hf(
 ) -> Path:
     """Write the checkpoint (a run's newest, its `step`, or a step folder) as a Hugging Face folder to `output`.
 
-    `dtype` is float32, bfloat16 or float16; None keeps the dtype of the original weights.
+    `dtype` is float32, bfloat16 or float16; None keeps the dtype that the weights were trained, or imported, in.
     Raises UserError where there is no such checkpoint or `output` is there already.
     """
     output = Path(output)
     folder = find_checkpoint(checkpoint, step)
     meta = read_meta(folder)
-    torch_dtype = _dtype(dtype or meta.architecture.torch_dtype)
+    torch_dtype = _dtype(dtype or meta.dtype)
     architecture = _in_dtype(meta.architecture, torch_dtype)
     check_target(output)
     with tempfile.TemporaryDirectory() as assets, _world_of_one():
         log.info("exporting %s: %s", folder, _summary(architecture))
+        log.info("%s", _about_dtype(meta, dtype))
         config = _prepare_config(architecture, folder / ASSETS, Path(assets))
-        parameters = _load_parameters(folder, architecture, torch_dtype, meta.lora)
+        # The wider of both: adapters are added before anything is rounded.
+        held = torch.promote_types(_dtype(meta.dtype), torch_dtype)
+        parameters = _load_parameters(folder, architecture, held, meta.lora)
         tensors = _hf_tensors(parameters, architecture)
         write_folder(output, hf_shapes(architecture), tensors, torch_dtype, config, Path(assets), max_shard_bytes)
         log.info("exported to %s", output)
@@ -150,7 +153,7 @@ def export_adapter(
     meta = read_meta(folder)
     if meta.lora is None:
         raise UserError(f"--adapter: {folder} has no adapters; leave --adapter out to export its weights")
-    torch_dtype = _dtype(dtype or meta.architecture.torch_dtype)
+    torch_dtype = _dtype(dtype or meta.dtype)
     check_target(output)
     with _world_of_one():
         from megalong.checkpoint.store import load_weights
@@ -165,6 +168,7 @@ def export_adapter(
             tensors.update(zip(tensor_names(adapter.module), (adapter.a, adapter.b), strict=True))
         name, revision = (base, None) if base is not None else named(meta.base) if meta.base else (None, None)
         write_adapter(output, meta.lora, tensors, torch_dtype, name, revision)
+        log.info("%s", _about_dtype(meta, dtype))
         log.info("exported the adapters (%s) to %s, for the base %s", meta.lora, output, name or "that is not known")
         for told in _about_base(folder, meta, name):
             log.warning("%s", told)
@@ -231,6 +235,16 @@ def _prepare_config(architecture: Architecture, kept: Path, assets: Path) -> dic
     if config["max_position_embeddings"] > base.get("max_position_embeddings", 0):
         raise_lengths(config, assets, config["max_position_embeddings"])
     return config
+
+
+def _about_dtype(meta: Meta, asked: str | None) -> str:
+    """Which type is written, and why."""
+    own = f"they were {'imported' if meta.optimizer is None else 'trained'} in"
+    if asked is not None and asked != meta.dtype:
+        return f"weights are written in {asked}, as --dtype says; {own} {meta.dtype}"
+    started = meta.architecture.torch_dtype
+    other = f" (the model this started from: {started})" if started != meta.dtype else ""
+    return f"weights are written in {meta.dtype}, which {own}{other}"
 
 
 def _in_dtype(architecture: Architecture, dtype: torch.dtype) -> Architecture:

@@ -70,3 +70,22 @@ def peak_bytes(hf: Path, seq_length: int) -> tuple[int, int]:
         taken += event.nbytes()
         peak = max(peak, taken)
     return sum(one.numel() * one.element_size() for one in chunks[0].parameters()), peak
+
+
+def next_logits(
+    hf: Path | None, ids: list[int], checkpoint: Path | None = None, dtype: str | None = None
+) -> list[float]:
+    """Logits of the token behind `ids`, by a Hugging Face folder or a checkpoint, in the type it is computed in."""
+    distributed.start(torch.device("cpu"))
+    from megalong.evaluation.measure import load_model
+    from megalong.evaluation.source import find_model
+    from megalong.model.build import unwrap
+    from megalong.model.kv_cache import KVCache
+
+    distributed.set_layout(distributed.Layout())
+    try:
+        model = unwrap(load_model(find_model(checkpoint, hf, dtype))[0]).eval()
+        with torch.no_grad():
+            return model.next_logits(torch.tensor([ids]), KVCache(len(ids)))[0].float().tolist()
+    finally:
+        distributed.clear_layout()
