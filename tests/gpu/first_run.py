@@ -46,10 +46,8 @@ def main() -> int:
     steps = [step for step in STEPS if options.only is None or step.name in options.only]
     if options.list:
         print("\n".join(f"{step.seconds:5.0f} s  {step.name:14}{step.about}" for step in steps))
-        within = [
-            step.seconds for step in steps if sum(one.seconds for one in steps[: steps.index(step) + 1]) <= FIRST_PASS
-        ]
-        print(f"{sum(within):5.0f} s  for the first {len(within)}; the others run where these leave time")
+        sums = [seconds for seconds in accumulate(step.seconds for step in steps) if seconds <= FIRST_PASS]
+        print(f"{sums[-1]:5.0f} s  for the first {len(sums)}; the others run where these leave time")
         return 0
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --rehearse runs the same code on the CPU")
