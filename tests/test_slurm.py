@@ -47,6 +47,7 @@ import json, os, sys
 if "megalong.slurm.job" in sys.argv:
     os.execv("{python}", sys.argv)
 names = ["MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "NCCL_DEBUG", "CUDA_DEVICE_MAX_CONNECTIONS"]
+names += ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"]
 noted = {{"words": sys.argv[1:], "env": {{name: os.environ.get(name) for name in names}}, "cwd": os.getcwd()}}
 noted |= {{"python": sys.argv[0], "path": os.environ["PYTHONPATH"], "safe": os.environ.get("PYTHONSAFEPATH")}}
 path = os.path.join(os.environ["NOTES"], "node-" + os.environ["SLURM_NODEID"])
@@ -150,6 +151,7 @@ def test_each_node_starts_one_torchrun_with_every_word_intact(cluster):
             "OMP_NUM_THREADS": "12",
             "NCCL_DEBUG": "WARN",
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1",
         }
 
 
@@ -173,6 +175,9 @@ def test_stages_log_in_the_folder_above_theirs(cluster):
 def test_settings_of_the_user_win(cluster):
     assert cluster.submit("my run.yaml", NCCL_DEBUG="INFO").returncode == 0
     assert cluster.node(0)["env"]["NCCL_DEBUG"] == "INFO"
+    assert cluster.node(0)["env"]["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "1", "0 takes fused attention away on Hopper"
+    assert cluster.submit("my run.yaml", NVTE_ALLOW_NONDETERMINISTIC_ALGO="0").returncode == 0
+    assert cluster.node(0)["env"]["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
 
 
 def test_a_job_without_gpus_starts_as_many_processes_as_asked(cluster):
