@@ -18,6 +18,7 @@ from megalong.config.schema import Config
 from megalong.errors import UserError
 from megalong.runtime.bandwidth import Bandwidth
 from megalong.runtime.node_report import NodeReport
+from megalong.training.first_lines import parameter_count
 from megalong.training.flops import matrix_entries
 
 _SLOW = 0.5  # of the others' median
@@ -93,7 +94,7 @@ def checkpoint_bytes(config: Config, architecture: Architecture) -> int:
             return sum(files.values())
     weight = 2 if config.precision.params_dtype == "bf16" else 4
     trained = 0 if config.lora.rank is not None else 12  # fp32 master, first and second moment
-    return matrix_entries(architecture) * (weight + trained)
+    return parameter_count(architecture) * (weight + trained)
 
 
 def disk_fault(config: Config, architecture: Architecture, node: str) -> str | None:
