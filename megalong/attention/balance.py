@@ -20,6 +20,7 @@ from megalong.config.load import load_config
 from megalong.config.schema import Config
 from megalong.data.sampler import PackedSamples
 from megalong.errors import UserError
+from megalong.runtime.folders import one_each, refuse_overwriting
 
 KINDS: tuple[Kind, ...] = ("zigzag", "per_document_zigzag", "balanced")
 
@@ -40,12 +41,15 @@ class Shared:
     first: list[Runs]
 
 
-def balance(config_file: str, overrides: Sequence[str] = (), samples: int = 8, png: str | None = None) -> None:
+def balance(
+    config_file: str, overrides: Sequence[str] = (), samples: int = 8, png: str | None = None, overwrite: bool = False
+) -> None:
     """Print a table of the layouts for the first samples of a run, and draw it.
 
     Args:
         samples: how many to look at.
         png: where to draw the picture, with the stage's name where there are several; None draws none.
+        overwrite: draw over pictures that are there.
 
     Raises:
         UserError: a bad configuration or dataset, one context-parallel rank, samples below 1, an unwritable picture.
@@ -59,11 +63,10 @@ def balance(config_file: str, overrides: Sequence[str] = (), samples: int = 8, p
                 "parallel.context_parallel_size 1: one rank has all of the attention, there is nothing to share; "
                 "append parallel.context_parallel_size=8"
             )
-    for config in stages:
-        path = Path(png) if png is not None else None
-        if path is not None and len(stages) > 1:
-            path = path.with_stem(f"{path.stem}-{config.run.name}")
-        _one_run(config, samples, path)
+    pictures = one_each(png, [config.run.name for config in stages])
+    refuse_overwriting(pictures, "--png", overwrite)
+    for number, config in enumerate(stages):
+        _one_run(config, samples, pictures[number] if pictures else None)
 
 
 def _one_run(config: Config, samples: int, png: Path | None) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megalong.commands.parsing import add_config, command, count, group
+from megalong.commands.parsing import add_config, add_overwrite, command, count, group
 from megalong.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,14 +28,17 @@ def add_data(commands: Any) -> None:
     parser.add_argument("--documents", type=count, default=3, metavar="N", help="documents to show (%(default)s)")
     parser.add_argument("--tokenizer", metavar="DIR", help="Hugging Face folder, to show text instead of numbers")
     parser.add_argument("--png", metavar="FILE", help="draw the lengths of documents there")
+    add_overwrite(parser)
     about = "say how evenly context-parallel ranks share a run's attention, for each token layout"
     parser = command(family, "balance", about, _run_balance)
     add_config(parser)
     parser.add_argument("--samples", type=count, default=8, metavar="N", help="samples to look at (%(default)s)")
     parser.add_argument("--png", metavar="FILE", help="draw where tokens lie and how full each rank is")
+    add_overwrite(parser)
     parser = command(family, "plan", "say what a run will see: domains, lengths, repeats, what is cut", _run_plan)
     add_config(parser)
     parser.add_argument("--png", metavar="FILE", help="draw tokens by length and what samples hold")
+    add_overwrite(parser)
 
 
 def _add_preprocess(family: Any) -> None:
@@ -126,7 +129,13 @@ def _run_inspect(options: argparse.Namespace) -> int:
         )
     from megalong.data.inspect import inspect
 
-    inspect(options.prefix, documents=options.documents, tokenizer=options.tokenizer, png=options.png)
+    inspect(
+        options.prefix,
+        documents=options.documents,
+        tokenizer=options.tokenizer,
+        png=options.png,
+        overwrite=options.overwrite,
+    )
     return 0
 
 
@@ -145,7 +154,7 @@ def _conversations(config: "Config", samples: int, tokenizer: str | None) -> Ite
 def _run_balance(options: argparse.Namespace) -> int:
     from megalong.attention.balance import balance
 
-    balance(options.config, options.overrides, samples=options.samples, png=options.png)
+    balance(options.config, options.overrides, samples=options.samples, png=options.png, overwrite=options.overwrite)
     return 0
 
 
@@ -156,5 +165,5 @@ def _run_plan(options: argparse.Namespace) -> int:
 
     if Path(options.config).is_file():  # what is none is told below
         check_stages(load_config(options.config, options.overrides))
-    plan(options.config, options.overrides, png=options.png)
+    plan(options.config, options.overrides, png=options.png, overwrite=options.overwrite)
     return 0

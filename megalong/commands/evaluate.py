@@ -3,16 +3,18 @@
 import argparse
 from typing import Any
 
-from megalong.commands.parsing import add_dtype, command, count, group
+from megalong.commands.parsing import add_dtype, add_overwrite, command, count, group
 
 
 def add_evaluate(commands: Any) -> None:
     family = group(commands, "evaluate", "measure a model")
     parser = command(family, "perplexity", "perplexity by position in the sequence", _run_perplexity)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", metavar="CKPT_OR_RUN", help="a run's folder, or one step's")
-    source.add_argument("--hf", metavar="DIR", help="Hugging Face folder")
-    parser.add_argument("--data", required=True, metavar="PREFIX", help="indexed dataset to read")
+    add_models(parser)
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--data", metavar="PREFIX", help="indexed dataset to read")
+    text.add_argument(
+        "--held-out", metavar="DOMAIN", help="what the first run held out of that domain of its mixture, or of all"
+    )
     parser.add_argument("--seq-length", type=count, required=True, metavar="N", help="tokens of a sample")
     parser.add_argument("--samples", type=count, default=8, metavar="N", help="samples to average over (%(default)s)")
     add_dtype(parser)
@@ -21,20 +23,43 @@ def add_evaluate(commands: Any) -> None:
         "--allow-other-tokenizer", action="store_true", help="for a dataset made with another than the model's"
     )
     parser.add_argument("--output", metavar="DIR", help="where to write the table and the plot")
+    add_overwrite(parser)
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Models in the order of the command line, as `find_models` takes them."""
+    for option, metavar, about in (
+        ("checkpoint", "CKPT_OR_RUN", "a run's folder, or one step's; as often as there are models"),
+        ("hf", "DIR", "Hugging Face folder, likewise"),
+        ("rope", "YAML", "positions to read the model before it under, such as '{type: yarn, factor: 4}'; first: all"),
+    ):
+        parser.add_argument(f"--{option}", dest="models", action=_Ordered, default=(), metavar=metavar, help=about)
+
+
+class _Ordered(argparse.Action):
+    """Gathers (option, value) of several options in one list."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest), (self.option_strings[0][2:], values)))
 
 
 def _run_perplexity(options: argparse.Namespace) -> int:
     from megalong.evaluation.command import perplexity
 
+    if all(option == "rope" for option, _ in options.models):
+        options.parser.error("one of the arguments --checkpoint --hf is required")
     perplexity(
-        checkpoint=options.checkpoint,
-        hf=options.hf,
+        models=options.models,
         data=options.data,
+        held_out=options.held_out,
         seq_length=options.seq_length,
         samples=options.samples,
         nproc=options.nproc,
         dtype=options.dtype,
         output=options.output,
+        overwrite=options.overwrite,
         allow_other_tokenizer=options.allow_other_tokenizer,
     )
     return 0

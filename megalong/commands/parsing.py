@@ -91,6 +91,10 @@ def add_dtype(parser: argparse.ArgumentParser, what: str = "type to compute in")
     )
 
 
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="write over what is there")
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="the run, section by section")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="instead of the file's")

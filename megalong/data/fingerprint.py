@@ -51,7 +51,7 @@ def fingerprint(config: Config) -> Fingerprint:
         if (named := f"{where}.synthetic.tokenizer") in found:  # by what it is: it may move
             found[named] = _tokenizer(found[named])
         if "path" in domain:
-            found[f"{where}.files"] = _files(domain["path"])
+            found[f"{where}.files"] = dataset_digest(domain["path"])
     if config.task == "sft":
         sft = config.sft.model_dump(mode="json", exclude_defaults=True, exclude={"loss_average"})
         found["sft.sources"] = [source.name for source in config.sft.sources]
@@ -106,7 +106,7 @@ def _conversations(path: str) -> str:
     return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
-def _files(prefix: str) -> str:
+def dataset_digest(prefix: str) -> str:
     """Digest of a dataset's files; one that is missing is told when the dataset is opened."""
     digest = hashlib.sha256()
     for path in (index_path(prefix), data_path(prefix), Path(prefix)):

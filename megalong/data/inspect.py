@@ -14,6 +14,7 @@ from megalong.data.indexed import IndexedDataset
 from megalong.data.lengths import length_histogram
 from megalong.data.tokenizer import TextTokenizer
 from megalong.errors import UserError
+from megalong.runtime.folders import refuse_overwriting
 
 BAR = 40
 SET_ASIDE = {"bad": "records", "contaminated": "documents"}
@@ -25,16 +26,20 @@ MARKS = (
 )
 
 
-def inspect(prefix: str, documents: int = 3, tokenizer: str | None = None, png: str | None = None) -> None:
+def inspect(
+    prefix: str, documents: int = 3, tokenizer: str | None = None, png: str | None = None, overwrite: bool = False
+) -> None:
     """Print what the dataset `prefix` holds and its first `documents` documents.
 
     Args:
         png: where to draw the lengths of documents too.
         tokenizer: folder to decode with; else the one the dataset was made with if it is still there, else ids.
+        overwrite: draw over a picture that is there.
 
     Raises:
-        UserError: the dataset cannot be read, or the tokenizer is not the one it was made with.
+        UserError: the dataset cannot be read, the tokenizer is not the one it was made with, the picture is there.
     """
+    refuse_overwriting([Path(png)] if png is not None else [], "--png", overwrite)
     dataset = IndexedDataset(prefix)
     decoder = decoder_for(dataset, tokenizer)
     blocks = [_facts(dataset), _histogram(dataset)]

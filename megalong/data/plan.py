@@ -26,6 +26,7 @@ from megalong.data.sampler import DomainShare, PackedSamples
 from megalong.data.tokenizer_check import ALLOW, check_tokenizers
 from megalong.data.vocabulary import model_tokenizer, model_vocabulary
 from megalong.errors import UserError
+from megalong.runtime.folders import one_each, refuse_overwriting
 
 LOOKED_AT = 5000
 
@@ -84,11 +85,12 @@ class StagePlan:
     padding: float
 
 
-def plan(config_file: str, overrides: Sequence[str] = (), png: str | None = None) -> None:
+def plan(config_file: str, overrides: Sequence[str] = (), png: str | None = None, overwrite: bool = False) -> None:
     """Print what every stage of a run will see, and draw it.
 
     Args:
         png: where to draw the picture, with the stage's name where there are several; None draws none.
+        overwrite: draw over pictures that are there.
 
     Raises:
         UserError: a bad configuration or dataset, a document shown more often than allowed, an unwritable picture.
@@ -97,6 +99,8 @@ def plan(config_file: str, overrides: Sequence[str] = (), png: str | None = None
 
     configs = load_config(config_file, list(overrides))
     _refuse_conversations(configs, config_file)
+    pictures = one_each(png, [config.run.name for config in configs])
+    refuse_overwriting(pictures, "--png", overwrite)
     stages, vocabulary, tokenizer = [], None, None
     for config in configs:
         vocabulary = model_vocabulary(config) or vocabulary  # a stage that starts from the one before has its model
@@ -104,12 +108,11 @@ def plan(config_file: str, overrides: Sequence[str] = (), png: str | None = None
         stages.append(plan_stage(config, vocabulary, tokenizer))
     for stage in stages:
         print(table(stage), end="\n\n" if stage is not stages[-1] else "\n")
-    if png is None:
+    if not pictures:
         return
     from megalong.data.plan_plot import plot_plan  # matplotlib is slow to import
 
-    for stage in stages:
-        path = Path(png) if len(stages) == 1 else Path(png).with_stem(f"{Path(png).stem}-{stage.config.run.name}")
+    for stage, path in zip(stages, pictures, strict=True):
         plot_plan(stage, path)
         print(f"picture: {path}")
 

@@ -9,6 +9,8 @@ its context has a falling row; one whose positions break beyond the trained leng
     base              31.0    22.4     19.8     58.1   240.3
     extended          33.2    23.0     20.1     18.7    17.2
 
+A file holds one measurement as one table of values, several as a list of such under `results`.
+
 Perplexities are only comparable between models of one tokenizer: they are per token, not per character.
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,6 +42,7 @@ class PerplexityResult:
         edges: `n + 1` bucket edges, see `bucket_edges`.
         nll: `n` mean negative log-likelihoods in nats per token, None in an empty bucket.
         tokens: `n` numbers of tokens measured.
+        text: what tables and pictures call the text read.
     """
 
     name: str
@@ -49,6 +53,7 @@ class PerplexityResult:
     edges: list[int]
     nll: list[float | None]
     tokens: list[int]
+    text: str = ""
 
     @property
     def perplexity(self) -> list[float | None]:
@@ -67,30 +72,50 @@ class PerplexityResult:
         return _exp(self.mean_nll)
 
     def save(self, path: Path) -> None:
-        """Write as JSON; the file appears whole or not at all."""
-        record = {"format": FORMAT, **asdict(self), "perplexity": self.perplexity}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        aside.write_text(json.dumps(record, indent=2) + "\n")
-        aside.replace(path)
+        """`save_results` of this one."""
+        save_results([self], path)
 
     @classmethod
     def load(cls, path: Path) -> PerplexityResult:
         """Read what `save` wrote.
 
         Raises:
-            UserError: the file is missing or was not written by `save`.
+            UserError: the file is missing, was not written by `save`, or holds several models.
         """
-        try:
-            record = json.loads(path.read_text())
-            if record.pop("format") != FORMAT:
-                raise KeyError("format")
+        found = load_results(path)
+        if len(found) > 1:
+            raise UserError(f"{path}: holds {len(found)} models ({', '.join(one.name for one in found)}), not one")
+        return found[0]
+
+
+def save_results(results: Sequence[PerplexityResult], path: Path) -> None:
+    """Write as JSON; the file appears whole or not at all."""
+    records = [{**asdict(one), "perplexity": one.perplexity} for one in results]
+    whole = {"format": FORMAT, **(records[0] if len(records) == 1 else {"results": records})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside.write_text(json.dumps(whole, indent=2) + "\n")
+    aside.replace(path)
+
+
+def load_results(path: Path) -> list[PerplexityResult]:
+    """Read what `save_results` wrote, at least one.
+
+    Raises:
+        UserError: the file is missing or was not written by `save_results`.
+    """
+    try:
+        whole = json.loads(path.read_text())
+        if whole.pop("format") != FORMAT:
+            raise KeyError("format")
+        records = whole.get("results", [whole])
+        for record in records:
             record.pop("perplexity")
-            return cls(**record)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; 'megalong evaluate perplexity' writes it") from None
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}: not a result of 'megalong evaluate perplexity'; measure again") from None
+        return [PerplexityResult(**record) for record in records]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; 'megalong evaluate perplexity' writes it") from None
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a result of 'megalong evaluate perplexity'; measure again") from None
 
 
 def _exp(nats: float) -> float:
@@ -125,6 +150,8 @@ def markdown_table(rows: list[list[str]]) -> str:
 def _cell(value: float | None) -> str:
     if value is None:
         return "-"
+    if value < 10:
+        return f"{value:.2f}"
     return f"{value:.1f}" if value < 1000 else f"{value:.3g}"
 
 

@@ -2,7 +2,10 @@
 
 Both axes are logarithmic: positions double from bucket to bucket, and a model beyond its length is not a little worse
 but many times. A point sits at the geometric middle of its bucket (the first, which starts at 0, as if it too began at
-half its end). A dashed line marks the length the base model was trained at.
+half its end). A dashed line marks the length the base model was trained at. The axis names the text that was read.
+
+Ticks are round numbers, the same in every decade where the range is wide; where it is not, evenly spaced ones, so that
+2.6 and 3.6 are told apart by the axis and not by the eye.
 
 Drawn on matplotlib's Agg canvas without pyplot: no display, no global state, safe inside a training process.
 """
@@ -11,13 +14,15 @@ from __future__ import annotations
 
 import math
 import os
-from itertools import pairwise
+import textwrap
+from collections.abc import Sequence
+from itertools import cycle, pairwise
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from megalong.evaluation.buckets import bucket_labels
 from megalong.evaluation.perplexity import PerplexityResult
@@ -25,29 +30,43 @@ from megalong.evaluation.perplexity import PerplexityResult
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = ["#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000"]
 _MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
+_WIDE = 5  # from a range of so many times on, ticks stand at the same numbers in every decade
 
 
 def plot_perplexity(
-    results: list[PerplexityResult],
+    results: Sequence[PerplexityResult],
     path: Path,
     *,
     title: str = "Perplexity by position",
     original_length: int | None = None,
 ) -> None:
-    """Draw `results` (same buckets, at most seven) into the PNG `path`, which appears whole or not at all.
+    """Draw `results` (same buckets) into the PNG `path`, which appears whole or not at all.
 
     Args:
         original_length: where to draw the line "trained length of the base model"; None draws none.
     """
-    figure = Figure(figsize=(8, 4.6), dpi=110, layout="constrained")
+    # What is infinite or was not measured has no place on the axis.
+    drawn = [
+        [(x, y) for x, y in zip(_middles(one.edges), one.perplexity, strict=True) if y is not None and math.isfinite(y)]
+        for one in results
+    ]
+    values = [y for points in drawn for _, y in points] or [1.0]
+    low, high = _range(min(values), max(values))
+    columns = 1 if max(len(one.name) for one in results) > 30 else 3
+    rows = -(-len(results) // columns)
+    figure = Figure(figsize=(8, 4.4 + 0.22 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for result, colour, marker in zip(results, _COLOURS, _MARKERS, strict=False):
-        points = [(x, y) for x, y in zip(_middles(result.edges), result.perplexity, strict=True) if y is not None]
-        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=6, linewidth=2, label=result.name)
-        last_x, last_y = points[-1]
-        axes.annotate(f"  {last_y:.3g}", (last_x, last_y), color=colour, va="center", fontsize=9)
-    _scale(axes, results)
+    colours, heights = cycle(_COLOURS), _apart([points[-1][1] if points else None for points in drawn], low, high)
+    for number, (result, points, height) in enumerate(zip(results, drawn, heights, strict=True)):
+        colour, marker = next(colours), _MARKERS[number % len(_MARKERS)]
+        style = ("-", "--", ":", "-.")[number // len(_COLOURS) % 4]
+        label = result.name if points else f"{result.name} (infinite)"
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        axes.plot(xs, ys, color=colour, marker=marker, markersize=6, linewidth=2, linestyle=style, label=label)
+        if height is not None:
+            axes.annotate(f"  {points[-1][1]:.3g}", (xs[-1], height), color=colour, va="center", fontsize=9)
+    _scale(axes, results[0].edges, low, high)
     if original_length is not None:
         axes.axvline(original_length, color="0.35", linestyle="--", linewidth=1.2)
         axes.annotate(
@@ -60,38 +79,68 @@ def plot_perplexity(
         )
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel("position in the sequence (tokens)")
-    axes.set_ylabel("perplexity of held-out text (lower is better)")
+    axes.set_ylabel(_label(results))
     axes.grid(True, which="major", color="0.88")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.94))
+    figure.legend(frameon=False, loc="outside upper left", ncols=columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     figure.savefig(aside, format="png")
     aside.replace(path)
 
 
+def _label(results: Sequence[PerplexityResult]) -> str:
+    """What was measured, and on what, in lines that are no longer than the axis."""
+    texts = dict.fromkeys(one.text or ", ".join(Path(data).name for data in one.data) for one in results)
+    name = "; ".join(text for text in texts if text)
+    return textwrap.fill(f"perplexity{' of ' if name else ''}{name} (lower is better)", 42)
+
+
 def _middles(edges: list[int]) -> list[float]:
     return [edges[1] / math.sqrt(2), *(math.sqrt(low * high) for low, high in pairwise(edges[1:]))]
 
 
-def _scale(axes: Axes, results: list[PerplexityResult]) -> None:
+def _range(least: float, most: float) -> tuple[float, float]:
+    """The ends of the axis: a little room at both, and a twentieth of the value where all are the same."""
+    room = max((most / least) ** 0.08, 1.02)
+    return least / room, most * room
+
+
+def _apart(last: Sequence[float | None], low: float, high: float) -> list[float | None]:
+    """Where to write each line's last value: beside its end, moved up where that would lie on another's."""
+    gap = (high / low) ** 0.05
+    places: list[float | None] = [None] * len(last)
+    floor = 0.0
+    for number in sorted((n for n, value in enumerate(last) if value is not None), key=lambda n: last[n] or 0.0):
+        places[number] = floor = max(last[number] or 0.0, floor)
+        floor *= gap
+    return places
+
+
+def _scale(axes: Axes, edges: list[int], low: float, high: float) -> None:
     """Logarithmic axes with a tick under every bucket and readable numbers at the side."""
-    edges = results[0].edges
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(_middles(edges)))
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(_middles(edges)[0] / 1.25, _middles(edges)[-1] * 1.25)
     axes.set_xticklabels(bucket_labels(edges))
-    values = [value for result in results for value in result.perplexity if value is not None and math.isfinite(value)]
     axes.set_yscale("log")
-    axes.set_ylim(min(values) / 1.25, max(values) * 1.6)
-    axes.yaxis.set_major_locator(FixedLocator(_round_numbers(min(values), max(values))))
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_locator(FixedLocator(ticks(low, high)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
 
 
-def _round_numbers(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... around the range, thinned to whole decades where that would be more than nine."""
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high`, 4 to 12 of them."""
+    if high / low < _WIDE:
+        even = MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        return [float(value) for value in even if low <= value <= high]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    fine = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
-    chosen = [value for value in fine if low / 1.25 <= value <= high * 1.6]
-    return chosen if len(chosen) <= 9 else [10.0**decade for decade in decades]
+    every = -(-len(decades) // 12)
+    for steps in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        chosen = [step * 10.0**decade for decade in decades[::every] for step in steps]
+        chosen = [value for value in chosen if low <= value <= high]
+        if len(chosen) <= 12:
+            break
+    return chosen

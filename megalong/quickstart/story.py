@@ -155,7 +155,17 @@ class Story:
         length = self.extend.data.seq_length
         held = IndexedDataset(self.folder / HELD_OUT).num_tokens // length
         sizes = ["--seq-length", str(length), "--samples", str(min(MEASURED_SAMPLES, held))]
-        self.megalong("evaluate", "perplexity", *source, "--data", HELD_OUT, *sizes, "--output", f"evaluation/{name}")
+        self.megalong(
+            "evaluate",
+            "perplexity",
+            *source,
+            "--data",
+            HELD_OUT,
+            *sizes,
+            "--output",
+            f"evaluation/{name}",
+            "--overwrite",
+        )
 
     def measure_untrained(self) -> None:
         """Export the base, let its config say what the extension's says, and measure that."""

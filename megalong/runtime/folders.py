@@ -1,5 +1,5 @@
-"""Whether a folder can be written to, asked before there is anything to write; that a thing written is on disk; and
-that those may read it who may read new files.
+"""Whether a folder can be written to, and what would be lost there, asked before there is anything to write; that a
+thing written is on disk; and that those may read it who may read new files.
 
 A run whose folder lies below a file, on a read-only mount or in someone else's home would otherwise fail in one process
 of many, after all of them have started. Asking makes no folder, so a mistake leaves nothing behind.
@@ -7,6 +7,7 @@ of many, after all of them have started. Asking makes no folder, so a mistake le
 
 import os
 import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megalong.errors import UserError
@@ -28,6 +29,27 @@ def refuse_unwritable(folder: Path, key: str) -> None:
         raise UserError(f"{key} {folder}: {nearest} is a file, so no folder can be there; choose another")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{key} {folder}: {nearest} is not writable by this user; choose another")
+
+
+def refuse_overwriting(paths: Iterable[Path], key: str, overwrite: bool) -> None:
+    """Refuse to write over what is there, unless it was asked for; before there is anything to write.
+
+    Args:
+        key: the option that names where to write, such as `--output`.
+
+    Raises:
+        UserError: one of `paths` exists, and not `overwrite`.
+    """
+    for path in paths if not overwrite else ():
+        if os.path.lexists(path):
+            raise UserError(f"{key}: {path} exists already; give another, or write --overwrite")
+
+
+def one_each(path: str | None, names: Sequence[str]) -> list[Path]:
+    """`path` for a single name, `STEM-NAME` beside it for each of several; nothing without a path."""
+    if path is None:
+        return []
+    return [Path(path)] if len(names) == 1 else [Path(path).with_stem(f"{Path(path).stem}-{name}") for name in names]
 
 
 def with_default_mode(path: Path) -> None:

@@ -84,19 +84,30 @@ def test_the_command_writes_numbers_table_and_picture(sources, expected, tmp_pat
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"hf": None}, "give exactly one model"),
-        ({"hf": "nowhere"}, "nowhere"),
-        ({"hf": None, "checkpoint": "nowhere"}, "nowhere holds no checkpoint"),
+        ({"models": []}, "give a model"),
+        ({"models": [("rope", "{type: yarn}")]}, "give a model"),
+        ({"models": [("hf", "nowhere")]}, "nowhere"),
+        ({"models": [("checkpoint", "nowhere")]}, "nowhere holds no checkpoint"),
         ({"data": "nowhere"}, "nowhere"),
+        ({"data": None}, "give exactly one text"),
+        ({"held_out": "all"}, "give exactly one text"),
+        (
+            {"data": None, "held_out": "all"},
+            "--held-out all: what was held out is known of a run; give one with --chec",
+        ),
         ({"samples": 1000}, r"--samples 1000: .* holds only \d+ samples of 256 tokens; write --samples \d+"),
         ({"seq_length": 10**6, "samples": 1}, "holds only 0 samples of 1000000 tokens; write a shorter --seq-length"),
+        ({"rope": "yarn"}, r"--rope yarn: not a section of settings; write such as --rope '\{type: yarn, factor: 4\}'"),
+        ({"rope": "{type: yarm}"}, "--rope: type: "),
+        ({"rope": "{factr: 4}"}, r"--rope: factr: unknown key; did you mean factor\?"),
     ],
 )
 def test_mistakes_are_told_in_one_line(sources, changed, message):
     hf, data = sources
-    arguments = {"hf": str(hf), "data": str(data), "seq_length": LENGTH, "samples": SAMPLES, **changed}
+    rope = [("rope", changed.pop("rope"))] if "rope" in changed else []
+    arguments = {"models": [("hf", str(hf)), *rope], "data": str(data), "seq_length": LENGTH, "samples": SAMPLES}
     with pytest.raises(UserError, match=message) as error:
-        perplexity(**arguments)
+        perplexity(**{**arguments, **changed})
     assert "\n" not in str(error.value)
 
 

@@ -46,7 +46,7 @@ def test_the_table_has_a_row_a_model_and_a_column_a_bucket():
     lines = table.splitlines()
     assert lines[0] == "| position    |     0-64 | 64-128 | 128-256 |   all |"
     assert lines[2] == "| base        |     50.0 |   20.0 |       - |  31.6 |"
-    assert lines[3] == "| longer name | 4.25e+05 |    1.0 |       - | 651.9 |"
+    assert lines[3] == "| longer name | 4.25e+05 |   1.00 |       - | 651.9 |"
     assert len({len(line) for line in lines}) == 1
 
 
