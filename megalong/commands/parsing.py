@@ -7,17 +7,26 @@ import argparse
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megalong.errors import Speaker
 
+SPEAKER_SECONDS = 30.0  # that others wait for it
+
 
 def tell(message: str, speaker: Speaker = "world") -> None:
-    """Print a user's mistake, if this process is the one (or one of those) that shall; see `UserError.speaker`."""
+    """Print a user's mistake, if this process is the one (or one of those) that shall; see `UserError.speaker`.
+
+    Under torchrun the others wait: it ends all processes of a node as soon as one of them has ended, and the one that
+    shall speak may still be importing torch.
+    """
     variable = {"world": "RANK", "node": "LOCAL_RANK"}.get(speaker)
     if variable is None or os.environ.get(variable, "0") == "0":
-        print(f"megalong: error: {message}", file=sys.stderr)
+        print(f"megalong: error: {message}", file=sys.stderr, flush=True)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(SPEAKER_SECONDS)
 
 
 class Formatter(argparse.HelpFormatter):

@@ -96,3 +96,21 @@ def test_children_run_the_code_of_their_parent(tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
     started = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root})
     assert started.returncode == 0
+
+
+LATE = """
+import os, sys, time
+from megalong.commands.parsing import tell
+time.sleep(2.0 if os.environ["RANK"] == "0" else 0.0)
+tell("every rank has met this")
+sys.exit(2)
+"""
+
+
+def test_under_torchrun_the_rank_that_speaks_is_waited_for(tmp_path: Path) -> None:
+    """torchrun ends all ranks with the first that ends: here rank 1, two seconds before rank 0 has come so far."""
+    (tmp_path / "late.py").write_text(LATE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "late.py"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr.count("megalong: error: every rank has met this\n") == 1
