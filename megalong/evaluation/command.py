@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megalong.data.sampler import PackedSamples
 from megalong.errors import UserError
 from megalong.evaluation.fit import free_bytes, refuse_what_cannot_fit
 from megalong.evaluation.source import (
@@ -80,10 +81,11 @@ def perplexity(
     gpus.refuse_more_processes(nproc)
     sources = find_models(models, dtype)
     text = _text(data, held_out, sources)
-    notes = list(text.notes)
+    notes, opened = list(text.notes), []
     for source in sources:
         packed = open_text(text, seq_length, samples, source, allow_other_tokenizer)
         notes += tokenizer_notes(packed, source, allow_other_tokenizer)
+        opened.append((source, packed))
     if output is not None:
         refuse_unwritable(Path(output), "--output")
         refuse_overwriting([Path(output) / name for name in FILES], "--output", overwrite)
@@ -97,7 +99,7 @@ def perplexity(
         command += ["--allow-other-tokenizer"] if allow_other_tokenizer else []
         _spawn(["evaluate", "perplexity", *command], nproc)
         return
-    results = _measure(sources, text, seq_length, samples, list(dict.fromkeys(notes)))
+    results = _measure(opened, text, samples, list(dict.fromkeys(notes)))
     if int(os.environ.get("RANK", 0)) == 0:
         _publish(results, output)
 
@@ -116,7 +118,7 @@ def _spawn(command: list[str], nproc: int) -> None:
 
 
 def _measure(
-    sources: Sequence[ModelSource], text: Text, seq_length: int, samples: int, notes: Sequence[str]
+    opened: Sequence[tuple[ModelSource, PackedSamples]], text: Text, samples: int, notes: Sequence[str]
 ) -> list[PerplexityResult]:
     """Join the world, log `notes`, measure one model after the other, leave it."""
     import torch.distributed as dist
@@ -133,20 +135,19 @@ def _measure(
         from megalong.evaluation.measure import measure_losses
 
         log = setup_logging(dist.get_rank())
-        for source in sources:
-            _refuse_what_cannot_fit(source, seq_length, device)
+        for source, packed in opened:
+            _refuse_what_cannot_fit(source, packed.seq_length, device)
         for note in notes if dist.get_rank() == 0 else ():
             log.warning("%s", note)
         distributed.set_layout(distributed.Layout(context=dist.get_world_size()))
-        for source, name in zip(sources, told_apart(sources), strict=True):
-            packed = open_text(text, seq_length, samples, source, allow_other_tokenizer=True)  # was asked before
+        for (source, packed), name in zip(opened, told_apart([source for source, _ in opened]), strict=True):
             positions = measure_losses(source, packed, samples, device)
             results.append(
                 PerplexityResult(
                     name=name,
                     source=str(source),
                     data=[dataset.path for dataset in text.datasets],
-                    seq_length=seq_length,
+                    seq_length=packed.seq_length,
                     samples=samples,
                     edges=positions.edges,
                     nll=positions.means(),
