@@ -12,7 +12,7 @@ drops their reasoning, for instance) needs marks: without them such a conversati
 
 Marks are held against what the turns add, wherever it can be told. Marks on anybody else's text are refused. An answer
 that is written and not marked stays unlearnt, as the template says, and is counted. Turns that say they are not learnt
-(`weight: 0`) are taken out of either: unlearnt.py.
+(`weight: 0`) are taken out of either: all that they add to the text is not learnt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from megalong.sft.formats import BadSampleError, Conversation, Message
 from megalong.sft.marks import Span
 from megalong.sft.spelled import texts
 from megalong.sft.template import ChatTemplate
-from megalong.sft.unlearnt import unlearnt_tokens
 
 # Under which names templates read what the assistant says.
 _SAID = ("content", "reasoning_content", "reasoning", "thinking")
@@ -68,12 +67,13 @@ def tokenize(template: ChatTemplate, conversation: Conversation) -> Tokens:
         unmarked = _held_against_turns(template, conversation, text, spans)
     else:
         spans = by_prefix(template, conversation, text)
-    ids, targets = _learnt(template, text, spans)
+    ids, offsets = template.tokens(text)
+    targets = _touched(text, offsets, spans)
     if conversation.unlearnt:
-        targets &= ~unlearnt_tokens(template, conversation)
+        targets &= ~_touched(text, offsets, _unlearnt(template, conversation, text))
     if not targets.any():
         raise BadSampleError("no_assistant", "the template gives the assistant no token")
-    return Tokens(ids, targets, unmarked)
+    return Tokens(np.array(ids, np.int64), targets, unmarked)
 
 
 def by_prefix(template: ChatTemplate, conversation: Conversation, text: str) -> list[Span]:
@@ -102,21 +102,42 @@ def by_prefix(template: ChatTemplate, conversation: Conversation, text: str) -> 
     return spans
 
 
-def _learnt(template: ChatTemplate, text: str, spans: list[Span]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of the text, and those of which a character lies within a span."""
-    ids, offsets = template.tokens(text)
+def _unlearnt(template: ChatTemplate, conversation: Conversation, text: str) -> list[Span]:
+    """The characters of the assistant's turns that are not to be learnt.
+
+    Raises:
+        BadSampleError: the template refuses a part of it, or writes such a turn otherwise when more turns follow.
+    """
+    spans = []
+    for number in sorted(conversation.unlearnt):
+        if number >= len(conversation.messages):  # the conversation has been shortened
+            continue
+        added = _added(template, conversation, text, number)
+        if added is None:
+            raise BadSampleError(
+                "malformed",
+                f"turn {number} is not to be learnt, but the chat template writes it otherwise when more turns follow; "
+                "leave its weight out, or end the conversation before it",
+            )
+        spans.append((added.start, added.through))
+    return spans
+
+
+def _touched(text: str, offsets: list[tuple[int, int]], spans: list[Span]) -> np.ndarray:
+    """bool [n]: the tokens, by their characters' places in the text, of which a character lies within a span."""
     inside = np.zeros(len(text) + 1, bool)
     for start, end in spans:
         inside[start:end] = True
     before = np.concatenate([[0], np.cumsum(inside)])  # characters to learn ahead of each
     starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
-    return np.array(ids, np.int64), before[np.maximum(ends, starts + 1)] > before[starts]
+    learnt: np.ndarray = before[np.maximum(ends, starts + 1)] > before[starts]
+    return learnt
 
 
 def _added(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> _Added | None:
-    """What a turn (not the first) adds; None where the template writes it otherwise when more turns follow."""
+    """What a turn adds; None where the template writes it otherwise when more turns follow."""
     messages, tools = conversation.messages, conversation.tools
-    prompt = template.text(messages[:number], tools, prompt=True)
+    prompt = template.text(messages[:number], tools, prompt=True) if number else ""
     through = template.text(messages[: number + 1], tools)
     if not (text.startswith(through) and through.startswith(prompt)):
         return None
