@@ -27,8 +27,7 @@ from megalong.errors import UserError
 from megalong.hf.config import read_json
 from megalong.hf.tensor_file import open_tensors
 from megalong.hf.weight_map import hf_shapes
-from megalong.hf.writer import written_aside
-from megalong.runtime.folders import with_default_mode
+from megalong.runtime.folders import with_default_mode, written_aside
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _READ = {"peft_type", "task_type", "r", "lora_alpha", "use_rslora", "target_modules", "bias", "init_lora_weights"}

@@ -9,10 +9,8 @@ Shards are planned from the shapes before the first tensor is made (their number
 model's own parameters cost nothing.
 """
 
-import contextlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,7 +23,7 @@ from megalong.checkpoint.folder import copy_assets
 from megalong.errors import UserError
 from megalong.hf.config import CONFIG_FILE
 from megalong.hf.weight_files import INDEX_FILE, SINGLE_FILE
-from megalong.runtime.folders import refuse_unwritable, sync, with_default_mode
+from megalong.runtime.folders import refuse_unwritable, with_default_mode, written_aside
 
 log = logging.getLogger("megalong")
 
@@ -84,20 +82,6 @@ def write_folder(
         _write_json(aside / CONFIG_FILE, config)
 
 
-@contextlib.contextmanager
-def written_aside(output: Path) -> Iterator[Path]:
-    """A fresh folder beside `output` that gets its name once it is whole, and is gone where writing it failed."""
-    aside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        _publish(aside, output)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
 def _write_shards(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
@@ -154,11 +138,3 @@ def _check_room(output: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torc
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _publish(aside: Path, output: Path) -> None:
-    """Flush every file, then give the folder its name."""
-    for path in [*sorted(aside.rglob("*")), aside]:
-        sync(path)
-    os.rename(aside, output)
-    sync(output.absolute().parent)

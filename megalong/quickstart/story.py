@@ -26,7 +26,8 @@ from megalong.config.schema import Config
 from megalong.data.indexed import IndexedDataset
 from megalong.errors import UserError
 from megalong.quickstart import chats, corpus, model
-from megalong.quickstart.steps import Commands, Step, published, run_steps
+from megalong.quickstart.steps import Commands, Step, run_steps
+from megalong.runtime.folders import written_aside
 
 PROCESSES = "2"
 HELD_OUT = "data/heldout_text_document"
@@ -119,12 +120,12 @@ class Story:
 
     def collect(self) -> None:
         """Write the corpus."""
-        with published(self.folder / "corpus") as folder:
+        with written_aside(self.folder / "corpus") as folder:
             corpus.write_corpus(folder)
 
     def tokenizer(self) -> None:
         """Train and save the tokenizer."""
-        with published(self.folder / "tokenizer") as folder:
+        with written_aside(self.folder / "tokenizer") as folder:
             model.train_tokenizer(self.folder / "corpus", folder)
 
     def tokenize(self) -> None:
@@ -135,7 +136,7 @@ class Story:
 
     def random_llama(self) -> None:
         """Make the Hugging Face folder to start from."""
-        with published(self.folder / "random-llama") as folder:
+        with written_aside(self.folder / "random-llama") as folder:
             model.make_random_llama(self.folder / "tokenizer", folder)
 
     def import_it(self) -> None:
@@ -191,7 +192,7 @@ class Story:
 
     def converse(self) -> None:
         """Write questions and answers."""
-        with published(self.folder / "chats") as folder:
+        with written_aside(self.folder / "chats") as folder:
             chats.write_chats(self.folder / "corpus", folder)
 
     def ask(self, run: str) -> None:
@@ -236,7 +237,7 @@ def _with_rope(source: Path, target: Path, rope: RopeSettings) -> None:
     from megalong.hf.config import read_architecture, write_config
 
     config = json.loads((source / "config.json").read_text())
-    with published(target) as folder:
+    with written_aside(target) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
         changed = write_config(read_architecture(source).with_rope(rope), config)
         (folder / "config.json").write_text(json.dumps(changed, indent=2))

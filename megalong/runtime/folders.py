@@ -6,8 +6,10 @@ of many, after all of them have started. Asking makes no folder, so a mistake le
 """
 
 import os
+import shutil
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from megalong.errors import UserError
@@ -75,3 +77,20 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def written_aside(output: Path) -> Iterator[Path]:
+    """A fresh folder beside `output` that gets its name once it is whole and on disk; gone where writing it failed."""
+    aside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in [*sorted(aside.rglob("*")), aside]:
+            sync(path)
+        aside.rename(output)
+        sync(output.absolute().parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
