@@ -172,7 +172,7 @@ def test_the_whole_story_stopped_once_and_taken_up_again(tmp_path):
     folder = tmp_path / "story"
     folder.mkdir()
     few = {
-        "training": {"train_iters": 12},
+        "training": {"train_iters": 30},  # a fast CPU does several steps while the interrupt is on its way
         "checkpoint": {"save_interval": 4},
         "logging": {"log_interval": 1},
         "optimizer": {"warmup_iters": 1},
@@ -186,7 +186,7 @@ def test_the_whole_story_stopped_once_and_taken_up_again(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parents[1])}
     started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in started.stdout:
-        if "step 6/12 " in line:
+        if "step 6/30 " in line:
             started.send_signal(2)
             break
     started.communicate(timeout=60)
@@ -195,7 +195,7 @@ def test_the_whole_story_stopped_once_and_taken_up_again(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done before") == 5
-    assert re.search(r"resumed from .*step-0000000[67]", done.stderr)
+    assert 6 <= int(re.search(r"resumed from \S+step-(\d+)", done.stderr)[1]) < 30
     text = (folder / "report.md").read_text()
     for name in (story.BASE, story.UNTRAINED, story.EXTENDED):
         assert re.search(rf"^\| {name} +\|", text, re.MULTILINE)

@@ -1,5 +1,6 @@
 """How checkpoints lie in a run folder, and what each says about itself.
 
+    RUN/tokenizer/         what each checkpoint gets as its tokenizer/
     RUN/checkpoints/step-00000050/
         megalong.json      checksums of the other files, the model's shape, the step, the position in the data, the
                            layout it was saved under
@@ -26,7 +27,7 @@ from megalong.config.architecture import Architecture
 from megalong.config.lora import Lora
 from megalong.errors import UserError
 from megalong.runtime import megatron
-from megalong.runtime.folders import sync
+from megalong.runtime.folders import sync, written_aside
 
 FOLDER = "checkpoints"
 META = "megalong.json"
@@ -256,6 +257,16 @@ def copy_assets(source: Path, target: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in _ASSET_SUFFIXES and not file.name.endswith(".index.json"):
             shutil.copyfile(file, target / file.name)
+
+
+def keep_assets(run: Path, source: Path) -> Path:
+    """Copy what travels with the weights to the run folder: the checkpoint that it comes from goes when it is old."""
+    kept = run / ASSETS
+    if source != kept:
+        with written_aside(kept) as aside:
+            copy_assets(source, aside)
+            shutil.rmtree(kept, ignore_errors=True)
+    return kept
 
 
 def publish(aside: Path, checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def set_up(config: Config, device: torch.device) -> Session:
     check_machine(config, machine)
     check_world(config, dist.get_world_size())
     while True:
-        start = _whole_start(config)
+        start = _with_kept_assets(config, _whole_start(config))
         try:
             return _session(config, device, machine, start)
         except folder.DamagedError as error:
@@ -141,6 +141,17 @@ def _whole_start(config: Config) -> Start:
         if not start.damaged:
             return start
         _set_aside(start.damaged)
+
+
+def _with_kept_assets(config: Config, start: Start) -> Start:
+    """The start with the run's own copy of the tokenizer, which stays when the folder it came from goes."""
+    if start.assets is None:
+        return start
+    run = Path(config.run.dir)
+    if distributed.is_main_rank():
+        folder.keep_assets(run, start.assets)
+    dist.barrier()
+    return replace(start, assets=run / folder.ASSETS)
 
 
 def _set_aside(damaged: Sequence[tuple[Path, str]]) -> None:

@@ -5,6 +5,7 @@ It builds nothing, so that a mistake is found before a process is started.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class Start:
 
     Attributes:
         architecture: the model to build, with `model.rope` and `attention`'s window applied.
-        assets: folder with the tokenizer and its kin, passed on from checkpoint to checkpoint.
+        assets: folder with the tokenizer and its kin; the run keeps a copy, and each of its checkpoints gets one.
         base: where the weights come from that adapters learn beside, None where that is not known.
         damaged: newer checkpoints of this run than `resume` that are damaged, with what is wrong.
         changed_data: what `data.allow_change` let through: how the data differs from what was trained on so far.
@@ -90,7 +91,7 @@ def find_start(config: Config) -> Start:
     return Start(
         meta.architecture,
         resume=own,
-        assets=_assets(own),
+        assets=_assets(own) or _kept_assets(config),
         base=meta.base or _named_base(config),
         changed_data=tuple(changed),
         damaged=tuple(damaged),
@@ -143,6 +144,16 @@ def _named_base(config: Config) -> str | None:
 def _assets(checkpoint: Path) -> Path | None:
     folder = checkpoint / ASSETS
     return folder if folder.is_dir() else None
+
+
+def _kept_assets(config: Config) -> Path | None:
+    """What a run has whose own checkpoint has none: earlier versions could leave it out of a checkpoint."""
+    kept = Path(config.run.dir) / ASSETS
+    if kept.is_dir():
+        return kept
+    with contextlib.suppress(UserError):  # what it started from may be gone
+        return _first_weights(config).assets
+    return None
 
 
 def _check_same_model(config: Config, found: Architecture, checkpoint: Path) -> None:

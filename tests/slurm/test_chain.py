@@ -42,7 +42,7 @@ def test_from_text_to_a_hugging_face_folder(
     folder = sources / "chain"
     folder.mkdir()
     jobs = Jobs(cluster, environment, folder)
-    llama = make_tokenizer(make_llama(folder / "llama"), "chatml")
+    llama = make_tokenizer(make_llama(folder / "llama", max_position_embeddings=192), "chatml")
     text = [{"text": text} for text in pydoc_data.topics.topics.values()]
     for number in range(4):
         write_lines(folder / f"corpus-{number}.jsonl", text[number::4])

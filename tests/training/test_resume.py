@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megalong.checkpoint.folder import find_checkpoint, read_meta, whole_checkpoints
+from megalong.checkpoint.folder import find_checkpoint, read_meta, whole_checkpoints, write_meta
+from tests.hf.conftest import save_tokenizer
 from tests.llama import make_dataset, make_llama, run_settings
 from tests.pool import RankError, WorkerPool
 
@@ -77,6 +79,29 @@ def test_old_checkpoints_go_and_unfinished_ones_are_not_seen(
     assert not left.exists()
     meta = read_meta(find_checkpoint(run))
     assert (meta.step, meta.consumed_samples) == (8, 32)
+
+
+def test_the_tokenizer_outlives_the_checkpoint_that_a_run_resumed_from(
+    sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
+) -> None:
+    """And the model that it started from; a run whose checkpoints have lost it gets it back."""
+    model = shutil.copytree(sources[0], tmp_path / "hf")
+    save_tokenizer(model)
+    run = tmp_path / "run"
+    settings = run_settings(run, model, sources[1], checkpoint={"save_interval": 1, "keep_last": 1})
+    pool.run(1, TRAIN, settings, 2)
+    shutil.rmtree(model)
+    pool.run(1, TRAIN, settings, 6)
+    kept = find_checkpoint(run) / "tokenizer"
+    assert kept.parent.name == "step-00000006"
+    assert (kept / "tokenizer.json").read_bytes() == (run / "tokenizer" / "tokenizer.json").read_bytes()
+
+    shutil.rmtree(kept)  # as an earlier version left it
+    meta = read_meta(kept.parent)
+    files = {name: value for name, value in meta.checksums.items() if not name.startswith("tokenizer/")}
+    write_meta(kept.parent, meta.model_copy(update={"checksums": files}))
+    pool.run(1, TRAIN, settings, 8)
+    assert (find_checkpoint(run) / "tokenizer" / "tokenizer.json").is_file()
 
 
 def test_held_out_loss_is_the_same_under_any_layout(
