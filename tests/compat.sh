@@ -48,4 +48,4 @@ fi
 if [ -x .venv/bin/python ]; then
     export MEGALONG_OLDER_PYTHON="$PWD/.venv/bin/python"
 fi
-exec "$venv/bin/python" -m pytest -rfEs -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder "${tests[@]}" "$@"
+exec "$venv/bin/python" -m pytest -rfEs -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder "${tests[@]}" "$@"
