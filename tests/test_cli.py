@@ -246,12 +246,12 @@ ANSWERS = {
         {"prefix": "p", "documents": 3, "tokenizer": None, "png": None, "overwrite": False},
     ),
     "data balance run.yaml a.b=1": (
-        "megalong.attention.balance",
+        "megalong.planning.balance",
         "balance",
         {"config_file": "run.yaml", "overrides": ["a.b=1"], "samples": 8, "png": None, "overwrite": False},
     ),
     "data plan run.yaml a.b=1 --png p": (
-        "megalong.data.plan",
+        "megalong.planning.data_plan",
         "plan",
         {"config_file": "run.yaml", "overrides": ["a.b=1"], "png": "p", "overwrite": False},
     ),
@@ -352,7 +352,7 @@ def test_help_answers_at_once():
 
 def test_the_command_line_and_data_need_no_torch():
     code = (
-        "import sys, megalong.cli, megalong.data.preprocess, megalong.data.inspect, megalong.data.plan\n"
+        "import sys, megalong.cli, megalong.data.preprocess, megalong.data.inspect, megalong.planning.data_plan\n"
         "print([name for name in ('torch', 'transformers', 'megatron') if name in sys.modules])"
     )
     done = python(code=code)

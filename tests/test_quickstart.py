@@ -19,7 +19,7 @@ from megalong.errors import UserError
 from megalong.evaluation.perplexity import PerplexityResult
 from megalong.quickstart import chats, corpus, report, story
 from megalong.quickstart.steps import Commands, Step, StepFailed, run_steps
-from megalong.runtime.folders import written_aside
+from megalong.runtime.folders import folder_aside
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "quickstart"
 SCRIPT = EXAMPLES.parent / "quickstart.sh"
@@ -94,14 +94,14 @@ def test_steps_that_are_done_are_skipped_and_the_rest_is_timed(capsys):
 
 def test_a_step_that_fails_leaves_nothing_behind(tmp_path):
     def fails():
-        with written_aside(tmp_path / "out") as folder:
+        with folder_aside(tmp_path / "out") as folder:
             (folder / "half").write_text("")
             raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
         fails()
     assert not list(tmp_path.iterdir())
-    with written_aside(tmp_path / "out") as folder:
+    with folder_aside(tmp_path / "out") as folder:
         (folder / "whole").write_text("")
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/whole"]
 

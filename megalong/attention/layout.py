@@ -43,11 +43,6 @@ class TokenLayout:
         """Sequences must be a multiple of this many tokens; shorter ones are padded (`model.batch`)."""
         return 1 if self.context_parallel_size == 1 else 2 * self.context_parallel_size
 
-    @property
-    def follows_documents(self) -> bool:
-        """Whether sequences with other documents lie differently."""
-        return self.kind != "zigzag" and self.context_parallel_size > 1
-
     def runs(self, seq_length: int, starts: np.ndarray) -> list[Runs]:
         """Every rank's runs of one sequence.
 

@@ -27,7 +27,7 @@ from megalong.config.architecture import Architecture
 from megalong.config.lora import Lora
 from megalong.errors import UserError
 from megalong.runtime import megatron
-from megalong.runtime.folders import sync, written_aside
+from megalong.runtime.folders import folder_aside, sync
 
 FOLDER = "checkpoints"
 META = "megalong.json"
@@ -263,9 +263,8 @@ def keep_assets(run: Path, source: Path) -> Path:
     """Copy what travels with the weights to the run folder: the checkpoint that it comes from goes when it is old."""
     kept = run / ASSETS
     if source != kept:
-        with written_aside(kept) as aside:
+        with folder_aside(kept, replace=True) as aside:
             copy_assets(source, aside)
-            shutil.rmtree(kept, ignore_errors=True)
     return kept
 
 

@@ -26,7 +26,7 @@ from megatron.core import parallel_state
 from megalong.checkpoint import folder, store
 from megalong.checkpoint.strategy import HeldBack, Staging
 from megalong.checkpoint.writing import Begun, SaveError, complete
-from megalong.config.schema import Checkpoint
+from megalong.config.sections import Checkpoint
 from megalong.errors import UserError
 from megalong.runtime.distributed import background_group, control_group, is_main_rank
 from megalong.runtime.gpus import use

@@ -152,18 +152,14 @@ def _conversations(config: "Config", samples: int, tokenizer: str | None) -> Ite
 
 
 def _run_balance(options: argparse.Namespace) -> int:
-    from megalong.attention.balance import balance
+    from megalong.planning.balance import balance
 
     balance(options.config, options.overrides, samples=options.samples, png=options.png, overwrite=options.overwrite)
     return 0
 
 
 def _run_plan(options: argparse.Namespace) -> int:
-    from megalong.config.load import load_config
-    from megalong.data.plan import plan
-    from megalong.hf.known import check_stages
+    from megalong.planning.data_plan import plan
 
-    if Path(options.config).is_file():  # what is none is told below
-        check_stages(load_config(options.config, options.overrides))
     plan(options.config, options.overrides, png=options.png, overwrite=options.overwrite)
     return 0

@@ -6,13 +6,10 @@ it cannot do it would refuse itself, in the middle of the first step.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from megalong.config.architecture import Architecture
+from megalong.config.sections import Sections
 from megalong.errors import UserError
-
-if TYPE_CHECKING:
-    from megalong.config.architecture import Architecture
-    from megalong.config.schema import Config
 
 ENGINE = "transformer_engine"
 FP8_CAPABILITY, FP8_ATTENTION_CAPABILITY, FP8_CURRENT_ATTENTION_CAPABILITY = (8, 9), (9, 0), (10, 0)
@@ -32,7 +29,7 @@ class Machine:
     engine_recipe: str = ""
 
 
-def check_attention(config: "Config") -> None:
+def check_attention(config: Sections) -> None:
     """Refuse what no machine can do."""
     if config.attention.window_size is not None:
         check_window(config, f"attention.window_size {config.attention.window_size}", ", or leave window_size out")
@@ -42,7 +39,7 @@ def check_attention(config: "Config") -> None:
         _check_engine(config)
 
 
-def check_window(config: "Config", window: str, mend: str = "") -> None:
+def check_window(config: Sections, window: str, mend: str = "") -> None:
     """Refuse what no kernel can do in a sliding window, the configuration's or the loaded model's.
 
     `window` is what the message calls it, `mend` another way out of it.
@@ -61,7 +58,7 @@ def check_window(config: "Config", window: str, mend: str = "") -> None:
         )
 
 
-def check_machine(config: "Config", machine: Machine) -> None:
+def check_machine(config: Sections, machine: Machine) -> None:
     """Refuse what this machine cannot do.
 
     Raises:
@@ -79,7 +76,7 @@ def check_machine(config: "Config", machine: Machine) -> None:
         _check_engine(config)
 
 
-def backend_of(config: "Config", machine: Machine) -> str:
+def backend_of(config: Sections, machine: Machine) -> str:
     """`attention.backend` with `auto` decided: Transformer Engine for what only it can do, which is FP8 on a GPU."""
     if config.attention.backend != "auto":
         return config.attention.backend
@@ -90,7 +87,7 @@ def _engine_needs(what: str) -> UserError:
     return UserError(f"attention.backend: transformer_engine needs {what}; write backend: auto, or torch")
 
 
-def _check_fp8_on_gpu(config: "Config", machine: Machine, capability: tuple[int, int]) -> None:
+def _check_fp8_on_gpu(config: Sections, machine: Machine, capability: tuple[int, int]) -> None:
     precision, name = config.precision, ".".join(map(str, capability))
     if not machine.has_engine:
         raise UserError(
@@ -131,7 +128,7 @@ def _check_fp8_on_gpu(config: "Config", machine: Machine, capability: tuple[int,
         )
 
 
-def check_fp8_model(config: "Config", machine: Machine, architecture: "Architecture") -> None:
+def check_fp8_model(config: Sections, machine: Machine, architecture: Architecture) -> None:
     """Refuse what FP8 on this machine's GPU cannot do with this model.
 
     Raises:
@@ -160,7 +157,7 @@ def check_fp8_model(config: "Config", machine: Machine, architecture: "Architect
             )
 
 
-def _check_engine(config: "Config") -> None:
+def _check_engine(config: Sections) -> None:
     """What Transformer Engine's attention cannot do, alone and over context-parallel ranks."""
     attention, ranks = config.attention, config.parallel.context_parallel_size
     who = "attention.backend: transformer_engine"
@@ -182,7 +179,7 @@ def _check_engine(config: "Config") -> None:
     _check_engine_length(config, who)
 
 
-def _check_engine_length(config: "Config", who: str) -> None:
+def _check_engine_length(config: Sections, who: str) -> None:
     parallel, length = config.parallel, config.data.seq_length
     divisor = 2 * parallel.context_parallel_size
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size % 2 == 0:

@@ -5,17 +5,14 @@ is known, `check_model` when the architecture is known. All three need no torch 
 """
 
 import math
-from typing import TYPE_CHECKING
 
+from megalong.config.architecture import Architecture
 from megalong.config.attention_checks import check_attention, check_window
+from megalong.config.sections import Sections
 from megalong.errors import UserError
 
-if TYPE_CHECKING:
-    from megalong.config.architecture import Architecture
-    from megalong.config.schema import Config
 
-
-def check_config(config: "Config") -> None:
+def check_config(config: Sections) -> None:
     """Check what the configuration alone can tell.
 
     `sequence_parallel` with one tensor-parallel rank is refused rather than ignored: what a file says is what runs.
@@ -48,7 +45,7 @@ def check_config(config: "Config") -> None:
         )
 
 
-def _check_task(config: "Config") -> None:
+def _check_task(config: Sections) -> None:
     data, sft = config.data, config.sft
     if config.task == "pretrain":
         if not data.mixture:
@@ -74,7 +71,7 @@ def _check_task(config: "Config") -> None:
         )
 
 
-def _check_faults(config: "Config") -> None:
+def _check_faults(config: Sections) -> None:
     runtime = config.runtime
     if runtime.watchdog_minutes is not None and runtime.watchdog_minutes >= runtime.timeout_minutes:
         raise UserError(
@@ -89,7 +86,7 @@ def _check_faults(config: "Config") -> None:
         )
 
 
-def _check_sequence(config: "Config") -> None:
+def _check_sequence(config: Sections) -> None:
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise UserError(
@@ -98,7 +95,7 @@ def _check_sequence(config: "Config") -> None:
         )
 
 
-def _check_pipeline(config: "Config") -> None:
+def _check_pipeline(config: Sections) -> None:
     parallel = config.parallel
     interleaved = parallel.virtual_pipeline_model_parallel_size > 1
     if interleaved and parallel.pipeline_model_parallel_size == 1:
@@ -124,7 +121,7 @@ def _check_pipeline(config: "Config") -> None:
         )
 
 
-def check_replicas(config: "Config", world_size: int) -> None:
+def check_replicas(config: Sections, world_size: int) -> None:
     """Refuse a number of processes that does not hold a whole number of replicas (world = TP * CP * PP * DP)."""
     parallel, divisor = config.parallel, config.world_divisor
     if world_size >= 1 and world_size % divisor == 0:
@@ -148,7 +145,7 @@ def _listed(sizes: list[int]) -> str:
     return ", ".join(map(str, sizes))
 
 
-def check_world(config: "Config", world_size: int) -> None:
+def check_world(config: Sections, world_size: int) -> None:
     """Refuse a configuration that `world_size` processes cannot run: whole replicas, and batches that come out even."""
     check_replicas(config, world_size)
     replicas, training = world_size // config.world_divisor, config.training
@@ -169,7 +166,7 @@ def check_world(config: "Config", world_size: int) -> None:
         )
 
 
-def check_model(config: "Config", architecture: "Architecture") -> None:
+def check_model(config: Sections, architecture: Architecture) -> None:
     """Refuse what the model cannot be: cut unevenly (heads, KV groups, MLP, vocabulary, layers), or windowed in FP8.
 
     `architecture` is the one that is trained, so its window is the configuration's or the loaded model's own.
@@ -200,7 +197,7 @@ def check_model(config: "Config", architecture: "Architecture") -> None:
             )
 
 
-def _processes(config: "Config", key: str, sizes: list[int]) -> str:
+def _processes(config: Sections, key: str, sizes: list[int]) -> str:
     """How many processes a replica takes at each of the `sizes` of a key, where they are more than the sizes."""
     own = getattr(config.parallel, key.removeprefix("parallel."), None)
     if own is None:  # of a product: the number of processes depends on how it is shared

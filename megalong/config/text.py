@@ -5,7 +5,6 @@ second of two equal keys win in silence. Here every usual spelling of a number i
 key written twice is refused with its line.
 """
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import yaml
 
 from megalong.config.schema import Config
 from megalong.errors import UserError
+from megalong.runtime.folders import file_aside
 
 
 class _Loader(yaml.SafeLoader):
@@ -81,11 +81,5 @@ def config_text(config: Config) -> str:
 
 def dump_config(config: Config, path: str | Path) -> None:
     """Write `config_text` to `path`: aside first, renamed last, so that a file that exists is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
+    with file_aside(Path(path)) as aside:
         aside.write_text(config_text(config), encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ went. So a corpus needs the room of its dataset once, not twice, and a run kille
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +21,7 @@ from megalong.data.keys import Unread
 from megalong.data.part_files import REJECTED, UNREAD, Finished, PartFolder
 from megalong.data.records import lines_before
 from megalong.errors import UserError
+from megalong.runtime.folders import file_aside
 
 SETTLE_BYTES = 1 << 30  # appended between two waits for the disk: what a run may hold twice
 
@@ -161,9 +161,5 @@ def _rejected(folders: Iterable[PartFolder]) -> Iterator[dict[str, Any]]:
 
 
 def _write_aside(path: Path, content: bytes) -> None:
-    aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with file_aside(path, durable=True) as aside:
+        aside.write_bytes(content)

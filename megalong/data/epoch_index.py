@@ -12,14 +12,13 @@ old index.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from megalong.data.indexed import data_path, index_path, sidecar_path
+from megalong.runtime.folders import folder_aside
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -52,13 +51,9 @@ class EpochIndex:
         if self._folder is None or self.load(*what) is not None:
             return
         folder = self._folder / self._key(what)
-        aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for number, array in enumerate(make()):
-            np.save(aside / f"{number}.npy", array)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        aside.rename(folder)
+        with folder_aside(folder, replace=True) as aside:  # what is there is damaged
+            for number, array in enumerate(make()):
+                np.save(aside / f"{number}.npy", array)
 
     def _key(self, what: tuple[object, ...]) -> str:
         return hashlib.sha256(self._base + repr(what).encode()).hexdigest()[:32]

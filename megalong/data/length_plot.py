@@ -7,12 +7,11 @@ few long ones. Drawn on matplotlib's Agg canvas without pyplot: no display, no g
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from megalong.data.lengths import Bucket
 from megalong.errors import UserError
+from megalong.plots import new_figure, save
 
 
 def plot_lengths(buckets: list[Bucket], title: str, path: Path) -> None:
@@ -23,8 +22,7 @@ def plot_lengths(buckets: list[Bucket], title: str, path: Path) -> None:
     """
     if not buckets:
         raise UserError(f"--png: {title} holds no token, there is no length to draw; leave the flag out")
-    figure = Figure(figsize=(8, 4.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.2)
     axes = figure.add_subplot()
     places = range(len(buckets))
     for offset, counted, colour in ((-0.2, "documents", "#0072B2"), (0.2, "tokens", "#D55E00")):
@@ -37,15 +35,7 @@ def plot_lengths(buckets: list[Bucket], title: str, path: Path) -> None:
     axes.set_title(title, fontsize=10)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(aside, format="png")
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"--png: {path} cannot be written ({error.strerror}); give another path") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    save(figure, path)
 
 
 def sparse(labels: Sequence[str], most: int = 12) -> list[str]:

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from megalong.errors import UserError
+from megalong.runtime.folders import file_aside
 
 BLOCK = 1 << 20
 REJECTED, UNREAD = KEPT = ("rejected", "unread")
@@ -151,9 +152,8 @@ class PartWriter:
         with self._told():
             for file in self._open.values():
                 file.close()
-            aside = self._folder.file(self._number, f"json.tmp-{os.getpid()}")
-            aside.write_text(json.dumps(asdict(done)))
-            aside.replace(self._folder.file(self._number, "json"))
+            with file_aside(self._folder.file(self._number, "json")) as aside:
+                aside.write_text(json.dumps(asdict(done)))
         return done
 
     def __enter__(self) -> Self:

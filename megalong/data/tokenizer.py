@@ -68,11 +68,6 @@ class TextTokenizer:
         return self._tokenizer.normalizer is not None if self._normalizes is None else self._normalizes
 
     @cached_property
-    def bos_id(self) -> int | None:
-        """Id of the begin token, None where the folder names none."""
-        return self._named_id("bos_token")
-
-    @cached_property
     def eos_id(self) -> int | None:
         """Id of the end token, None where the folder names none."""
         return self._named_id("eos_token")

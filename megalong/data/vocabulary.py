@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megalong.config.schema import Config, Load
+from megalong.config.schema import Config
+from megalong.config.sections import Load
 
 
 def model_vocabulary(config: Config) -> int | None:

@@ -108,8 +108,3 @@ class PositionLoss:
         """Mean loss in nats per bucket, None where no token fell. Waits for the device."""
         sums, counts = self.sums_counts()
         return [total / count if count else None for total, count in zip(sums, counts, strict=True)]
-
-    def reset(self) -> None:
-        """Forget everything added, for the next step."""
-        if self._sums_counts is not None:
-            self._sums_counts.zero_()

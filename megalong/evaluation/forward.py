@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from megatron.core import parallel_state
 
 from megalong.evaluation.buckets import PositionLoss
 from megalong.model.batch import MicroBatch
@@ -16,9 +15,7 @@ def adding_to(positions: PositionLoss) -> LossObserver:
     """An observer for `run_microbatches` that gathers losses by position, in training and evaluation alike."""
 
     def observe(losses: torch.Tensor, batch: MicroBatch) -> None:
-        # Every tensor-parallel rank holds the same losses; one of them counts.
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
-            positions.add(losses, batch.positions, batch.loss_mask)
+        positions.add(losses, batch.positions, batch.loss_mask)
 
     return observe
 
@@ -34,7 +31,7 @@ def forward_losses(
         positions: gathers losses on the ranks that have them; `positions.reduce(None)` adds the world up.
 
     Returns:
-        float64 [3], as `run_microbatches` has them, over the global batch, on every rank.
+        float64 [4], as `run_microbatches` has them, over the global batch, on every rank.
     """
     for chunk in chunks:
         chunk.eval()

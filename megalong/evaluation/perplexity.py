@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megalong.errors import UserError
 from megalong.evaluation.buckets import bucket_labels
+from megalong.runtime.folders import file_aside
 
 FORMAT = "megalong-perplexity-1"
 
@@ -92,10 +92,8 @@ def save_results(results: Sequence[PerplexityResult], path: Path) -> None:
     """Write as JSON; the file appears whole or not at all."""
     records = [{**asdict(one), "perplexity": one.perplexity} for one in results]
     whole = {"format": FORMAT, **(records[0] if len(records) == 1 else {"results": records})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    aside.write_text(json.dumps(whole, indent=2) + "\n")
-    aside.replace(path)
+    with file_aside(path) as aside:
+        aside.write_text(json.dumps(whole, indent=2) + "\n")
 
 
 def load_results(path: Path) -> list[PerplexityResult]:

@@ -13,19 +13,17 @@ Drawn on matplotlib's Agg canvas without pyplot: no display, no global state, sa
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 from collections.abc import Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from megalong.evaluation.buckets import bucket_labels
 from megalong.evaluation.perplexity import PerplexityResult
+from megalong.plots import new_figure, save
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = ["#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000"]
@@ -54,8 +52,7 @@ def plot_perplexity(
     low, high = _range(min(values), max(values))
     columns = 1 if max(len(one.name) for one in results) > 30 else 3
     rows = -(-len(results) // columns)
-    figure = Figure(figsize=(8, 4.4 + 0.22 * rows), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.4 + 0.22 * rows)
     axes = figure.add_subplot()
     colours, heights = cycle(_COLOURS), _apart([points[-1][1] if points else None for points in drawn], low, high)
     for number, (result, points, height) in enumerate(zip(results, drawn, heights, strict=True)):
@@ -83,10 +80,7 @@ def plot_perplexity(
     axes.grid(True, which="major", color="0.88")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside upper left", ncols=columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    figure.savefig(aside, format="png")
-    aside.replace(path)
+    save(figure, path)
 
 
 def _label(results: Sequence[PerplexityResult]) -> str:

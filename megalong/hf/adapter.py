@@ -27,7 +27,7 @@ from megalong.errors import UserError
 from megalong.hf.config import read_json
 from megalong.hf.tensor_file import open_tensors
 from megalong.hf.weight_map import hf_shapes
-from megalong.runtime.folders import with_default_mode, written_aside
+from megalong.runtime.folders import folder_aside, with_default_mode
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _READ = {"peft_type", "task_type", "r", "lora_alpha", "use_rslora", "target_modules", "bias", "init_lora_weights"}
@@ -236,7 +236,7 @@ def write_adapter(
         "target_modules": list(lora.target_modules),
     }
     whole = {name: tensor.detach().to(dtype).contiguous() for name, tensor in tensors.items()}
-    with written_aside(output) as aside:
+    with folder_aside(output) as aside:
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(whole, aside / WEIGHTS, metadata={"format": "pt"})
         with_default_mode(aside / WEIGHTS)

@@ -23,7 +23,7 @@ from megalong.checkpoint.folder import copy_assets
 from megalong.errors import UserError
 from megalong.hf.config import CONFIG_FILE
 from megalong.hf.weight_files import INDEX_FILE, SINGLE_FILE
-from megalong.runtime.folders import refuse_unwritable, with_default_mode, written_aside
+from megalong.runtime.folders import folder_aside, refuse_unwritable, with_default_mode
 
 log = logging.getLogger("megalong")
 
@@ -75,7 +75,7 @@ def write_folder(
     """
     check_target(output)
     _check_room(output, shapes, dtype)
-    with written_aside(output) as aside:
+    with folder_aside(output) as aside:
         _write_shards(aside, shapes, iter(tensors), dtype, max_shard_bytes)
         if assets is not None:
             copy_assets(assets, aside)

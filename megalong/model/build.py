@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.module import Float16Module
 
 from megalong.config.architecture import Architecture
-from megalong.config.schema import Parallel
+from megalong.config.compute import Parallel
 from megalong.model.config import ModelSettings, transformer_config
 from megalong.model.llama import LlamaModel
 from megalong.model.lora import freeze_base

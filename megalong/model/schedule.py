@@ -34,7 +34,8 @@ def run_microbatches(
     Args:
         batches: this rank's micro-batches, at least one and all of one shape; every rank of a model replica iterates
             over its share of the same ones.
-        observe: called on the last stage with each micro-batch's losses [b, S/CP] float32.
+        observe: called on the last stage with each micro-batch's losses [b, S/CP] float32; on its first tensor-parallel
+            rank alone, since all of them hold the same ones.
 
     Returns:
         float64 [4] on this rank's device: the weighted loss summed over this rank's valid tokens in nats, what the
@@ -86,7 +87,7 @@ def _forward_step(
 
 def _sum_of_losses(batch: MicroBatch, observe: LossObserver | None, losses: torch.Tensor) -> LossParts:
     losses = losses.float()
-    if observe is not None:
+    if observe is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
         observe(losses.detach(), batch)
     total, units = (losses * batch.loss_weights).sum(), batch.units.sum()
     report = torch.stack([total.detach().double(), units.double(), batch.loss_mask.sum().double()])

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from megalong.evaluation.perplexity import PerplexityResult, perplexity_table
 from megalong.evaluation.plots import plot_perplexity
+from megalong.runtime.folders import file_aside
 
 PLACES = {
     "corpus/": "the texts: code, prose, and held-out documents of both",
@@ -69,9 +69,8 @@ def write_report(
     title = f"Perplexity by position before and after extending the context ×{factor}"
     plot_perplexity(results, folder / "perplexity.png", title=title, original_length=original_length)
     text = _text(folder, results, comparison, answers, original_length, seconds)
-    aside = folder / f"report.md.tmp-{os.getpid()}"
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(folder / "report.md")
+    with file_aside(folder / "report.md") as aside:
+        aside.write_text(text, encoding="utf-8")
     print(text)
 
 

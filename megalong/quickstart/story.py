@@ -27,7 +27,7 @@ from megalong.data.indexed import IndexedDataset
 from megalong.errors import UserError
 from megalong.quickstart import chats, corpus, model
 from megalong.quickstart.steps import Commands, Step, run_steps
-from megalong.runtime.folders import written_aside
+from megalong.runtime.folders import file_aside, folder_aside
 
 PROCESSES = "2"
 HELD_OUT = "data/heldout_text_document"
@@ -120,12 +120,12 @@ class Story:
 
     def collect(self) -> None:
         """Write the corpus."""
-        with written_aside(self.folder / "corpus") as folder:
+        with folder_aside(self.folder / "corpus") as folder:
             corpus.write_corpus(folder)
 
     def tokenizer(self) -> None:
         """Train and save the tokenizer."""
-        with written_aside(self.folder / "tokenizer") as folder:
+        with folder_aside(self.folder / "tokenizer") as folder:
             model.train_tokenizer(self.folder / "corpus", folder)
 
     def tokenize(self) -> None:
@@ -136,7 +136,7 @@ class Story:
 
     def random_llama(self) -> None:
         """Make the Hugging Face folder to start from."""
-        with written_aside(self.folder / "random-llama") as folder:
+        with folder_aside(self.folder / "random-llama") as folder:
             model.make_random_llama(self.folder / "tokenizer", folder)
 
     def import_it(self) -> None:
@@ -192,19 +192,17 @@ class Story:
 
     def converse(self) -> None:
         """Write questions and answers."""
-        with written_aside(self.folder / "chats") as folder:
+        with folder_aside(self.folder / "chats") as folder:
             chats.write_chats(self.folder / "corpus", folder)
 
     def ask(self, run: str) -> None:
         """Put the question to a run's newest checkpoint; keep and print its answer."""
         asked = json.loads((self.folder / "chats" / chats.ASKED).read_text())
         answer = self.folder / "answers" / f"{run}.txt"
-        answer.parent.mkdir(exist_ok=True)
-        aside = answer.with_suffix(".tmp")
         how = ["--chat", "--prompt", asked["question"], "--max-new-tokens", ANSWER_TOKENS]
-        self.megalong("generate", "--checkpoint", f"runs/{run}", *how, output=aside)
-        print(aside.read_text(encoding="utf-8"))
-        aside.replace(answer)
+        with file_aside(answer) as aside:
+            self.megalong("generate", "--checkpoint", f"runs/{run}", *how, output=aside)
+            print(aside.read_text(encoding="utf-8"))
 
     def report(self, seconds: dict[str, float]) -> None:
         """Table, picture and places."""
@@ -237,7 +235,7 @@ def _with_rope(source: Path, target: Path, rope: RopeSettings) -> None:
     from megalong.hf.config import read_architecture, write_config
 
     config = json.loads((source / "config.json").read_text())
-    with written_aside(target) as folder:
+    with folder_aside(target) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
         changed = write_config(read_architecture(source).with_rope(rope), config)
         (folder / "config.json").write_text(json.dumps(changed, indent=2))

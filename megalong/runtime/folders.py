@@ -80,8 +80,33 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def written_aside(output: Path) -> Iterator[Path]:
-    """A fresh folder beside `output` that gets its name once it is whole and on disk; gone where writing it failed."""
+def file_aside(path: Path, durable: bool = False) -> Iterator[Path]:
+    """A path to write to beside `path`. It becomes `path` when the block ends, and is removed if the block raises.
+
+    Args:
+        durable: wait until the file and its name are on disk, so that it survives a power cut.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        yield aside
+        if durable:
+            sync(aside)
+        aside.replace(path)
+        if durable:
+            sync(path.absolute().parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_aside(output: Path, replace: bool = False) -> Iterator[Path]:
+    """A fresh folder beside `output`. It becomes `output` when the block ends and all of it is on disk, and is removed
+    if the block raises.
+
+    Args:
+        replace: remove a folder `output` first; without it, one that is not empty is an `OSError`.
+    """
     aside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -89,6 +114,8 @@ def written_aside(output: Path) -> Iterator[Path]:
         yield aside
         for path in [*sorted(aside.rglob("*")), aside]:
             sync(path)
+        if replace:
+            shutil.rmtree(output, ignore_errors=True)
         aside.rename(output)
         sync(output.absolute().parent)
     except BaseException:

@@ -12,7 +12,7 @@ import datetime
 import json
 from pathlib import Path
 
-from megalong.runtime.folders import sync
+from megalong.runtime.folders import file_aside
 
 FILE = "REQUEUE"
 
@@ -20,11 +20,8 @@ FILE = "REQUEUE"
 def mark(run: Path, step: int, signal: str) -> None:
     """Leave the marker of a run whose last saved step is `step`."""
     told = {"step": step, "signal": signal, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-    aside = run / f"{FILE}.tmp"
-    aside.write_text(json.dumps(told) + "\n")
-    sync(aside)
-    aside.replace(run / FILE)
-    sync(run)
+    with file_aside(run / FILE, durable=True) as aside:
+        aside.write_text(json.dumps(told) + "\n")
 
 
 def clear(run: Path) -> None:

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from megalong.runtime.folders import file_aside
+
 log = logging.getLogger("megalong")
 
 FILE = "health.json"
@@ -72,11 +74,9 @@ class Ledger:
         if not at_once and time.monotonic() - self._written < WRITE_SECONDS:
             return
         self._written = time.monotonic()
-        aside = self._file.with_suffix(".tmp")
         try:
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps({**asdict(self.book), "goodput": round(self.goodput, 4)}) + "\n")
-            aside.replace(self._file)
+            with file_aside(self._file) as aside:
+                aside.write_text(json.dumps({**asdict(self.book), "goodput": round(self.goodput, 4)}) + "\n")
         except OSError as error:
             log.warning("%s: %s; goodput is not kept", self._file, error.strerror)
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megalong.config.data import Data
 from megalong.config.mixture import Pose
-from megalong.config.schema import Data
 from megalong.data.inspect_samples import positions_of, targets_of
 from megalong.data.pose import skipped_positions
 from megalong.data.sampler import PackedSamples

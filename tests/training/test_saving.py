@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megalong.checkpoint.folder import remove_old, step_folder, whole_checkpoints
-from megalong.config.schema import Checkpoint
+from megalong.config.sections import Checkpoint
 from tests.llama import make_dataset, make_llama, run_settings
 from tests.pool import RankError, WorkerPool
 

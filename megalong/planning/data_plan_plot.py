@@ -11,13 +11,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from megalong.data.length_plot import length_label, sparse
-from megalong.data.plan import StagePlan
-from megalong.errors import UserError
+from megalong.planning.stage_plan import StagePlan
+from megalong.plots import new_figure, save
 
 
 def plot_plan(stage: StagePlan, path: Path) -> None:
@@ -28,8 +26,7 @@ def plot_plan(stage: StagePlan, path: Path) -> None:
     """
     names = [domain.share.name for domain in stage.domains]
     columns = max(1, min(5, 1280 // (100 + 8 * max(map(len, names)))))  # pixels of the picture, and of a name in it
-    figure = Figure(figsize=(12, 4.6 + 0.23 * -(-len(names) // columns)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 4.6 + 0.23 * -(-len(names) // columns))
     lengths, samples = figure.subplots(1, 2, width_ratios=[3, 2])
     _lengths(lengths, stage)
     _samples(samples, stage)
@@ -39,15 +36,7 @@ def plot_plan(stage: StagePlan, path: Path) -> None:
     for axes in (lengths, samples):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.spines[["top", "right"]].set_visible(False)
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(aside, format="png")
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"--png: {path} cannot be written ({error.strerror}); give another path") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    save(figure, path)
 
 
 def _lengths(axes: Axes, stage: StagePlan) -> None:

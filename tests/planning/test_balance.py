@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megalong.attention.balance import KINDS, balance
 from megalong.attention.layout import TokenLayout, tokens_of
 from megalong.data.sampler import PackedSamples
 from megalong.errors import UserError
+from megalong.planning.balance import balance
+from megalong.planning.shares import KINDS
 from tests.attention.reference import visible
 from tests.llama import make_dataset, make_llama
 

@@ -7,18 +7,13 @@ begins. Right: attended pairs of each rank over the mean, so that bars of equal 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from megalong.errors import UserError
-
-if TYPE_CHECKING:
-    from megalong.attention.balance import Shared
+from megalong.planning.shares import Shared
+from megalong.plots import new_figure, save
 
 COLUMNS = 2048
 
@@ -29,8 +24,7 @@ def plot_balance(shared: list[Shared], starts: np.ndarray, length: int, path: Pa
     Raises:
         UserError: the file cannot be written.
     """
-    figure = Figure(figsize=(11, 1.6 * len(shared) + 0.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 1.6 * len(shared) + 0.6)
     grid = figure.subplots(len(shared), 2, width_ratios=[3, 1], squeeze=False)
     highest = max(float(one.pairs[0].max()) for one in shared)
     for one, (strip, bars) in zip(shared, grid, strict=True):
@@ -38,15 +32,7 @@ def plot_balance(shared: list[Shared], starts: np.ndarray, length: int, path: Pa
         _bars(bars, one, highest)
     grid[-1][0].set_xlabel(f"token of the first sample (of {length:,}); ticks: documents begin")
     grid[-1][1].set_xlabel("rank")
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(aside, format="png")
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"--png: {path} cannot be written ({error.strerror}); give another path") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    save(figure, path)
 
 
 def _strip(axes: Axes, one: Shared, starts: np.ndarray, length: int) -> None:

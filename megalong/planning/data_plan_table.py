@@ -8,7 +8,7 @@ from operator import add
 import numpy as np
 
 from megalong.config.synthetic import Synthetic
-from megalong.data.plan import DomainPlan, Lengths, StagePlan
+from megalong.planning.stage_plan import DomainPlan, Lengths, StagePlan
 
 BAR = 24
 

@@ -1,0 +1,80 @@
+"""How evenly the ranks of a context-parallel group share a run's attention, layout by layout.
+
+Every rank holds the same number of tokens, but a token late in a long document attends to more keys than an early one.
+The step takes as long as the fullest rank, so what counts is its pairs over the mean: 1.10 is a tenth of attention's
+time spent waiting. The other price is the number of runs a rank's tokens are cut into, which makes small blocks.
+
+Needs no torch: layouts are plain numpy, and documents are read from the `.idx`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megalong.attention.layout import Kind, Runs, TokenLayout, attended_pairs
+from megalong.config.schema import Config
+from megalong.data.sampler import PackedSamples
+
+KINDS: tuple[Kind, ...] = ("zigzag", "per_document_zigzag", "balanced")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One layout over several samples.
+
+    Attributes:
+        pairs: of each rank, float64 [samples, ranks], over the mean of its sample.
+        runs_per_rank: mean number of runs of consecutive tokens on a rank.
+        first: every rank's runs of the first sample.
+    """
+
+    kind: Kind
+    pairs: np.ndarray
+    runs_per_rank: float
+    first: list[Runs]
+
+
+def shares(config: Config, samples: int) -> tuple[list[Shared], list[np.ndarray], int]:
+    """Every layout over the first samples of a run.
+
+    Returns:
+        (one a layout, starts of documents in each sample, tokens of a sample padded for the ranks)
+    """
+    ranks = config.parallel.context_parallel_size
+    rows = _documents(config, samples)
+    length = -(-config.data.seq_length // (2 * ranks)) * 2 * ranks
+    return [_shared(TokenLayout(ranks, kind, window(config)), length, rows) for kind in KINDS], rows, length
+
+
+def window(config: Config) -> int | None:
+    """The window that most attention is computed in, as far as the configuration tells: no loaded model is read."""
+    attention, architecture = config.attention, config.model.architecture
+    if architecture is not None:
+        return architecture.with_window(attention.window_size, attention.window_attn_skip_freq).widest_window
+    return attention.window_size if attention.window_attn_skip_freq is None else None
+
+
+def _documents(config: Config, samples: int) -> list[np.ndarray]:
+    if not config.data.masked:
+        return [np.zeros(1, np.int64)] * samples
+    data = config.data
+    packed = PackedSamples(
+        data.mixture, data.seq_length, config.run.seed, data.split, separator=data.separator, packing=data.packing
+    )
+    rows = [packed.bounds(k) for k in range(samples)]
+    return [starts[starts < data.seq_length] for starts in rows]
+
+
+def _shared(layout: TokenLayout, length: int, rows: list[np.ndarray]) -> Shared:
+    placed = [layout.runs(length, starts) for starts in rows]
+    pairs = np.array(
+        [
+            [attended_pairs(runs, starts, layout.window) for runs in sample]
+            for sample, starts in zip(placed, rows, strict=True)
+        ],
+        np.float64,
+    )
+    runs = float(np.mean([len(runs) for sample in placed for runs in sample]))
+    return Shared(layout.kind, pairs / pairs.mean(1, keepdims=True), runs, placed[0])
