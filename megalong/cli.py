@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from megalong import __version__
 from megalong.commands import checkpoint, data, evaluate, generate, run, slurm
-from megalong.commands.parsing import Parser, nearest, tell
+from megalong.commands.parsing import Parser, nearest, print_error
 from megalong.errors import UserError
 from megalong.runtime import signals
 from megalong.runtime.gpus import set_environment
@@ -50,7 +50,7 @@ def _answer(arguments: Sequence[str] | None) -> int:
         status: int = options.run(options)
         sys.stdout.flush()
     except UserError as error:
-        tell(str(error), error.speaker)
+        print_error(str(error), error.speaker)
         return 2
     except BrokenPipeError:
         if not _reader_is_gone():
@@ -60,13 +60,13 @@ def _answer(arguments: Sequence[str] | None) -> int:
         mend = _MENDS.get(error.errno or 0)
         if mend is None or (error.errno in _DENIED and error.filename is None):
             raise
-        tell(f"{error.filename or 'output'}: {error.strerror}; {mend}")
+        print_error(f"{error.filename or 'output'}: {error.strerror}; {mend}")
         return 2
     except (MemoryError, RuntimeError) as error:
         asked = _refused_memory(error)
         if asked is None:
             raise
-        tell(f"{asked}; take a shorter length, a smaller batch, or more processes", speaker="rank")
+        print_error(f"{asked}; take a shorter length, a smaller batch, or more processes", speaker="rank")
         return 2
     return status
 

@@ -99,12 +99,12 @@ def _forward(
         for rows, parts in attention.parts(source, q.device):
             for part in parts:
                 new_out, new_lse = part.forward(q[:, rows], keys[:, rows], values[:, rows], attention)
-                _take_in(out[:, rows], lse[rows], part.queries, new_out, new_lse, fresh)
+                _accumulate(out[:, rows], lse[rows], part.queries, new_out, new_lse, fresh)
         fresh = False
     return out.to(q.dtype), lse
 
 
-def _take_in(
+def _accumulate(
     out: torch.Tensor,
     lse: torch.Tensor,
     queries: Index,

@@ -20,7 +20,7 @@ from isal.isal_zlib import crc32
 _BLOCK = 1 << 20
 
 
-class Passage:
+class ChecksumReader:
     """A file that is read from front to back through a small buffer, with the sum of all that has passed.
 
     Args:
@@ -69,7 +69,7 @@ class Passage:
             self._passed += size
         return size
 
-    def __enter__(self) -> Passage:
+    def __enter__(self) -> ChecksumReader:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -78,8 +78,8 @@ class Passage:
 
 def checksum(path: Path) -> str:
     """CRC-32 of a file as 8 hexadecimal digits."""
-    with Passage(path) as passage:
-        return passage.checksum()
+    with ChecksumReader(path) as reader:
+        return reader.checksum()
 
 
 def covered(checkpoint: Path, but: Iterable[str]) -> list[str]:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from megalong.checkpoint.checksum import Passage
+from megalong.checkpoint.checksum import ChecksumReader
 from megalong.checkpoint.verification import Verification
 
 _TYPES = {
@@ -86,10 +86,10 @@ class DirectReader(FileSystemReader):
         left = []
         for name, items in self._by_file(plan).items():
             path, wanted = Path(self.path, name), self._verification.wants(name)
-            with Passage(path, summed=wanted) as passage:
-                left += [item for item in items if not self._read(passage, item, planner)]
+            with ChecksumReader(path, summed=wanted) as reader:
+                left += [item for item in items if not self._read(reader, item, planner)]
                 if wanted:
-                    self._verification.tell(name, passage.checksum())
+                    self._verification.tell(name, reader.checksum())
         self._aside = None, self._aside[1][:0]
         return super().read_data(replace(plan, items=left), planner)
 
@@ -99,20 +99,20 @@ class DirectReader(FileSystemReader):
             found.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         return found
 
-    def _read(self, passage: Passage, item: ReadItem, planner: LoadPlanner) -> bool:
+    def _read(self, reader: ChecksumReader, item: ReadItem, planner: LoadPlanner) -> bool:
         """Whether it could be read this way."""
         place = self.storage_data[item.storage_index]
         if item.type != LoadItemType.TENSOR or place.transform_descriptors:
             return False
-        stored = _find(passage, place.offset, place.length)
+        stored = _find(reader, place.offset, place.length)
         if stored is None:
             return False
         target = planner.resolve_tensor(item).detach()
         whole = stored.shape == item.lengths == target.shape
         if whole and target.device.type == "cpu" and target.is_contiguous() and target.dtype == stored.dtype:
-            passage.copy_to(stored.offset, target.reshape(-1).view(torch.uint8).numpy())
+            reader.copy_to(stored.offset, target.reshape(-1).view(torch.uint8).numpy())
         else:
-            source = self._read_aside(passage, stored, target.is_cuda)
+            source = self._read_aside(reader, stored, target.is_cuda)
             for dim, (first, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                 source = source.narrow(dim, first, length)
             if source.shape != target.shape:
@@ -123,15 +123,15 @@ class DirectReader(FileSystemReader):
         planner.commit_tensor(item, target)
         return True
 
-    def _read_aside(self, passage: Passage, stored: _Stored, pinned: bool) -> torch.Tensor:
+    def _read_aside(self, reader: ChecksumReader, stored: _Stored, pinned: bool) -> torch.Tensor:
         """The stored tensor, in memory that the next one overwrites."""
         which, memory = self._aside
         size = stored.shape.numel() * stored.dtype.itemsize
         if len(memory) < size:
             memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        if which != (passage, stored.offset):  # several parts of one are asked for one after the other
-            passage.copy_to(stored.offset, memory[:size].numpy())
-        self._aside = (passage, stored.offset), memory
+        if which != (reader, stored.offset):  # several parts of one are asked for one after the other
+            reader.copy_to(stored.offset, memory[:size].numpy())
+        self._aside = (reader, stored.offset), memory
         return memory[:size].view(stored.dtype).view(stored.shape)
 
 
@@ -144,14 +144,14 @@ class _Stored:
     shape: torch.Size
 
 
-def _find(passage: Passage, offset: int, length: int) -> _Stored | None:
+def _find(reader: ChecksumReader, offset: int, length: int) -> _Stored | None:
     """The tensor that torch saved to these bytes of a file; None where it lies in no way that is known here.
 
     Everything is told by the beginning: the pickle comes first, it ends by itself, and the bytes of the tensor follow
     within their record. (The archive's table of contents is at its end, which the disk has not come to yet.)
     """
     head = np.empty(min(_HEAD, length), np.uint8)
-    passage.copy_to(offset, head)
+    reader.copy_to(offset, head)
     known = head.tobytes()
     try:
         name, begin = _record(known, 0)

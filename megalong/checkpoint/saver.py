@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megalong.checkpoint import folder, store
-from megalong.checkpoint.strategy import HeldBack, Staging
+from megalong.checkpoint.strategy import DeferredSave, Staging
 from megalong.checkpoint.writing import Begun, SaveError, complete
 from megalong.config.sections import Checkpoint
 from megalong.errors import UserError
@@ -59,7 +59,7 @@ class Saver:
     def __init__(self, run: Path, settings: Checkpoint, timeout_minutes: float = 60) -> None:
         self._run, self._settings = run, settings
         replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self._strategy = HeldBack(Staging() if settings.async_save else None, replicas)
+        self._strategy = DeferredSave(Staging() if settings.async_save else None, replicas)
         self._group = background_group(timeout_minutes) if settings.async_save else None
         self._thread: threading.Thread | None = None
         self._result: Saved | None = None

@@ -25,7 +25,7 @@ from megalong.checkpoint.folder import DamagedError, Meta, SavedLayout, read_met
 from megalong.checkpoint.groups import use_configured
 from megalong.checkpoint.optimizer_state import FORM, optimizer_state
 from megalong.checkpoint.reading import direct_reading
-from megalong.checkpoint.strategy import HeldBack
+from megalong.checkpoint.strategy import DeferredSave
 from megalong.checkpoint.verification import Verification
 from megalong.checkpoint.writing import Begun, begin, complete, gathered
 from megalong.config.lora import is_adapter
@@ -51,7 +51,7 @@ def begin_training(
     scheduler: Any,
     meta: Meta,
     assets: Path | None = None,
-    strategy: HeldBack | None = None,
+    strategy: DeferredSave | None = None,
 ) -> Begun:
     """Everything a run needs to go on as if it had never stopped, for `complete` to write; see `begin`."""
     model, metadata = _model_state(chunks), _metadata(meta)

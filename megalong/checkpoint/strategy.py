@@ -75,7 +75,7 @@ def _bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
-class HeldBack(torch_dist.TorchDistSaveShardedStrategy):
+class DeferredSave(torch_dist.TorchDistSaveShardedStrategy):
     """Megatron-Core's `torch_dist` format, written by `write` instead of at once; for one save after the other.
 
     Args:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megalong.checkpoint.checksum import checksum, covered
 from megalong.checkpoint.folder import ASSETS, META, SEAL, Meta, copy_assets, file_sizes, publish, write_meta
-from megalong.checkpoint.strategy import HeldBack
+from megalong.checkpoint.strategy import DeferredSave
 from megalong.errors import UserError
 from megalong.runtime.distributed import is_main_rank
 
@@ -49,7 +49,7 @@ class Begun:
     checkpoint: Path
     meta: Meta
     assets: Path | None
-    strategy: HeldBack
+    strategy: DeferredSave
     small: dict[str, bytes]
 
 
@@ -58,7 +58,7 @@ def begin(
     state: dict[str, Any],
     meta: Meta,
     assets: Path | None,
-    strategy: HeldBack | None = None,
+    strategy: DeferredSave | None = None,
     **options: Any,
 ) -> Begun:
     """Let Megatron-Core say what of `state` is to be written.
@@ -67,7 +67,7 @@ def begin(
         strategy: the one of the saves before, of the same state; None: a new one.
         options: further arguments of `dist_checkpointing.save`.
     """
-    strategy = strategy or HeldBack()
+    strategy = strategy or DeferredSave()
     # It writes its small files at once, between collectives: where no disk can fail in the middle of them.
     folder = Path(tempfile.mkdtemp(prefix="megalong-", dir=_MEMORY if _MEMORY.is_dir() else None))
     try:

@@ -16,7 +16,7 @@ from megalong.errors import Speaker
 SPEAKER_SECONDS = 30.0  # that others wait for it
 
 
-def tell(message: str, speaker: Speaker = "world") -> None:
+def print_error(message: str, speaker: Speaker = "world") -> None:
     """Print a user's mistake, if this process is the one (or one of those) that shall; see `UserError.speaker`.
 
     Under torchrun the others wait: it ends all processes of a node as soon as one of them has ended, and the one that
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=Formatter, **settings)
 
     def error(self, message: str) -> NoReturn:
-        tell(f"{message} (see {self.prog} --help)")
+        print_error(f"{message} (see {self.prog} --help)")
         sys.exit(2)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

@@ -23,8 +23,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megalong.attention.layout import TokenLayout, tokens_of
 from megalong.attention.plan import AttentionPlan, SequencePlan
 from megalong.data.sample import Sample
+from megalong.model.context_shard import ContextShard, read_spans
 from megalong.model.kv_cache import KVCache
-from megalong.model.share import Share, read_spans
 from megalong.rope import cos_sin
 
 
@@ -153,7 +153,7 @@ def shard_samples(
         )
         for row in range(len(samples))
     ]
-    share = Share(layout, context_rank, documents is not None, multiple)
+    share = ContextShard(layout, context_rank, documents is not None, multiple)
     plan = share.plan(rows)
     own = [
         torch.cat([row[:0], *(row[first:stop] for first, stop in read_spans(share.runs(sequence), length))])
@@ -162,8 +162,10 @@ def shard_samples(
     return batch_of(rows, share, plan, own).to(device)
 
 
-def read_tokens(rows: Sequence[Sample], share: Share, plan: AttentionPlan, dtype: np.dtype[Any]) -> list[torch.Tensor]:
-    """For each row the tokens that the rank reads of it (share.py), as `dtype`, which holds the ids."""
+def read_tokens(
+    rows: Sequence[Sample], share: ContextShard, plan: AttentionPlan, dtype: np.dtype[Any]
+) -> list[torch.Tensor]:
+    """For each row the tokens that the rank reads of it (context_shard.py), as `dtype`, which holds the ids."""
     return [
         torch.from_numpy(share.read(row, share.runs(sequence), dtype))
         for row, sequence in zip(rows, _sequences(plan, rows), strict=True)
@@ -171,7 +173,7 @@ def read_tokens(rows: Sequence[Sample], share: Share, plan: AttentionPlan, dtype
 
 
 def batch_of(
-    rows: Sequence[Sample], share: Share, plan: AttentionPlan, own: Sequence[torch.Tensor] | None
+    rows: Sequence[Sample], share: ContextShard, plan: AttentionPlan, own: Sequence[torch.Tensor] | None
 ) -> MicroBatch:
     """The rank's micro-batch of `rows`, on the device of `own` as far as tokens go, and else on the CPU.
 

@@ -274,7 +274,7 @@ def stop() -> None:
     if dist.is_initialized():
         clear_layout()
         dist.destroy_process_group()
-    signals.ignore_no_more()
+    signals.restore_handlers()
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ def end_at_interrupt(said: str = "interrupted") -> None:
         _take(signal.SIGINT)
 
 
-def ignore_no_more() -> None:
+def restore_handlers() -> None:
     """Let signals do again what they did before, and forget what came."""
     global _received, _outlook, _ends
     _received, _outlook, _ends = None, _at_first_step, None
@@ -258,7 +258,7 @@ def _leave_to_parent() -> None:
         for end in _pipe:
             os.close(end)
         _pipe = None
-    ignore_no_more()
+    restore_handlers()
     if listening:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -1,7 +1,7 @@
 """From packed samples to this rank's micro-batches, made in the background while the step before is computed.
 
     consumed samples ─ data/order.py ─▶ sample numbers ─▶ documents ─ attention/plan.py ─▶ this rank's runs
-                       ─ model/share.py ─▶ tokens of those runs, as they are stored ─ model/batch.py ─▶ MicroBatch
+                       ─ model/context_shard.py ─▶ tokens of those runs, as they are stored ─ model/batch.py ─▶ MicroBatch
 
 A context-parallel rank reads its own tokens and the one behind each of its runs, so the ranks of a group together read
 a sample about once. A pipeline stage between the first and the last reads none: it needs document bounds and positions
@@ -25,13 +25,13 @@ from megalong.attention.layout import TokenLayout
 from megalong.attention.plan import AttentionPlan
 from megalong.config.attention_checks import FP8_TOKENS
 from megalong.config.schema import Config
-from megalong.data.ahead import Ahead
 from megalong.data.dali import DaliTokens, Reader
-from megalong.data.left_out import Remaining
 from megalong.data.order import SampleOrder
+from megalong.data.prefetcher import Prefetcher
 from megalong.data.sample import Sample, SampleSource
+from megalong.data.skipped_samples import Remaining
 from megalong.model.batch import MicroBatch, batch_of, read_tokens
-from megalong.model.share import Share
+from megalong.model.context_shard import ContextShard
 from megalong.runtime.gpus import use
 
 Made = tuple[MicroBatch, int, int]  # with the bytes of tokens read for it, and those of its whole samples
@@ -75,7 +75,7 @@ class Batches:
             period,
         )
         self._next: int | None = None
-        self._ahead: Ahead[Made] | None = None
+        self._prefetcher: Prefetcher[Made] | None = None
         self._dali: DaliTokens | None = None
 
     @property
@@ -87,7 +87,7 @@ class Batches:
         """Places in the order of samples that `replicas` read of the global batch which starts at a sample."""
         orders = (replace(self._order, start=consumed_samples, replica=replica) for replica in set(replicas))
         numbers = sorted(k for order in orders for index in range(self.count) for k in order.samples(index))
-        place = self.samples.left_out.place if isinstance(self.samples, Remaining) else int
+        place = self.samples.skipped_samples.place if isinstance(self.samples, Remaining) else int
         return tuple(place(number) for number in numbers)
 
     def at(self, consumed_samples: int) -> list[MicroBatch]:
@@ -95,14 +95,14 @@ class Batches:
 
         Those that follow it are read ahead; asking for any other starts reading anew.
         """
-        if self._ahead is None or consumed_samples != self._next:
+        if self._prefetcher is None or consumed_samples != self._next:
             self.close()
             self._start(consumed_samples)
-        assert self._ahead is not None
+        assert self._prefetcher is not None
         self._next = self._after(consumed_samples)
         batches = []
         for _ in range(self.count):
-            batch, read, whole = self._ahead.next()
+            batch, read, whole = self._prefetcher.next()
             self.bytes_read += read
             self.bytes_whole += whole
             batches.append(batch.to(self._device))
@@ -110,11 +110,11 @@ class Batches:
 
     def close(self) -> None:
         """Read no further; `at` begins anew."""
-        if self._ahead is not None:
-            self._ahead.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
         if self._dali is not None:
             self._dali.close()
-        self._ahead = self._dali = self._next = None
+        self._prefetcher = self._dali = self._next = None
 
     def describe(self) -> str:
         """How this rank reads, and how much of its samples."""
@@ -138,9 +138,9 @@ class Batches:
             size = order.micro_batch_size
             self._dali = DaliTokens(reader, size, data.workers, max(depth, 1))
             # One thread: DALI hands out its batches one after the other.
-            self._ahead = Ahead(partial(self._made, order), depth)
+            self._prefetcher = Prefetcher(partial(self._made, order), depth)
         else:
-            self._ahead = Ahead(partial(self._made, order), depth, data.workers)
+            self._prefetcher = Prefetcher(partial(self._made, order), depth, data.workers)
 
     def _made(self, order: SampleOrder, i: int) -> Made:
         """This rank's i-th micro-batch in the memory it is sent to the device from."""
@@ -160,7 +160,7 @@ class Batches:
         return [row.view(dtype) for row in self._dali.next()]
 
 
-def share_of(config: Config, context_rank: int, window: int | None = None) -> Share:
+def share_of(config: Config, context_rank: int, window: int | None = None) -> ContextShard:
     """What a context-parallel rank holds of every sample of a run."""
     parallel = config.parallel
     # Sequence parallelism cuts a context-parallel shard over the tensor-parallel ranks, and FP8 matrices on a GPU
@@ -169,4 +169,4 @@ def share_of(config: Config, context_rank: int, window: int | None = None) -> Sh
     if parallel.sequence_parallel:
         multiple *= parallel.tensor_model_parallel_size
     layout = TokenLayout(parallel.context_parallel_size, config.token_layout, window)
-    return Share(layout, context_rank, config.data.masked, multiple)
+    return ContextShard(layout, context_rank, config.data.masked, multiple)

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from megalong.config.guard import Guard as Settings
-from megalong.data.left_out import LeftOut
+from megalong.data.skipped_samples import SkippedSamples
 
 _LOSS_FLOOR = 0.01
 _LOG_NORM_FLOOR = 0.1
@@ -88,7 +88,7 @@ class Guard:
     def __init__(self, settings: Settings, state: dict[str, Any] | None = None) -> None:
         state = state or {}
         self.settings = settings
-        self.left_out = LeftOut([(first, last) for first, last in state.get("left_out", [])])
+        self.skipped_samples = SkippedSamples([(first, last) for first, last in state.get("left_out", [])])
         self._losses: list[float] = list(state.get("losses", []))[-settings.window :]
         self._log_norms: list[float] = list(state.get("log_norms", []))[-settings.window :]
         self._in_a_row, self._last_event = state.get("in_a_row", 0), state.get("last_event", 0)
@@ -96,7 +96,7 @@ class Guard:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON has it."""
         return {
-            "left_out": [list(one) for one in self.left_out.ranges],
+            "left_out": [list(one) for one in self.skipped_samples.ranges],
             "losses": self._losses,
             "log_norms": self._log_norms,
             "in_a_row": self._in_a_row,
@@ -105,7 +105,7 @@ class Guard:
 
     def carry_over(self, before: Guard) -> None:
         """Take what must outlive going back to a checkpoint: the samples left out, and the count of events."""
-        self.left_out = before.left_out
+        self.skipped_samples = before.skipped_samples
         self._in_a_row, self._last_event = before._in_a_row, before._last_event
 
     def judge(self, report: Report) -> Event | None:

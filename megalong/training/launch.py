@@ -129,7 +129,7 @@ def _run_here(stages: list[Config]) -> None:
     try:
         _join_and_run(stages)
     finally:
-        signals.ignore_no_more()
+        signals.restore_handlers()
 
 
 def _join_and_run(stages: list[Config]) -> None:
@@ -161,7 +161,7 @@ def _run_stage(config: Config, device: object) -> str:
     from megalong.runtime import peers
     from megalong.runtime.distributed import is_main_rank
     from megalong.runtime.logs import setup_logging
-    from megalong.training.lives import live
+    from megalong.training.lives import run_until_finished
 
     run = Path(config.run.dir)
     log = setup_logging(dist.get_rank(), run)
@@ -171,4 +171,4 @@ def _run_stage(config: Config, device: object) -> str:
     log.info("run %s on %d × %s", config.run.name, dist.get_world_size(), device.type)
     if (way := peers.way()) is not None:
         log.info(way)
-    return live(config, device)
+    return run_until_finished(config, device)

@@ -32,7 +32,7 @@ class MetricsMaker(Protocol):
     def __call__(self, session: Session, world_size: int) -> Metrics: ...
 
 
-def live(config: Config, device: torch.device, make: MetricsMaker = make_metrics) -> Outcome:
+def run_until_finished(config: Config, device: torch.device, make: MetricsMaker = make_metrics) -> Outcome:
     """Run a stage until it is finished, or interrupted by a signal.
 
     Raises:

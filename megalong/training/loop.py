@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from megalong.checkpoint.folder import step_folder
 from megalong.checkpoint.saver import Saved
-from megalong.data.left_out import remaining
 from megalong.data.sample import SampleSource
+from megalong.data.skipped_samples import remaining
 from megalong.errors import UserError
 from megalong.evaluation.buckets import PositionLoss
 from megalong.evaluation.forward import forward_losses
@@ -147,7 +147,9 @@ class Trainer:
         if event.action == "rollback":
             guard, size = self.session.guard, self.config.training.global_batch_size
             first = self.session.consumed_samples
-            guard.left_out.add_places([guard.left_out.place(number) for number in range(first, first + size)])
+            guard.skipped_samples.add_places(
+                [guard.skipped_samples.place(number) for number in range(first, first + size)]
+            )
         return event.action == "rollback"
 
     def _leave(self, dropped: bool = False) -> Outcome:
@@ -256,8 +258,8 @@ class Trainer:
     def _batches(self, part: str) -> Batches:
         session = self.session
         samples: Callable[[], SampleSource] = self._samples(part)
-        if part == "train" and session.guard.left_out.count:
-            samples = partial(remaining, samples, session.guard.left_out)
+        if part == "train" and session.guard.skipped_samples.count:
+            samples = partial(remaining, samples, session.guard.skipped_samples)
         return Batches(
             session.config,
             samples,
@@ -283,7 +285,7 @@ class Trainer:
         if part == "validation":
             return 0, self.config.evaluation.iters * training.global_batch_size
         last = training.train_iters * training.global_batch_size
-        return self.session.consumed_samples, last + self.session.guard.left_out.count
+        return self.session.consumed_samples, last + self.session.guard.skipped_samples.count
 
     def _say_what_is_read(self) -> None:
         if not is_main_rank():

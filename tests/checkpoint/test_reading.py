@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megalong.checkpoint.checksum import Passage, checksum
+from megalong.checkpoint.checksum import ChecksumReader, checksum
 from tests.pool import WorkerPool
 
 
@@ -87,15 +87,15 @@ def test_a_passage_sums_all_that_passes_whatever_is_asked_of_it(tmp_path: Path) 
     path, random = tmp_path / "file", np.random.default_rng(0)
     content = random.integers(0, 256, 5_000_000, np.uint8)
     path.write_bytes(content.tobytes())
-    with Passage(path) as passage:
+    with ChecksumReader(path) as reader:
         # Forward over gaps, again, and partly again.
         for offset, size in [(10, 100), (0, 2_000_000), (1_999_990, 30), (3_000_000, 1_500_000), (5, 4_700_000)]:
             out = np.empty(size, np.uint8)
-            passage.copy_to(offset, out)
+            reader.copy_to(offset, out)
             assert np.array_equal(out, content[offset : offset + size])
-        assert passage.checksum() == f"{zlib.crc32(content):08x}" == checksum(path)
+        assert reader.checksum() == f"{zlib.crc32(content):08x}" == checksum(path)
         with pytest.raises(EOFError, match="ends at 5000000"):
-            passage.copy_to(4_999_999, np.empty(2, np.uint8))
+            reader.copy_to(4_999_999, np.empty(2, np.uint8))
 
 
 def test_files_are_dealt_to_those_who_wrote_them_and_else_evenly(pool: WorkerPool) -> None:

@@ -155,7 +155,7 @@ def enter_and_pause() -> None:
 
 def pause_where_asked() -> None:
     """In a rank: shorten what the watchdog grants to a start, and be ready to stop where TEST_PAUSE says."""
-    from megalong.checkpoint.strategy import HeldBack
+    from megalong.checkpoint.strategy import DeferredSave
     from megalong.runtime.watchdog import Watchdog
     from megalong.training import loop
     from megalong.training.step import TrainStep
@@ -166,7 +166,7 @@ def pause_where_asked() -> None:
         # Its gradients are there, and not yet added up over both ranks.
         _pause(TrainStep, "_finalize", int(number))
     elif what == "save":
-        _pause(HeldBack, "write", int(number) // 2)
+        _pause(DeferredSave, "write", int(number) // 2)
 
 
 def _pause(owner: type, name: str, time_: int) -> None:

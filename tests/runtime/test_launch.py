@@ -100,9 +100,9 @@ def test_children_run_the_code_of_their_parent(tmp_path: Path) -> None:
 
 LATE = """
 import os, sys, time
-from megalong.commands.parsing import tell
+from megalong.commands.parsing import print_error
 time.sleep(2.0 if os.environ["RANK"] == "0" else 0.0)
-tell("every rank has met this")
+print_error("every rank has met this")
 sys.exit(2)
 """
 

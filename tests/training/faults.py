@@ -37,11 +37,13 @@ class Fault:
     micro_batch: int = 0
 
 
-def faulty_run(settings: dict[str, Any], faults: list[Fault], left_out: list[int] | None = None) -> dict[str, Any]:
+def faulty_run(
+    settings: dict[str, Any], faults: list[Fault], skipped_samples: list[int] | None = None
+) -> dict[str, Any]:
     """Run a stage as `megalong train` does, with faults.
 
     Args:
-        left_out: places in the order of samples that the run never sees.
+        skipped_samples: places in the order of samples that the run never sees.
 
     Returns:
         the outcome; a digest of this rank's weights after each step done; the steps logged; what
@@ -51,7 +53,7 @@ def faulty_run(settings: dict[str, Any], faults: list[Fault], left_out: list[int
     device = torch.device("cpu")
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     distributed.start(device)
-    from megalong.training.lives import live
+    from megalong.training.lives import run_until_finished
     from megalong.training.loop import Trainer
     from tests.training.workers import _Records
 
@@ -60,10 +62,10 @@ def faulty_run(settings: dict[str, Any], faults: list[Fault], left_out: list[int
     before = Trainer._one_step
 
     def observed(self: Trainer) -> Any:
-        if left_out:
-            self.session.guard.left_out.add_places(left_out)
+        if skipped_samples:
+            self.session.guard.skipped_samples.add_places(skipped_samples)
             self.train = self._batches("train")
-            left_out.clear()
+            skipped_samples.clear()
         outcome = before(self)
         digests[self.session.step] = digest(self.session)
         return outcome
@@ -74,9 +76,9 @@ def faulty_run(settings: dict[str, Any], faults: list[Fault], left_out: list[int
             stack.enter_context(patch.object(Trainer, "_one_step", observed))
             for fault in faults:
                 stack.enter_context(happening(fault))
-            outcome = live(config, device, lambda session, world_size: records)  # type: ignore[arg-type,return-value]
+            outcome = run_until_finished(config, device, lambda session, world_size: records)  # type: ignore[arg-type,return-value]
     finally:
-        signals.ignore_no_more()
+        signals.restore_handlers()
         distributed.clear_layout()
     return {
         "outcome": outcome,

@@ -29,7 +29,7 @@ def run(settings: dict[str, Any], how: dict[str, int] | None = None) -> dict[str
     from tests.training.workers import _Records, _session
 
     how = how or {}
-    complete, write = saver.complete, writing.HeldBack.write
+    complete, write = saver.complete, writing.DeferredSave.write
     go, written = threading.Event(), threading.Event()
     events: list[tuple[str, str, str]] = []
 
@@ -64,7 +64,7 @@ def run(settings: dict[str, Any], how: dict[str, int] | None = None) -> dict[str
         _session(settings) as session,
         patch.object(saver, "use", used),
         patch.object(saver, "complete", held),
-        patch.object(writing.HeldBack, "write", full),
+        patch.object(writing.DeferredSave, "write", full),
     ):
         setup_logging(dist.get_rank(), Path(settings["run"]["dir"]))
         records = _Records()

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megalong.data import dali
-from megalong.data.ahead import Ahead
 from megalong.data.order import SampleOrder
+from megalong.data.prefetcher import Prefetcher
 from megalong.errors import UserError
 from tests.llama import make_dataset, run_settings
 from tests.pool import WorkerPool
@@ -158,7 +158,7 @@ def test_what_fails_in_the_background_fails_where_it_is_asked_for(depth: int) ->
             raise UserError("sample 3 is gone")
         return i
 
-    ahead = Ahead(make, depth, workers=2)
+    ahead = Prefetcher(make, depth, workers=2)
     assert [ahead.next() for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match="sample 3 is gone"):
         ahead.next()

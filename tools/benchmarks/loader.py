@@ -73,11 +73,11 @@ def _reading(prefix: Path, ranks: int) -> tuple[float, float]:
     from megalong.attention.layout import TokenLayout
     from megalong.config.mixture import Domain
     from megalong.data.sampler import PackedSamples
-    from megalong.model.share import Share
+    from megalong.model.context_shard import ContextShard
 
     packed = PackedSamples([Domain(name="a", path=str(prefix), weight=1.0)], SEQUENCE, 1, "99,1")
     tokens = packed.streams[0].dataset.read(0, packed.streams[0].dataset.num_tokens)
-    share, runs = Share(TokenLayout(ranks)), TokenLayout(ranks).runs(SEQUENCE, np.zeros(1, np.int64))[0]
+    share, runs = ContextShard(TokenLayout(ranks)), TokenLayout(ranks).runs(SEQUENCE, np.zeros(1, np.int64))[0]
     count = SEQUENCE // ranks + len(runs)
     int(tokens.sum())  # into the page cache and this process's page tables
     ours, copy = [], []

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import random
 
-from megalong.data.left_out import LeftOut
+from megalong.data.skipped_samples import SkippedSamples
 
 
 def test_numbers_are_those_of_the_list_without_what_is_left_out() -> None:
     numbers = random.Random(0)
     for _ in range(200):
         places = set(numbers.sample(range(40), numbers.randint(0, 20)))
-        left_out = LeftOut()
+        skipped_samples = SkippedSamples()
         for part in (sorted(places)[::2], sorted(places)[1::2], sorted(places)[:1]):
-            left_out.add_places(part)
+            skipped_samples.add_places(part)
         left = [place for place in range(100) if place not in places]
-        assert [left_out.place(k) for k in range(60)] == left[:60]
-        assert left_out.count == len(places)
-        assert LeftOut(left_out.ranges).ranges == left_out.ranges
+        assert [skipped_samples.place(k) for k in range(60)] == left[:60]
+        assert skipped_samples.count == len(places)
+        assert SkippedSamples(skipped_samples.ranges).ranges == skipped_samples.ranges

@@ -22,7 +22,7 @@ from megalong.data.sample import Sample, SampleSource
 
 
 @dataclass(frozen=True)
-class Share:
+class ContextShard:
     """One context-parallel rank's part of every sample.
 
     Attributes:

@@ -15,7 +15,7 @@ from typing import Any
 from megalong.data.sample import Sample, SampleSource
 
 
-class LeftOut:
+class SkippedSamples:
     """Ranges [first, last) of the order, disjoint and ascending."""
 
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
@@ -52,21 +52,21 @@ class LeftOut:
                 self._ranges.append((place, place + 1))
 
 
-def remaining(opened: Callable[[], SampleSource], left_out: LeftOut) -> Remaining:
+def remaining(opened: Callable[[], SampleSource], skipped_samples: SkippedSamples) -> Remaining:
     """`Remaining` of a source that is opened here: what another process can be told to do."""
-    return Remaining(opened(), left_out)
+    return Remaining(opened(), skipped_samples)
 
 
 class Remaining:
     """A source without the samples left out; all else is the source's own."""
 
-    def __init__(self, source: SampleSource, left_out: LeftOut) -> None:
-        self.source, self.left_out = source, left_out
+    def __init__(self, source: SampleSource, skipped_samples: SkippedSamples) -> None:
+        self.source, self.skipped_samples = source, skipped_samples
         self.seq_length = source.seq_length
 
     def read(self, k: int) -> Sample:
         """The k-th sample that is not left out."""
-        return self.source.read(self.left_out.place(k))
+        return self.source.read(self.skipped_samples.place(k))
 
     def describe(self, samples: int) -> Sequence[object]:
         """What the first `samples` samples are made of, those left out included."""
