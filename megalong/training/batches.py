@@ -1,7 +1,7 @@
 """From packed samples to this rank's micro-batches, made in the background while the step before is computed.
 
     consumed samples ─ data/order.py ─▶ sample numbers ─▶ documents ─ attention/plan.py ─▶ this rank's runs
-                       ─ model/context_shard.py ─▶ tokens of those runs, as they are stored ─ model/batch.py ─▶ MicroBatch
+                       ─ model/context_shard.py ─▶ tokens of those runs, as stored ─ model/batch.py ─▶ MicroBatch
 
 A context-parallel rank reads its own tokens and the one behind each of its runs, so the ranks of a group together read
 a sample about once. A pipeline stage between the first and the last reads none: it needs document bounds and positions
