@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megalong.config.schema import Config
@@ -84,6 +85,20 @@ def build_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
     )
     scheduler.step(1)
     return scheduler
+
+
+def clip_gradients(optimizer: Any, norm: float) -> None:
+    """Scale gradients down to `optimizer.clip_grad` where their global norm `norm` is above it.
+
+    What Megatron-Core's `step` does between its `prepare_grads` and its `step_with_ready_grads`, without measuring the
+    norm once more.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(
+                parameters, part.config.clip_grad, norm, part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            )
 
 
 def recorded(config: Config) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """One training step: gradients of a global batch, judged, clipped, applied.
 
-losses (sum, count) ──schedule──▶ gradients / global count ──▶ norm ──▶ guard ──▶ clip ──▶ AdamW ──▶ next LR
+    gradients   forward and backward of the micro-batches; gradients summed over ranks, divided by the global count
+    report      loss, gradient norm and signals of every rank: the one gather of a step, and its one wait for the device
+    apply       clip by the norm, AdamW
 
-Nothing changes before the guard has judged, on every rank alike: a step that is not to be learnt from leaves weights
-and optimizer as they were. Between judging and applying ranks also tell each other of signals.
+Between `report` and `apply` the guard judges. All ranks judge the same numbers, so all of them apply or none does: a
+rejected step leaves weights and optimizer unchanged.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from megalong.training.batches import Batches
 from megalong.training.guard import Event, Guard, Report
 from megalong.training.health import StepClock
 from megalong.training.interrupt import Interrupt, StepDropped
+from megalong.training.optimizer import clip_gradients
 from megalong.training.replay import compare
 
 
@@ -67,6 +70,45 @@ class StepResult:
     def learnt(self) -> bool:
         """Whether the weights have learnt from it."""
         return self.event is None or self.event.learnt
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What `gradients` returns; the gradients themselves are in the model's buffers. Tensors are still on the device.
+
+    Attributes:
+        totals: float64 [4], the result of `run_microbatches` over the global batch.
+        own_loss: float64 [], this rank's sum of losses.
+        own_norm: float32 [], norm of this rank's gradients before they are summed over replicas.
+        started: when the step began to compute, as `time.perf_counter` counts.
+    """
+
+    totals: torch.Tensor
+    own_loss: torch.Tensor
+    own_norm: torch.Tensor
+    started: float
+
+
+@dataclass(frozen=True)
+class RankReports:
+    """What `report` returns: tuples have one number for each rank; `units`, `tokens`, `filled` are global sums."""
+
+    units: float
+    tokens: float
+    filled: float
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+    own_losses: tuple[float, ...]
+    own_norms: tuple[float, ...]
+    signals: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    @property
+    def own(self) -> list[tuple[float, float]]:
+        return list(zip(self.own_losses, self.own_norms, strict=True))
+
+    def report(self, number: int) -> Report:
+        return Report(number, self.losses, self.norms, self.own_losses, self.own_norms)
 
 
 class TrainStep:
@@ -114,7 +156,7 @@ class TrainStep:
         self.clock.compute()
         found = PositionLoss(positions.edges[-1]) if positions is not None else None
         try:
-            told = self._compute(self._watched(micro_batches), found)
+            told = self.report(self.gradients(self._watched(micro_batches), found))
         except StepDropped:
             restore(states)
             for chunk in self.chunks:
@@ -130,7 +172,7 @@ class TrainStep:
             if self.guard.settings.replay:
                 event = replace(event, replay=self._replayed(told, micro_batches, states))
         if event is None or event.learnt:
-            self._apply(told.norms[0])
+            self.apply(told.norms[0])
             if positions is not None and found is not None:
                 positions.merge(found)
         self.scheduler.step(1)
@@ -156,25 +198,36 @@ class TrainStep:
     def _watched(self, micro_batches: list[MicroBatch]) -> Sequence[MicroBatch]:
         return micro_batches if self.interrupt is None else self.interrupt.before_each(micro_batches)
 
-    def _compute(self, micro_batches: Sequence[MicroBatch], positions: PositionLoss | None) -> _Told:
-        """Gradients of the global batch, ready to be applied, and what all ranks say of them."""
+    def gradients(self, micro_batches: Sequence[MicroBatch], positions: PositionLoss | None = None) -> Gradients:
+        """Compute the gradients of the global batch and sum them over ranks; collective.
+
+        Args:
+            positions: collects losses by position on the last pipeline stage.
+        """
         started = time.perf_counter()
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
-        total = self._gradients(micro_batches, positions)
-        loss_sum, units, tokens, filled = reduce_losses(total).tolist()
+        own = run_microbatches(
+            self.chunks, micro_batches, observe=adding_to(positions) if positions is not None else None
+        )
+        return Gradients(reduce_losses(own), own[0], self._own_norm, started)
+
+    def report(self, gradients: Gradients) -> RankReports:
+        """Measure the gradients and gather what every rank found; collective."""
+        loss_sum, units, tokens, filled = gradients.totals.tolist()
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
-        own_loss, own_norm = float(total[0]), float(self._own_norm)
-        signal, seconds = float(signals.received() is not None), time.perf_counter() - started
+        own_loss, own_norm = float(gradients.own_loss), float(gradients.own_norm)
+        signal, seconds = float(signals.received() is not None), time.perf_counter() - gradients.started
         mine = [loss_sum / max(units, 1.0), norm, own_loss, own_norm, signal, seconds]
-        return _Told(units, tokens, filled, *zip(*from_all_ranks(mine), strict=True))
+        return RankReports(units, tokens, filled, *zip(*from_all_ranks(mine), strict=True))
 
-    def _gradients(self, micro_batches: Sequence[MicroBatch], positions: PositionLoss | None) -> torch.Tensor:
-        observe = adding_to(positions) if positions is not None else None
-        return run_microbatches(self.chunks, micro_batches, observe=observe)
+    def apply(self, norm: float) -> None:
+        """Clip the gradients, whose norm is `norm`, and update the weights; after `report`."""
+        clip_gradients(self.optimizer, norm)
+        self.optimizer.step_with_ready_grads()
 
     def _finalize(self, *arguments: Any, **options: Any) -> None:
         """Megatron-Core's, after a look at what this rank has before it is added up over replicas.
@@ -186,43 +239,12 @@ class TrainStep:
         self._own_norm = torch.linalg.vector_norm(torch.stack(own).float())
         finalize_model_grads(*arguments, **options)
 
-    def _apply(self, norm: float) -> None:
-        """Clip and update; gradients are prepared and measured already, and need not be again."""
-        optimizer = self.optimizer
-        optimizer.prepare_grads, optimizer.get_grad_norm = (lambda: False), (lambda: norm)
-        try:
-            optimizer.step()
-        finally:
-            del optimizer.prepare_grads, optimizer.get_grad_norm
-
-    def _replayed(self, told: _Told, micro_batches: list[MicroBatch], states: dict[str, Any]) -> str:
+    def _replayed(self, told: RankReports, micro_batches: list[MicroBatch], states: dict[str, Any]) -> str:
         after = random_states()
         restore(states)
-        again = self._compute(micro_batches, None)
+        again = self.report(self.gradients(micro_batches))
         restore(after)
         return compare(told.own, again.own)
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What ranks say of a step, one number each, by rank; `units`, `tokens`, `filled` are the same everywhere."""
-
-    units: float
-    tokens: float
-    filled: float
-    losses: tuple[float, ...]
-    norms: tuple[float, ...]
-    own_losses: tuple[float, ...]
-    own_norms: tuple[float, ...]
-    signals: tuple[float, ...]
-    seconds: tuple[float, ...]
-
-    @property
-    def own(self) -> list[tuple[float, float]]:
-        return list(zip(self.own_losses, self.own_norms, strict=True))
-
-    def report(self, number: int) -> Report:
-        return Report(number, self.losses, self.norms, self.own_losses, self.own_norms)
 
 
 def _buffers(chunk: Any) -> list[Any]:

@@ -45,7 +45,7 @@ def rank_gradients(settings: dict[str, Any]) -> tuple[list[Slice], float]:
         for chunk in session.chunks:
             chunk.zero_grad_buffer()
         batches = Batches(session.config, lambda: samples_of(session.config), session.device)
-        step._gradients(batches.at(0), None)
+        step.gradients(batches.at(0))
         slices, padding = [], 0.0
         for chunk in map(unwrap, session.chunks):
             for name, parameter in chunk.named_parameters():
@@ -109,7 +109,7 @@ def adapter_gradients(settings: dict[str, Any]) -> list[Slice]:
         for chunk in session.chunks:
             chunk.zero_grad_buffer()
         batches = Batches(session.config, lambda: samples_of(session.config), session.device)
-        step._gradients(batches.at(0), None)
+        step.gradients(batches.at(0))
         slices, found = [], 0
         for adapter in (one for chunk in session.chunks for one in adapters(unwrap(chunk))):
             for name, parameter, cut in zip(
