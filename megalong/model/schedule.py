@@ -28,6 +28,7 @@ def run_microbatches(
     *,
     forward_only: bool = False,
     observe: LossObserver | None = None,
+    before_each: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """Forward (and backward) of `batches`.
 
@@ -36,16 +37,18 @@ def run_microbatches(
             over its share of the same ones.
         observe: called on the last stage with each micro-batch's losses [b, S/CP] float32; on its first tensor-parallel
             rank alone, since all of them hold the same ones.
+        before_each: called with the number of a micro-batch, from 0, and their count before its forward; may raise.
 
     Returns:
         float64 [4] on this rank's device: the weighted loss summed over this rank's valid tokens in nats, what the
         global sum is divided by, their number (the same where every token weighs 1), and how many tokens were read
         that are no padding; zeros before the last stage.
     """
+    iterators = [_announced(batches, before_each) for _ in chunks]
     results = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, observe),
         # Each part of an interleaved pipeline goes through the same micro-batches on its own.
-        data_iterator=iter(batches) if len(chunks) == 1 else [iter(batches) for _ in chunks],
+        data_iterator=iterators[0] if len(chunks) == 1 else iterators,
         model=chunks,
         num_microbatches=len(batches),
         seq_length=batches[0].seq_length,
@@ -55,8 +58,8 @@ def run_microbatches(
     total = torch.zeros(4, dtype=torch.float64, device=torch.cuda.current_device())
     for result in results:
         total[:3] += result["sums"]
-    if results:  # by number: iterating asks for signals
-        total[3] = sum(batches[n].filled for n in range(len(batches)))
+    if results:
+        total[3] = sum(batch.filled for batch in batches)
     return total
 
 
@@ -75,6 +78,13 @@ def reduce_losses(local: torch.Tensor) -> torch.Tensor:
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
     return total
+
+
+def _announced(batches: Sequence[MicroBatch], before_each: Callable[[int, int], None] | None) -> Iterator[MicroBatch]:
+    for number, batch in enumerate(batches):
+        if before_each is not None:
+            before_each(number, len(batches))
+        yield batch
 
 
 def _forward_step(

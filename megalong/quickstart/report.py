@@ -93,7 +93,7 @@ def _text(
             "",
             perplexity_table(results),
             "",
-            f"![perplexity by position]({folder.resolve() / 'perplexity.png'})",
+            "![perplexity by position](perplexity.png)",
             "",
             *_sentences(first, last, original_length),
             "",

@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 
 from megalong.config.schema import Config
-from megalong.model.batch import MicroBatch
 from megalong.runtime import signals
 from megalong.runtime.distributed import control_group
 from megalong.training.console import duration
@@ -78,14 +76,6 @@ class Interrupt:
     def save_took(self, seconds: float) -> None:
         """The last save's."""
         self._save_seconds = seconds
-
-    def before_each(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
-        """`batches`, between which ranks look whether to drop the step, if it may take too long to be finished.
-
-        Raises, when iterated over:
-            StepDropped: on all ranks at the same micro-batch.
-        """
-        return _Watched(batches, self)
 
     def reached(self, done: int, count: int) -> None:
         """Micro-batch number `done`, from 0, of `count` is about to begin.
@@ -164,14 +154,3 @@ class Interrupt:
         flag = torch.tensor([float(mine)])
         dist.all_reduce(flag, dist.ReduceOp.MAX, self._control)
         return bool(flag.item())
-
-
-class _Watched(list[MicroBatch]):
-    def __init__(self, batches: Sequence[MicroBatch], interrupt: Interrupt) -> None:
-        super().__init__(batches)
-        self._interrupt = interrupt
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        for done, batch in enumerate(super().__iter__()):
-            self._interrupt.reached(done, len(self))
-            yield batch

@@ -156,7 +156,7 @@ class TrainStep:
         self.clock.compute()
         found = PositionLoss(positions.edges[-1]) if positions is not None else None
         try:
-            told = self.report(self.gradients(self._watched(micro_batches), found))
+            told = self.report(self.gradients(micro_batches, found, self.interrupt))
         except StepDropped:
             restore(states)
             for chunk in self.chunks:
@@ -195,14 +195,20 @@ class TrainStep:
             own_seconds=own_seconds,
         )
 
-    def _watched(self, micro_batches: list[MicroBatch]) -> Sequence[MicroBatch]:
-        return micro_batches if self.interrupt is None else self.interrupt.before_each(micro_batches)
-
-    def gradients(self, micro_batches: Sequence[MicroBatch], positions: PositionLoss | None = None) -> Gradients:
+    def gradients(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        positions: PositionLoss | None = None,
+        interrupt: Interrupt | None = None,
+    ) -> Gradients:
         """Compute the gradients of the global batch and sum them over ranks; collective.
 
         Args:
             positions: collects losses by position on the last pipeline stage.
+            interrupt: asked before each micro-batch whether to drop the step.
+
+        Raises:
+            StepDropped: on all ranks at the same micro-batch.
         """
         started = time.perf_counter()
         for chunk in self.chunks:
@@ -210,7 +216,10 @@ class TrainStep:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
         own = run_microbatches(
-            self.chunks, micro_batches, observe=adding_to(positions) if positions is not None else None
+            self.chunks,
+            micro_batches,
+            observe=adding_to(positions) if positions is not None else None,
+            before_each=interrupt.reached if interrupt is not None else None,
         )
         return Gradients(reduce_losses(own), own[0], self._own_norm, started)
 
