@@ -16,8 +16,11 @@ def new_figure(width: float, height: float, dpi: int = 110) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, option: str = "--png") -> None:
     """Write a figure to the PNG `path`, which appears whole or not at all.
+
+    Args:
+        option: the command's option that says where to write.
 
     Raises:
         UserError: the file cannot be written.
@@ -26,4 +29,4 @@ def save(figure: Figure, path: Path) -> None:
         with file_aside(path) as aside:
             figure.savefig(aside, format="png")
     except OSError as error:
-        raise UserError(f"--png: {path} cannot be written ({error.strerror}); give another path") from None
+        raise UserError(f"{option}: {path} cannot be written ({error.strerror}); give another path") from None

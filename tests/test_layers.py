@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from tests.imports import imported
+
 ROOT = Path(__file__).parents[1]
 
 # From the ground up; those on one line do not import each other.
@@ -45,17 +47,6 @@ def _modules() -> dict[str, ast.Module]:
 MODULES = _modules()
 
 
-def _imports(tree: ast.Module) -> set[str]:
-    """Dotted names that a module imports, anywhere in it; what `from a import b` brings may be a module or a name."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
 def _module(name: str) -> str | None:
     """The module of ours that an imported name lies in."""
     for candidate in (name, name.rpartition(".")[0]):
@@ -69,7 +60,7 @@ def _room(module: str) -> str:
     return module.split(".")[1]
 
 
-EDGES = {name: {found for one in _imports(tree) if (found := _module(one))} - {name} for name, tree in MODULES.items()}
+EDGES = {name: {found for one in imported(tree) if (found := _module(one))} - {name} for name, tree in MODULES.items()}
 
 
 def test_nothing_imports_upward():
@@ -95,7 +86,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 def test_heavy_packages_are_imported_in_few_places():
     for module, tree in MODULES.items():
-        for name in _imports(tree):
+        for name in imported(tree):
             assert _room(module) in ONLY.get(name.partition(".")[0], {_room(module)}), (module, name)
 
 

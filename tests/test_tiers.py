@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.tiers import ROOT, SINCE, THIRDS, Change, current_change, slow_files, subjects, taken
 
 RESTART = ROOT / "tests" / "data" / "test_restart.py"
@@ -36,8 +38,8 @@ def test_what_it_does_not_touch_waits_for_its_turn():
 
 def test_the_change_is_what_git_says(monkeypatch):
     change = current_change()
-    if change is None:  # a clone without its history
-        return
+    if change is None:
+        pytest.skip("git has no history here")
     monkeypatch.setenv(SINCE, "HEAD")
     now = current_change()
     assert now.turn == change.turn

@@ -10,11 +10,14 @@ tests' own helpers), or anything in the package of the same name: `tests/data` a
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.imports import imported
 
 ROOT = Path(__file__).parents[1]
 THIRDS = 3
@@ -81,20 +84,18 @@ def subjects(file: Path) -> set[str]:
         reached.add(name)
         source = ROOT / (name.replace(".", "/") + ".py")
         if name.startswith("tests.") and source.is_file():
-            waiting += _imported(ast.parse(source.read_text(encoding="utf-8")))
+            waiting += _imported(source)
     return reached | {f"megalong.{file.parent.name}."}
 
 
-def _imported(tree: ast.Module) -> Iterable[str]:
-    """What a file imports, and what it names for worker processes to import: `"tests.training.workers:train_run"`."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module is not None:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("tests."):
-            yield node.value.partition(":")[0]
+@functools.cache
+def _imported(source: Path) -> frozenset[str]:
+    """What a file of tests imports, and what it names for worker processes to import: `"tests.a.workers:train"`."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    workers = {text.partition(":")[0] for text in strings if text.startswith("tests.")}
+    names = imported(tree)
+    return frozenset(names | {name.rpartition(".")[0] for name in names} | workers)
 
 
 def _names(files: Iterable[str]) -> set[str]:

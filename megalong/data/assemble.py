@@ -82,7 +82,8 @@ class Assembly:
     def _settle(self) -> None:
         states = [writer.settle() for writer in self.writers]
         journal = {"parts": self.done, "identity": self._identity(self.done), "counts": self.counts, "states": states}
-        _write_aside(self._folder.path / "journal", json.dumps(journal).encode())
+        with file_aside(self._folder.path / "journal", durable=True) as aside:
+            aside.write_text(json.dumps(journal))
         for part in self._waiting:
             self._folder.remove(part)
         self._waiting, self._bytes = [], 0
@@ -158,8 +159,3 @@ def _rejected(folders: Iterable[PartFolder]) -> Iterator[dict[str, Any]]:
             for line in file.read_bytes().splitlines():
                 path, start, number, why, data = orjson.loads(line)
                 yield {"file": path, "line": number + lines_before(path, start), "reason": why, "data": data}
-
-
-def _write_aside(path: Path, content: bytes) -> None:
-    with file_aside(path, durable=True) as aside:
-        aside.write_bytes(content)

@@ -67,17 +67,7 @@ def inspect_samples(
 
 
 def _blocks(config: Config, count: int, tokenizer: str | None, vocabulary: int | None) -> Iterator[str]:
-    data = config.data
-    packed = PackedSamples(
-        data.mixture,
-        data.seq_length,
-        config.run.seed,
-        data.split,
-        separator=data.separator,
-        packing=data.packing,
-        pose=data.pose,
-        vocabulary=vocabulary,
-    )
+    packed = PackedSamples.of(config, vocabulary=vocabulary)
     if vocabulary is not None:
         packed.refuse_foreign_ids(vocabulary)
     streams = dict(zip(packed.names, packed.streams, strict=True))
@@ -88,7 +78,7 @@ def _blocks(config: Config, count: int, tokenizer: str | None, vocabulary: int |
         yield describe(
             packed.read(k),
             f"sample {k} of {name}",
-            data.masked,
+            config.data.masked,
             decoders[name],
             separator,
             packed.planted(k),

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
+from megalong.config.schema import Config
 from megalong.data.blending import Blend
 from megalong.data.indexed import IndexedDataset
 from megalong.data.length_rules import LengthRules
@@ -129,6 +130,25 @@ class PackedSamples:
         # Rows of a batch are stacked: where one domain has targets of its own, every sample tells them.
         self._tells_targets = any(_synthetic(entry) and _synthetic(entry).answer_only for entry in mixture) or any(
             rows.packed for rows in self.rows
+        )
+
+    @classmethod
+    def of(
+        cls, config: Config, part: str = "train", index_folder: Path | None = None, vocabulary: int | None = None
+    ) -> Self:
+        """The samples of a run's `data.mixture`; held-out ones are at plain positions, whatever `data.pose` says."""
+        data = config.data
+        return cls(
+            data.mixture,
+            data.seq_length,
+            config.run.seed,
+            data.split,
+            part,
+            data.separator,
+            index_folder,
+            data.packing,
+            data.pose if part == "train" else None,
+            vocabulary,
         )
 
     def refuse_foreign_ids(self, vocabulary: int) -> None:

@@ -80,7 +80,7 @@ def plot_perplexity(
     axes.grid(True, which="major", color="0.88")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside upper left", ncols=columns)
-    save(figure, path)
+    save(figure, path, "--output")
 
 
 def _label(results: Sequence[PerplexityResult]) -> str:

@@ -59,12 +59,9 @@ def window(config: Config) -> int | None:
 def _documents(config: Config, samples: int) -> list[np.ndarray]:
     if not config.data.masked:
         return [np.zeros(1, np.int64)] * samples
-    data = config.data
-    packed = PackedSamples(
-        data.mixture, data.seq_length, config.run.seed, data.split, separator=data.separator, packing=data.packing
-    )
+    packed = PackedSamples.of(config)
     rows = [packed.bounds(k) for k in range(samples)]
-    return [starts[starts < data.seq_length] for starts in rows]
+    return [starts[starts < config.data.seq_length] for starts in rows]
 
 
 def _shared(layout: TokenLayout, length: int, rows: list[np.ndarray]) -> Shared:

@@ -92,14 +92,14 @@ def plan_stage(config: Config, vocabulary: int | None = None, tokenizer: Path | 
         UserError: a bad dataset, an empty part, ids the model does not have or of another tokenizer, a document shown
             more often than allowed.
     """
-    packed = _opened(config, "train")
+    packed = PackedSamples.of(config)
     if vocabulary is not None:
         packed.refuse_foreign_ids(vocabulary)
     if config.model.load is not None:
         for line in check_tokenizers(packed.made_with(), tokenizer, ALLOW, config.data.allow_other_tokenizer):
             print(f"megalong: warning: {line}", file=sys.stderr)
     if config.evaluation.interval:
-        _opened(config, "validation")
+        PackedSamples.of(config, "validation")
     samples = config.training.train_iters * config.training.global_batch_size
     packed.refuse_repeats(samples)
     total = sum(entry.weight for entry in packed.mixture)
@@ -113,13 +113,6 @@ def plan_stage(config: Config, vocabulary: int | None = None, tokenizer: Path | 
     filled = np.mean([packed.held(k) for k in looked_at])
     padding = 1 - float(filled) / (packed.seq_length + 1)
     return StagePlan(config, samples, domains, longest, float(cut), padding)
-
-
-def _opened(config: Config, part: str) -> PackedSamples:
-    data = config.data
-    return PackedSamples(
-        data.mixture, data.seq_length, config.run.seed, data.split, part, data.separator, packing=data.packing
-    )
 
 
 def _domain(rows: Rows, share: DomainShare, weight: float) -> DomainPlan:

@@ -91,13 +91,11 @@ def by_prefix(template: ChatTemplate, conversation: Conversation, text: str) -> 
                 "malformed",
                 "begins with the assistant's turn; mark its text in the chat template with {% generation %}",
             )
-        added = _added(template, conversation, text, number)
-        if added is None:
-            raise BadSampleError(
-                "malformed",
-                f"the chat template writes turn {number} otherwise when more turns follow; mark the assistant's text "
-                "in it with {% generation %}",
-            )
+        refusal = (
+            f"the chat template writes turn {number} otherwise when more turns follow; mark the assistant's text in it "
+            "with {% generation %}"
+        )
+        added = _added(template, conversation, text, number, refusal)
         spans.append((added.start, added.end))
     return spans
 
@@ -112,13 +110,11 @@ def _unlearnt(template: ChatTemplate, conversation: Conversation, text: str) -> 
     for number in sorted(conversation.unlearnt):
         if number >= len(conversation.messages):  # the conversation has been shortened
             continue
-        added = _added(template, conversation, text, number)
-        if added is None:
-            raise BadSampleError(
-                "malformed",
-                f"turn {number} is not to be learnt, but the chat template writes it otherwise when more turns follow; "
-                "leave its weight out, or end the conversation before it",
-            )
+        refusal = (
+            f"turn {number} is not to be learnt, but the chat template writes it otherwise when more turns follow; "
+            "leave its weight out, or end the conversation before it"
+        )
+        added = _added(template, conversation, text, number, refusal)
         spans.append((added.start, added.through))
     return spans
 
@@ -134,13 +130,17 @@ def _touched(text: str, offsets: list[tuple[int, int]], spans: list[Span]) -> np
     return learnt
 
 
-def _added(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> _Added | None:
-    """What a turn adds; None where the template writes it otherwise when more turns follow."""
+def _added(template: ChatTemplate, conversation: Conversation, text: str, number: int, refusal: str) -> _Added:
+    """What a turn adds to the text.
+
+    Raises:
+        BadSampleError: `refusal`, where the template writes the turn otherwise when more turns follow.
+    """
     messages, tools = conversation.messages, conversation.tools
     prompt = template.text(messages[:number], tools, prompt=True) if number else ""
     through = template.text(messages[: number + 1], tools)
     if not (text.startswith(through) and through.startswith(prompt)):
-        return None
+        raise BadSampleError("malformed", refusal)
     closed = through.rstrip()
     end = len(closed) if template.ends_with_special(closed) else len(through)
     return _Added(len(prompt), end, len(through))

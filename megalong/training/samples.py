@@ -27,20 +27,8 @@ def open_samples(
     Raises:
         UserError: an unreadable dataset or source, an empty part, no tokenizer.
     """
-    data = config.data
     if config.task == "pretrain":
-        return PackedSamples(
-            data.mixture,
-            data.seq_length,
-            config.run.seed,
-            data.split,
-            part,
-            separator=data.separator,
-            index_folder=index_folder,
-            packing=data.packing,
-            pose=data.pose if part == "train" else None,  # held-out samples are measured at plain positions
-            vocabulary=vocabulary,
-        )
+        return PackedSamples.of(config, part, index_folder, vocabulary)
     folder = config.sft.tokenizer or assets
     if folder is None:
         raise UserError("sft.tokenizer: the model to start from brings none; write sft.tokenizer: DIR")
