@@ -64,3 +64,9 @@ def test_the_picture_is_whole_and_small(tmp_path):
         assert image.size[0] >= 800
     assert path.stat().st_size < 100_000
     assert [p.name for p in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_a_picture_that_cannot_be_written_is_told_with_the_option_of_its_command(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^--output: .*picture\.png cannot be written"):
+        plot_perplexity([result()], tmp_path / "file" / "picture.png")

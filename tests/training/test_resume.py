@@ -90,18 +90,33 @@ def test_the_tokenizer_outlives_the_checkpoint_that_a_run_resumed_from(
     run = tmp_path / "run"
     settings = run_settings(run, model, sources[1], checkpoint={"save_interval": 1, "keep_last": 1})
     pool.run(1, TRAIN, settings, 2)
-    shutil.rmtree(model)
+    away = model.rename(tmp_path / "away")
     pool.run(1, TRAIN, settings, 6)
-    kept = find_checkpoint(run) / "tokenizer"
+    kept = _saved_tokenizer(run)
     assert kept.parent.name == "step-00000006"
     assert (kept / "tokenizer.json").read_bytes() == (run / "tokenizer" / "tokenizer.json").read_bytes()
 
-    shutil.rmtree(kept)  # as an earlier version left it
-    meta = read_meta(kept.parent)
-    files = {name: value for name, value in meta.checksums.items() if not name.startswith("tokenizer/")}
-    write_meta(kept.parent, meta.model_copy(update={"checksums": files}))
+    _lose_tokenizer(run)  # as an earlier version left it
     pool.run(1, TRAIN, settings, 8)
-    assert (find_checkpoint(run) / "tokenizer" / "tokenizer.json").is_file()
+    assert (_saved_tokenizer(run) / "tokenizer.json").is_file()
+
+    _lose_tokenizer(run)
+    shutil.rmtree(run / "tokenizer")
+    away.rename(model)
+    pool.run(1, TRAIN, settings, 9)
+    assert (_saved_tokenizer(run) / "tokenizer.json").is_file()
+
+
+def _saved_tokenizer(run: Path) -> Path:
+    return find_checkpoint(run) / "tokenizer"
+
+
+def _lose_tokenizer(run: Path) -> None:
+    checkpoint = find_checkpoint(run)
+    shutil.rmtree(checkpoint / "tokenizer")
+    meta = read_meta(checkpoint)
+    files = {name: value for name, value in meta.checksums.items() if not name.startswith("tokenizer/")}
+    write_meta(checkpoint, meta.model_copy(update={"checksums": files}))
 
 
 def test_held_out_loss_is_the_same_under_any_layout(
