@@ -260,7 +260,7 @@ def copy_assets(source: Path, target: Path) -> None:
 
 
 def keep_assets(run: Path, source: Path) -> Path:
-    """Copy what travels with the weights to the run folder: the checkpoint that it comes from goes when it is old."""
+    """Copy the tokenizer and its kin to `RUN/tokenizer`, since `keep_last` may delete the checkpoint they come from."""
     kept = run / ASSETS
     if source != kept:
         with folder_aside(kept, replace=True) as aside:

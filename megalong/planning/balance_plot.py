@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from megalong.planning.shares import Shared
 from megalong.plots import new_figure, save
@@ -51,6 +52,7 @@ def _strip(axes: Axes, one: Shared, starts: np.ndarray, length: int) -> None:
 def _bars(axes: Axes, one: Shared, highest: float) -> None:
     ranks = np.arange(one.pairs.shape[1])
     axes.bar(ranks, one.pairs[0], color=_colours(len(ranks))(ranks / max(1, len(ranks) - 1)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_ylim(0, 1.05 * highest)
     axes.set_title(f"pairs / mean, fullest {one.pairs[0].max():.3f}", loc="left", fontsize=10)

@@ -144,7 +144,7 @@ def _whole_start(config: Config) -> Start:
 
 
 def _with_kept_assets(config: Config, start: Start) -> Start:
-    """The start with the run's own copy of the tokenizer, which stays when the folder it came from goes."""
+    """`start` with the run's own copy of the tokenizer, which stays when the original folder is deleted."""
     if start.assets is None:
         return start
     run = Path(config.run.dir)

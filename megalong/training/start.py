@@ -147,7 +147,7 @@ def _assets(checkpoint: Path) -> Path | None:
 
 
 def _kept_assets(config: Config) -> Path | None:
-    """What a run has whose own checkpoint has none: earlier versions could leave it out of a checkpoint."""
+    """The tokenizer of a run whose newest checkpoint has none; earlier versions could lose it."""
     kept = Path(config.run.dir) / ASSETS
     if kept.is_dir():
         return kept
