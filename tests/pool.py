@@ -11,6 +11,7 @@ Each worker computes on one thread. What the function changes in its process bey
 `parallel_state`, seeds, environment) it must put back itself; the pool restarts workers only after a failure.
 """
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ GRACE_SECONDS = 3.0  # how long the other ranks may take to answer once one of t
 
 
 class RankError(RuntimeError):
-    """A rank raised, died or hung. The message names the rank and carries its traceback."""
+    """A rank raised, died or hung. The message names the rank and carries its traceback, or where it stood."""
 
 
 @dataclass
@@ -43,8 +44,13 @@ class _Task:
     world_size: int
     target: str
     arguments: tuple[Any, ...]
-    store: str
+    folder: str  # of this call: the store, and what a rank that hangs writes
     timeout: float
+
+    @property
+    def stood(self) -> str:
+        """The file that says where a rank stood shortly before the timeout."""
+        return os.path.join(self.folder, f"rank-{self.rank}")
 
 
 class WorkerPool:
@@ -64,11 +70,11 @@ class WorkerPool:
             raise ValueError(f"world_size={world_size}: this pool has 1 to {self.max_workers} workers")
         self._start_up_to(world_size)
         with tempfile.TemporaryDirectory(prefix="pool-") as folder:
-            for rank, worker in enumerate(self._workers[:world_size]):
-                task = _Task(rank, world_size, target, arguments, os.path.join(folder, "store"), timeout)
+            tasks = [_Task(rank, world_size, target, arguments, folder, timeout) for rank in range(world_size)]
+            for task, worker in zip(tasks, self._workers, strict=False):
                 worker.connection.send_bytes(pickle.dumps(task))
             try:
-                return self._collect(world_size, target, timeout)
+                return self._collect(tasks)
             except BaseException:
                 self.close()
                 raise
@@ -97,8 +103,9 @@ class WorkerPool:
             theirs.close()  # so that a dead worker reads as end-of-file here
             self._workers.append(_Worker(process, ours))
 
-    def _collect(self, world_size: int, target: str, timeout: float) -> list[Any]:
+    def _collect(self, tasks: list[_Task]) -> list[Any]:
         """Wait for every rank; after the first failure, give the others a moment and raise that failure."""
+        world_size, target, timeout = len(tasks), tasks[0].target, tasks[0].timeout
         ranks = {worker.connection: rank for rank, worker in enumerate(self._workers[:world_size])}
         results: dict[int, Any] = {}
         failures: list[tuple[float, str]] = []  # when, what
@@ -107,6 +114,7 @@ class WorkerPool:
             ready = wait(list(ranks), max(0.0, deadline - time.monotonic()))
             if not ready:
                 silent = f"rank(s) {sorted(ranks.values())} of {target} gave no answer within {timeout:g} s"
+                silent += "".join(_where_it_stood(tasks[rank]) for rank in sorted(ranks.values()))
                 failures.append((time.monotonic(), silent))
                 break
             for connection in ready:
@@ -134,6 +142,14 @@ class WorkerPool:
             return False, 0.0, f"the process died with exit code {process.exitcode}"
 
 
+def _where_it_stood(task: _Task) -> str:
+    try:
+        with open(task.stood) as file:
+            return f"\nrank {task.rank} stood at\n{file.read()}"
+    except OSError:
+        return ""
+
+
 def _serve(connection: Connection) -> None:
     """A worker's life: answer tasks until the other end of the pipe is gone, or until one fails.
 
@@ -152,7 +168,12 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            answer = pickle.dumps((True, 0.0, _perform(task)))
+            with open(task.stood, "w") as file:
+                faulthandler.dump_traceback_later(0.8 * task.timeout, file=file)
+                try:
+                    answer = pickle.dumps((True, 0.0, _perform(task)))
+                finally:
+                    faulthandler.cancel_dump_traceback_later()
         except BaseException:  # even SystemExit is an answer the test must see
             connection.send_bytes(pickle.dumps((False, time.monotonic(), traceback.format_exc())))
             return
@@ -167,7 +188,7 @@ def _perform(task: _Task) -> Any:
     module, function = task.target.split(":")
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{task.store}",
+        init_method=f"file://{os.path.join(task.folder, 'store')}",
         rank=task.rank,
         world_size=task.world_size,
         timeout=timedelta(seconds=task.timeout),

@@ -66,10 +66,11 @@ def test_a_rank_that_raises_is_named_with_its_traceback(own_pool: WorkerPool) ->
 def test_a_rank_that_dies_or_hangs_does_not_block_the_pool(own_pool: WorkerPool) -> None:
     with pytest.raises(RankError, match="exit code 7"):
         own_pool.run(2, f"{HERE}:die_on_rank_one")
+    assert own_pool.run(1, f"{HERE}:add_ranks", torch.tensor([4]))[0][1].item() == 4
     begin = time.monotonic()
-    with pytest.raises(RankError, match="no answer within"):
-        own_pool.run(1, f"{HERE}:hang", timeout=0.5)
-    assert time.monotonic() - begin < 10
+    with pytest.raises(RankError, match=r"(?s)no answer within.*rank 0 stood at.* in hang"):
+        own_pool.run(1, f"{HERE}:hang", timeout=2.0)
+    assert time.monotonic() - begin < 30
     assert own_pool.run(1, f"{HERE}:add_ranks", torch.tensor([4]))[0][1].item() == 4
 
 
