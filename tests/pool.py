@@ -6,14 +6,14 @@
     test process ── pipe ──> worker 0  init_process_group -> ring(length) -> destroy_process_group
                  ── pipe ──> worker 1  the same
 
-The function is named, not passed, so a worker imports it itself and nothing of the test is pickled but arguments.
-Each worker computes on one thread. What the function changes in its process beyond the group (Megatron's
-`parallel_state`, seeds, environment) it must put back itself; the pool restarts workers only after a failure.
+Workers are forked from a process that has imported what they need (tests/ranks.py). The function is named, not passed,
+so a worker imports it itself and nothing of the test is pickled but arguments. Each worker computes on one thread. What
+the function changes in its process beyond the group (Megatron's `parallel_state`, seeds, environment) it must put back
+itself; the pool restarts workers only after a failure.
 """
 
 import faulthandler
 import importlib
-import multiprocessing
 import os
 import pickle
 import socket
@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Self
+
+from tests.ranks import forkserver
 
 GRACE_SECONDS = 3.0  # how long the other ranks may take to answer once one of them has failed
 
@@ -95,7 +97,7 @@ class WorkerPool:
         self.close()
 
     def _start_up_to(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forkserver()
         while len(self._workers) < count:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -156,7 +158,6 @@ def _serve(connection: Connection) -> None:
     A failure ends the process: its closed connections free ranks that wait for it in a collective. The answer says
     when it happened, so that the cause can be told from what followed.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"
     if any(name == "lo" for _, name in socket.if_nameindex()):
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's own name need not resolve
     import torch

@@ -1,4 +1,4 @@
-"""Ranks of a real `megalong train`, without its seconds of imports: forked from a process that has done them.
+"""Processes of a real `megalong`, without its seconds of imports: forked from a process that has done them.
 
 test process ──▶ forkserver (torch, Megatron-Core and megalong imported) ──fork──▶ rank 0, rank 1
 """
@@ -9,10 +9,20 @@ import importlib
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+
+def forkserver() -> ForkServerContext:
+    """Forks processes that have everything imported from a server, which the first of them starts."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ranks_preload"])
+    return context
 
 
 def start_ranks(
@@ -27,8 +37,7 @@ def start_ranks(
     `before`: "package.module:function", called by each rank first, to make something go wrong later. `own`: variables
     of each rank, beside those that a launcher sets, or instead.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ranks_preload"])
+    context = forkserver()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -43,10 +52,26 @@ def start_ranks(
             "MASTER_PORT": str(port),
             **own(rank),
         }
-        ranks.append(context.Process(target=_rank, args=(arguments, variables, str(log), before), daemon=True))
+        ranks.append(
+            context.Process(target=_command, args=(arguments, variables, (str(log), str(log)), before), daemon=True)
+        )
     for one in ranks:
         one.start()
     return ranks
+
+
+def megalong(*arguments: object, before: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `megalong ARGUMENTS` in a process of its own, as a shell does; its exit status and what it printed.
+
+    `before` as for `start_ranks`.
+    """
+    with tempfile.TemporaryDirectory(prefix="megalong-") as folder:
+        words, outputs = [str(one) for one in arguments], (f"{folder}/stdout", f"{folder}/stderr")
+        process = forkserver().Process(target=_command, args=(words, {}, outputs, before), daemon=False)
+        process.start()
+        (status,) = finish([process])
+        stdout, stderr = (Path(output).read_text() for output in outputs)
+        return subprocess.CompletedProcess(words, -1 if status is None else status, stdout, stderr)
 
 
 def end_ranks(ranks: list[BaseProcess]) -> None:
@@ -66,13 +91,14 @@ def finish(ranks: list[BaseProcess], seconds: float = 120) -> list[int | None]:
     return statuses
 
 
-def _rank(arguments: list[str], variables: dict[str, str], log: str, before: str | None) -> None:
+def _command(arguments: list[str], variables: dict[str, str], outputs: tuple[str, str], before: str | None) -> None:
+    """What a forked process does: `outputs` are the files that its stdout and stderr are appended to."""
     import torch
 
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stderr = sys.stdout = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    for descriptor, output in enumerate(outputs, 1):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(variables)
     torch.set_num_threads(1)
     if before is not None:

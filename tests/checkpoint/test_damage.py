@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,18 +15,13 @@ import pytest
 from megalong.checkpoint.folder import META, SEAL, find_checkpoint, read_meta, verify
 from megalong.errors import UserError
 from tests.llama import make_llama
-
-MEGALONG = f"{sys.executable} -m megalong"
-
-
-def shell(command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+from tests.ranks import megalong
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    done = shell(f"{MEGALONG} import-hf --hf {make_llama(folder / 'hf')} --output {folder / 'run'}")
+    done = megalong("import-hf", "--hf", make_llama(folder / "hf"), "--output", folder / "run")
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -64,7 +58,7 @@ def test_damage_within_a_file_is_one_line_too(whole: Path, tmp_path: Path) -> No
     shutil.copytree(whole, tmp_path / "run")
     shard = find_checkpoint(tmp_path / "run") / "__0_0.distcp"
     shard.write_bytes(b"\x93" * shard.stat().st_size)
-    done = shell(f"{MEGALONG} export-hf --checkpoint {tmp_path / 'run'} --output {tmp_path / 'out'}")
+    done = megalong("export-hf", "--checkpoint", tmp_path / "run", "--output", tmp_path / "out")
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert f"error: {shard.parent} is damaged" in done.stderr.splitlines()[-1]
@@ -77,20 +71,28 @@ def test_one_from_before_checksums_is_a_note_and_its_damage_an_error(whole: Path
     del values["checksums"]
     (step / META).write_text(json.dumps(values))
     (step / SEAL).unlink()
-    done = shell(f"{MEGALONG} checkpoint verify {step}")
+    done = megalong("checkpoint", "verify", step)
     assert (done.returncode, done.stderr) == (0, "")
     assert "no checksums, an earlier version wrote it" in done.stdout
     cut(step, "__0_0.distcp")
-    done = shell(f"{MEGALONG} checkpoint verify {step}")
+    done = megalong("checkpoint", "verify", step)
     assert (done.returncode, done.stdout) == (2, "")
     assert "__0_0.distcp has 40 bytes" in done.stderr
 
 
-@pytest.mark.parametrize("kilobytes", [1, 100])
-def test_a_full_disk_is_one_line_and_leaves_nothing(kilobytes: int, whole: Path, tmp_path: Path) -> None:
+def no_file_beyond_1_kilobyte() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, 1 << 10))
+
+
+def no_file_beyond_100_kilobytes() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 10, 100 << 10))
+
+
+@pytest.mark.parametrize("limit", ["no_file_beyond_1_kilobyte", "no_file_beyond_100_kilobytes"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(limit: str, whole: Path, tmp_path: Path) -> None:
     """No file may grow beyond a limit, which the writers meet as they would meet a full disk."""
-    hf = whole.parent / "hf"
-    done = shell(f"ulimit -f {kilobytes}; {MEGALONG} import-hf --hf {hf} --output {tmp_path / 'new'}")
+    here = "tests.checkpoint.test_damage"
+    done = megalong("import-hf", "--hf", whole.parent / "hf", "--output", tmp_path / "new", before=f"{here}:{limit}")
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "could not be written" in done.stderr.splitlines()[-1]
@@ -124,10 +126,10 @@ def test_garbage_of_the_same_size_is_refused_by_name_and_by_verify(whole: Path, 
     pickled = find_checkpoint(tmp_path / "run") / ".metadata"
     pickled.write_bytes(b"\x93" * pickled.stat().st_size)
     for command in (
-        f"export-hf --checkpoint {tmp_path / 'run'} --output {tmp_path / 'out'}",
-        f"checkpoint verify {tmp_path / 'run'}",
+        ["export-hf", "--checkpoint", tmp_path / "run", "--output", tmp_path / "out"],
+        ["checkpoint", "verify", tmp_path / "run"],
     ):
-        done = shell(f"{MEGALONG} {command}")
+        done = megalong(*command)
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr
         assert f"{pickled.parent} is damaged: .metadata has checksum" in done.stderr.splitlines()[-1]

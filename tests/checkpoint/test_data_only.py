@@ -7,8 +7,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from megalong.checkpoint.checksum import checksum, covered
 from megalong.checkpoint.data_only import METADATA, refusal
 from megalong.checkpoint.folder import META, SEAL, file_sizes, find_checkpoint, read_meta, verify, write_meta
 from tests.llama import make_llama
+from tests.ranks import megalong
 
 
 class Planted:
@@ -38,12 +37,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = megalong("import-hf", "--hf", make_llama(folder / "hf"), "--output", folder / "run")
     assert done.returncode == 0, done.stderr
     return folder / "run"
-
-
-def megalong(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """A process of its own: Megatron-Core on a CPU would change this one for the tests after it."""
-    command = [sys.executable, "-m", "megalong", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def in_metadata(checkpoint: Path, planted: Planted) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from megalong.errors import UserError
 from megalong.evaluation.generate import Sampling, choose_token, end_ids, generate
 from megalong.sft.template import ChatTemplate
 from tests.llama import VOCABULARY, make_llama
+from tests.ranks import megalong
 
 NEW, PROMPT = 200, 70  # the prompt is longer than what the model was trained for
 YARN = {
@@ -87,10 +86,7 @@ def test_the_command_answers_by_the_chat_template(imported, chatty, pool, tmp_pa
     if imported:  # the tokenizer travels in the checkpoint
         pool.run(1, "tests.hf.workers:convert", [(str(chatty), str(tmp_path / "run"), str(tmp_path / "out"))])
     model = ["--checkpoint", str(tmp_path / "run")] if imported else ["--hf", str(chatty)]
-    words = [*model, "--prompt", "w7 w8", "--chat", "--max-new-tokens", "6"]
-    done = subprocess.run(
-        [sys.executable, "-m", "megalong", "generate", *words], capture_output=True, text=True, timeout=120
-    )
+    done = megalong("generate", *model, "--prompt", "w7 w8", "--chat", "--max-new-tokens", "6")
     assert done.returncode == 0, done.stderr
     expected = greedy_of_transformers(chatty, [3, 7, 8, 4], 6)
     assert 1 not in expected

@@ -8,8 +8,6 @@ global batch is a whole epoch, so that the reference knows nothing of packing.
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from megalong.config.schema import Config
 from megalong.sft.samples import ConversationSamples
 from tests.llama import make_llama, run_settings
 from tests.pool import WorkerPool
+from tests.ranks import megalong
 from tests.sft.chats import chats, make_tokenizer, write_lines
 from tests.training.comparison import TOLERANCE, deviation
 from tests.training.gradients import plain_llama
@@ -102,7 +101,7 @@ def test_the_trainer_saves_resumes_under_another_layout_and_answers(tmp_path: Pa
         assert rank["started"] == 2
         assert [one["loss"] for one in rank["records"]] == pytest.approx([one["loss"] for one in whole[2:]], rel=1e-5)
     generate = ["generate", "--checkpoint", str(other), "--chat", "--prompt", "Who?", "--max-new-tokens", "5"]
-    said = subprocess.run([sys.executable, "-m", "megalong", *generate], capture_output=True, text=True, timeout=120)
+    said = megalong(*generate)
     assert said.returncode == 0, said.stderr
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     prompt = tokenizer.apply_chat_template(

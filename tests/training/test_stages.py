@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,11 @@ from megalong.checkpoint.folder import find_checkpoint, read_meta
 from megalong.errors import UserError
 from megalong.training import launch
 from tests.llama import make_dataset, make_llama, run_settings
+from tests.ranks import megalong
 
 
 def train(config: Path, *overrides: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "megalong", "train", str(config), *overrides],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = megalong("train", config, *overrides)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
