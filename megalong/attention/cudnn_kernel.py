@@ -129,6 +129,6 @@ def _failure(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | N
                 torch.testing.assert_close(mine.float(), other.float(), rtol=TOLERANCE, atol=TOLERANCE)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        log.warning("cuDNN's attention is not used (%s): flash computes every block, which takes longer", reason)
+        log.warning("not using cuDNN attention (%s); FlashAttention computes every block, which is slower", reason)
         return f"cuDNN's attention fails its check on this machine: {reason}"
     return None

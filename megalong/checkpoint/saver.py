@@ -39,7 +39,7 @@ class Saved:
     """How a save ended.
 
     Attributes:
-        pause, seconds: how long training stood still for it, and how long it took in all.
+        pause, seconds: how long training paused for it, and how long it took in all.
         failure: what the disk said, None where it is published.
     """
 

@@ -128,8 +128,8 @@ class Run:
                 self._clear()
             elif isinstance(error, UserError | KeyboardInterrupt):
                 told = (
-                    f"finished parts, {kept} at least, are kept in {self._folder.path}: start again to go on, or "
-                    "delete it"
+                    f"finished parts, {kept} at least, are kept in {self._folder.path}: run the same command to "
+                    "continue, or delete it"
                 )
                 if isinstance(error, KeyboardInterrupt):
                     raise KeyboardInterrupt(told) from None

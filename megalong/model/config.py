@@ -125,7 +125,7 @@ def _fp8(settings: ModelSettings) -> dict[str, Any]:
         return {}
     on_cpu = torch.device(torch.cuda.current_device()).type == "cpu"
     if on_cpu:
-        log.info("no GPU in use: FP8 is emulated and slower than bf16: %s", _what_is_rounded(settings))
+        log.info("no GPU in use: emulating FP8, which is slower than bf16: %s", _what_is_rounded(settings))
     return {
         "emulated_fp8" if on_cpu else "fp8": settings.fp8,
         "fp8_recipe": settings.fp8_recipe,

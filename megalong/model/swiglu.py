@@ -60,7 +60,7 @@ def why_not_compiled(device: torch.device) -> str | None:
         torch.testing.assert_close(theirs, ours, rtol=TOLERANCE, atol=TOLERANCE)
     except Exception as error:  # the compiler's errors have no common class
         why = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        log.warning("SwiGLU is computed by plain torch, slower: the compiled one fails on this node (%s)", why)
+        log.warning("using the plain torch SwiGLU, which is slower: the compiled one fails on this node (%s)", why)
         return why
     return None
 

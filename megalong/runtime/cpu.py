@@ -60,7 +60,7 @@ def install() -> None:
     _patch_random_state()
     _share_equal_groups()
     _installed = True
-    log.info("no GPU in use: Megatron-Core's CUDA calls are answered by the CPU (runtime/cpu.py)")
+    log.info("no GPU in use: running Megatron-Core's CUDA calls on the CPU (runtime/cpu.py)")
 
 
 def _patch_lone_collectives() -> None:

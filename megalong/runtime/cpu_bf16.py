@@ -40,7 +40,7 @@ def serve(dtype: torch.dtype) -> bool:
         return True
     if torch.backends.cpu.get_cpu_capability() != "AVX2" or not hasattr(torch.library, "get_kernel"):
         return False
-    log.info("this CPU has no bf16 products: they are computed in float32 and rounded (runtime/cpu_bf16.py)")
+    log.info("this CPU has no bf16 matrix products: computing them in float32 and rounding (runtime/cpu_bf16.py)")
     _library = _replace()
     return True
 

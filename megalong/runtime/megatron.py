@@ -75,7 +75,7 @@ def hide_gpu_packages(why: str = "no GPU in use") -> None:
     """Treat Transformer Engine and apex as absent: Megatron-Core would give their kernels the CPU's tensors."""
     hidden = _hide(*_TRANSFORMER_ENGINE, *_APEX)
     if hidden:
-        log.info("%s: going on without %s, for GPUs only", why, ", ".join(hidden))
+        log.info("%s: ignoring %s, which needs a GPU", why, ", ".join(hidden))
 
 
 def _hide(*packages: str) -> list[str]:
@@ -98,7 +98,7 @@ def hide_broken_transformer_engine() -> None:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:
         _hide(*_TRANSFORMER_ENGINE)
-        log.warning("transformer-engine is installed but cannot be imported (%s): going on without it", error)
+        log.warning("transformer-engine is installed but cannot be imported (%s): running without it", error)
 
 
 def _install_adam() -> None:

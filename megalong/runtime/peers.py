@@ -108,7 +108,7 @@ def end_if_lost(error: BaseException) -> None:
     if isinstance(error, UserError | KeyboardInterrupt | SystemExit) or (gone := lost()) is None:
         return
     traceback.print_exception(error)
-    log.error("%s; the run ends here, the same command resumes it", gone)
+    log.error("%s; this run ends here, run the same command to resume", gone)
     logging.shutdown()
     os._exit(STATUS)
 

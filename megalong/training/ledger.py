@@ -78,7 +78,7 @@ class Ledger:
             with file_aside(self._file) as aside:
                 aside.write_text(json.dumps({**asdict(self.book), "goodput": round(self.goodput, 4)}) + "\n")
         except OSError as error:
-            log.warning("%s: %s; goodput is not kept", self._file, error.strerror)
+            log.warning("%s: %s; goodput is not saved", self._file, error.strerror)
 
     @property
     def wall(self) -> float:
@@ -124,5 +124,5 @@ def _read(file: Path) -> Book:
         return Book()
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    log.warning("%s cannot be read; goodput and restarts are counted anew", file)
+    log.warning("%s cannot be read; goodput and restarts are counted from zero", file)
     return Book()

@@ -141,8 +141,8 @@ class Trainer:
         self.metrics.log_event(event.step, _KINDS[event.action], event.what)
         if event.action == "stop":
             raise UserError(
-                f"guard: {event}: nothing of this step is saved, checkpoints before it are good; start again to go on "
-                "from the newest, and lower optimizer.lr or look at the data if it comes again"
+                f"guard: {event}: nothing of this step is saved, checkpoints before it are good; run the same "
+                "command to resume from the newest, and lower optimizer.lr or look at the data if it happens again"
             )
         if event.action == "rollback":
             guard, size = self.session.guard, self.config.training.global_batch_size
@@ -165,7 +165,7 @@ class Trainer:
             mark(run, session.step, name)
             events.record(run, session.step, "signal", signal=name, dropped=dropped)
             log.info(
-                "signal %s: step %d %s; start again to go on from step %d",
+                "signal %s: step %d %s; run the same command to resume from step %d",
                 name,
                 session.step + dropped,
                 "is dropped, it would have taken too long" if dropped else "is finished and saved",
@@ -218,7 +218,7 @@ class Trainer:
                 raise UserError(saved.failure)
             return
         self.interrupt.save_took(saved.seconds)
-        log.info("saved %s in %.1f s, of which training stood still for %.2f s", saved.path, saved.seconds, saved.pause)
+        log.info("saved %s in %.1f s; training paused for %.2f s", saved.path, saved.seconds, saved.pause)
         events.record(self.config.run.dir, saved.step, "save", seconds=saved.seconds, pause=saved.pause)
 
     def _log(self, result: StepResult, validation: _HeldOut | None) -> None:

@@ -158,7 +158,9 @@ def _set_aside(damaged: Sequence[tuple[Path, str]]) -> None:
     dist.barrier()  # nobody looks for checkpoints while they get other names
     if distributed.is_main_rank():
         for path, why in damaged:
-            log.warning("%s; it is set aside as %s.damaged, the run goes on from an earlier one", why, path.name)
+            log.warning(
+                "%s; it is renamed to %s.damaged, and the run resumes from an earlier checkpoint", why, path.name
+            )
             set_aside(path)
     dist.barrier()
 
@@ -171,7 +173,7 @@ def _session(config: Config, device: torch.device, machine: Machine, start: Star
     refuse_without_memory(config, start.architecture, device)
     exchange = exchange_of(config, start.architecture)
     if config.parallel.context_parallel_size > 1:
-        log.info("attention over context-parallel ranks: %s (%s)", exchange.name, exchange.reason)
+        log.info("context-parallel attention: %s (%s)", exchange.name, exchange.reason)
     distributed.set_layout(layout_of(config, exchange), config.run.seed, config.runtime.timeout_minutes)
     bare = build_model(start.architecture, model_settings(config, exchange, machine))
     log.info("computes with %s", _implementations(config, device, machine, start.architecture))
@@ -231,7 +233,7 @@ def _resume(session: Session, start: Start, verification: Verification) -> None:
     _say_changes(session, meta)
     if start.changed_data:
         log.warning(
-            "data.allow_change: samples from %d on are other data's: %s",
+            "data.allow_change: the data has changed from sample %d on: %s",
             session.consumed_samples,
             "; ".join(start.changed_data),
         )
@@ -241,11 +243,12 @@ def _say_changes(session: Session, meta: folder.Meta) -> None:
     """Which settings of the optimizer and the schedule are not those that the checkpoint was trained under."""
     if not meta.settings:
         log.info(
-            "step %d does not say its optimizer settings (an earlier version's): the configuration's hold", meta.step
+            "step %d does not record its optimizer settings (an earlier version wrote it); using the config's",
+            meta.step,
         )
     elif found := changed(meta.settings, recorded(session.config)):
         log.warning(
-            "changed since step %d: %s; the configuration's values hold from step %d on",
+            "changed since step %d: %s; the config's values apply from step %d on",
             meta.step,
             "; ".join(found),
             meta.step + 1,
@@ -261,7 +264,7 @@ def _first_weights(start: Start, config: Config, chunks: list[torch.nn.Module]) 
         return
     if start.hf is None:
         _fill(chunks, RandomWeights(start.architecture, config.run.seed), start.architecture)
-        log.info("random weights of seed %d; everything else starts fresh", config.run.seed)
+        log.info("random weights from seed %d; everything else starts fresh", config.run.seed)
         return
     with HFReader(start.hf) as reader:
         reader.check(start.architecture)

@@ -100,6 +100,6 @@ def test_an_allowed_change_is_logged_and_saved(trained: dict[str, Any], pool: Wo
     settings = trained | {"run": trained["run"] | {"seed": 7}, "data": trained["data"] | {"allow_change": True}}
     pool.run(1, "tests.training.workers:start_run", settings)
     logged = (Path(trained["run"]["dir"]) / "log.txt").read_text()
-    assert "data.allow_change: samples from 8 on are other data's: run.seed 1234 → 7" in logged
+    assert "data.allow_change: the data has changed from sample 8 on: run.seed 1234 → 7" in logged
     assert pool.run(1, "tests.training.workers:train_run", settings, 3)[0]["started"] == 2
     assert read_meta(find_checkpoint(trained["run"]["dir"])).data["run.seed"] == 7
