@@ -97,7 +97,9 @@ def kill_and_finish(folder: Path, big: Path, tokenizer: Path, trials: int, optio
     assert kept, "no run was killed between its first and its last part: the trials show nothing"
 
 
-@pytest.mark.parametrize("options", ["", "group_by='repo'"], ids=["plain", "grouped"])
+@pytest.mark.parametrize(
+    "options", [pytest.param("", marks=pytest.mark.slow), "group_by='repo'"], ids=["plain", "grouped"]
+)
 def test_a_run_killed_at_random_gives_the_same_output(
     tmp_path: Path, big: Path, tokenizer_folder: Path, options: str
 ) -> None:

@@ -63,6 +63,7 @@ def test_a_models_own_window_is_measured(pool, sources, expected, tmp_path):
         assert means == pytest.approx(windowed, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command_writes_numbers_table_and_picture(sources, expected, tmp_path):
     hf, data = sources
     arguments = ["--hf", hf, "--data", data, "--seq-length", LENGTH, "--samples", SAMPLES, "--nproc", 2]

@@ -37,7 +37,9 @@ def greedy_of_transformers(folder, prompt, count):
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("kind", ["plain", "yarn", "tied", "windowed"])
+@pytest.mark.parametrize(
+    "kind", ["yarn", "windowed", *(pytest.param(one, marks=pytest.mark.slow) for one in ("plain", "tied"))]
+)
 def test_greedy_is_that_of_transformers(kind, tmp_path, pool):
     overrides = {"rope_parameters": YARN} if kind == "yarn" else {}
     folder = make_llama(tmp_path / "hf", tie_word_embeddings=kind == "tied", **overrides)

@@ -31,6 +31,7 @@ def resumes(run: Run, hosts: Hosts, step: int, unbroken: Run) -> None:
     assert run.curves() == unbroken.curves()
 
 
+@pytest.mark.slow
 def test_a_link_cut_in_a_step(hosts: Hosts, sources: tuple[Path, Path], unbroken: Run, tmp_path: Path) -> None:
     """Both hosts live on, each for itself, and their watchdogs wake."""
     run = Run(tmp_path, sources, runtime=WATCHDOG)

@@ -58,9 +58,11 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(
 @pytest.mark.parametrize(
     ("world", "after", "sections"),
     [
-        pytest.param(2, {}, {}, id="dp2"),
+        pytest.param(2, {}, {}, id="dp2", marks=pytest.mark.slow),
         pytest.param(2, TP2, {}, id="dp2-to-tp2"),
-        pytest.param(2, {}, {"checkpoint": {"optimizer": "dp_reshardable"}}, id="dp_reshardable"),
+        pytest.param(
+            2, {}, {"checkpoint": {"optimizer": "dp_reshardable"}}, id="dp_reshardable", marks=pytest.mark.slow
+        ),
         pytest.param(1, {}, {"parallel": {"use_distributed_optimizer": False}}, id="whole"),
         pytest.param(2, {}, {"lora": {"rank": 2, "target_modules": ["q_proj"]}}, id="adapters"),
         pytest.param(1, {}, {"precision": {"params_dtype": "bf16"}}, id="bf16"),

@@ -14,6 +14,7 @@ from tests.ranks import end_ranks, finish, start_ranks
 from tests.training.test_processes import configuration, wait_for
 
 
+@pytest.mark.slow
 def test_a_second_training_is_refused_until_the_first_has_ended(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

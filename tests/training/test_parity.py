@@ -24,6 +24,9 @@ LAYOUTS = {
     "TP2xPP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
 }
 
+# The quick tests take the layouts in which several things change; each by itself is slow.
+SLOW = ("TP2", "PP2", "CP4", "DP2")
+
 # Tied weights are a matter of who holds them: one stage, or two, and all of them or a part. `test_matrix` ties them
 # under the other layouts.
 TIED = ("TP2+SP", "PP2 interleaved", "DP2 overlapped", "TP2xPP2")
@@ -56,7 +59,7 @@ def references(sources: dict[str, Path], pool: WorkerPool) -> dict[str, dict[str
 @pytest.mark.parametrize(
     ("model", "layout"),
     [
-        *(("untied", layout) for layout in LAYOUTS),
+        *(pytest.param("untied", one, marks=[pytest.mark.slow] if one in SLOW else []) for one in LAYOUTS),
         *(("tied", layout) for layout in TIED),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_hang_ends_the_run_with_every_ranks_stack(sources: tuple[Path, Path], 
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)],
+    [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGUSR1))],
     ids=["term", "int", "usr1"],
 )
 def test_a_signal_to_one_process_saves_and_ends_all(

@@ -26,7 +26,10 @@ def losses(result: dict[str, Any]) -> dict[int, tuple[float, float]]:
     return {record["step"]: (record["loss"], record["gradient_norm"]) for record in result["records"]}
 
 
-@pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {"tensor_model_parallel_size": 2}), (2, {})])
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [pytest.param(1, {}, marks=pytest.mark.slow), (2, {"tensor_model_parallel_size": 2}), (2, {})],
+)
 def test_resume_is_bit_for_bit(
     world: int, parallel: dict[str, Any], sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
@@ -56,6 +59,7 @@ def test_bf16_resume_is_bit_for_bit(sources: tuple[Path, Path], pool: WorkerPool
     assert losses(pool.run(2, TRAIN, settings("broken"))[0]) == {step: unbroken[step] for step in range(6, 11)}
 
 
+@pytest.mark.slow
 def test_another_layout_goes_on(sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path) -> None:
     """The optimizer's state is stored for any layout, and the position in the data does not depend on it."""
     unbroken = losses(pool.run(1, TRAIN, run_settings(tmp_path / "one", *sources, checkpoint={"save_interval": 5}))[0])
@@ -119,6 +123,7 @@ def _lose_tokenizer(run: Path) -> None:
     write_meta(checkpoint, meta.model_copy(update={"checksums": files}))
 
 
+@pytest.mark.slow
 def test_held_out_loss_is_the_same_under_any_layout(
     sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
@@ -138,6 +143,7 @@ def test_held_out_loss_is_the_same_under_any_layout(
             assert other[key] == pytest.approx(one[key], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_dp_reshardable_allows_data_and_context_parallelism_to_change(
     sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:

@@ -71,7 +71,7 @@ def test_a_disk_that_takes_nothing_is_told_and_training_goes_on(
     assert reason in failed[0]["reason"]
 
 
-@pytest.mark.parametrize("async_save", [True, False])
+@pytest.mark.parametrize("async_save", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_full_disk_ends_the_run_where_it_shall(
     async_save: bool, sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
