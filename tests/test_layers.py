@@ -14,7 +14,7 @@ FLOORS = (
     ("errors", "__init__"),
     ("runtime",),
     ("config", "plots"),
-    ("rope", "data"),
+    ("rope", "data", "costs"),
     ("sft", "attention"),
     ("model",),
     ("checkpoint",),

@@ -104,6 +104,10 @@ class PositionLoss:
         sums, counts = self._sums_counts.tolist()
         return sums, [round(count) for count in counts]
 
+    def by_bucket(self) -> dict[str, float | None]:
+        """`means` by bucket, in plain numbers: "1024-2048". Waits for the device."""
+        return dict(zip((f"{low}-{high}" for low, high in pairwise(self.edges)), self.means(), strict=True))
+
     def means(self) -> list[float | None]:
         """Mean loss in nats per bucket, None where no token fell. Waits for the device."""
         sums, counts = self.sums_counts()

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import IO
 
 import megalong
+from megalong.runtime.amounts import duration
 from megalong.runtime.signals import PASSED_ON
-from megalong.training.console import duration
 
 WIDTH = 100
 GRACE_SECONDS = 30.0

@@ -9,8 +9,8 @@ from __future__ import annotations
 from megalong.config.architecture import Architecture
 from megalong.config.positions import covered_positions, trained_positions
 from megalong.config.schema import Config
+from megalong.costs.flops import matrix_entries
 from megalong.rope.scaling import ntk_theta, temperature, theta_of
-from megalong.training.flops import matrix_entries
 
 
 def model_line(config: Config, architecture: Architecture) -> str:

@@ -1,52 +1,31 @@
 """What this device can do at best, and how much memory the run has taken: the two ends of MFU and of an OOM.
 
 MFU divides the operations a model needs by the peak of the device. For known GPUs the peak is the vendor's dense
-bf16 figure. For anything else (a CPU, a GPU not in the table) it is measured once, in a quarter of a second: the best
-of a few square matrix products on this process's own threads, in the time they were running (another program on the
-same cores takes no part of the peak away). A measured peak is what the machine can truly reach, so MFU against it
-reads higher than against a data sheet; the run's `config` text in TensorBoard says which one was used.
+bf16 figure (costs/hardware.py). For anything else (a CPU, a GPU not in the table) it is measured once, in a quarter of
+a second: the best of a few square matrix products on this process's own threads, in the time they were running
+(another program on the same cores takes no part of the peak away). A measured peak is what the machine can truly
+reach, so MFU against it reads higher than against a data sheet; the run's `config` text in TensorBoard says which one
+was used.
 """
 
 from __future__ import annotations
 
+import functools
 import resource
 import time
-from dataclasses import dataclass
 
 import torch
 
-# Dense bf16 tensor-core TFLOP/s from the vendors' data sheets; the first name found in the device's name counts.
-_DENSE_BF16_TFLOPS = {
-    "B300": 2250.0,
-    "B200": 2250.0,
-    "GH200": 989.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H20": 148.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-}
+from megalong.costs.hardware import Peak, data_sheet_peak
 
 
-@dataclass(frozen=True)
-class Peak:
-    """Operations per second at best, and where the figure comes from."""
-
-    flops_per_second: float
-    source: str
-
-
+@functools.cache
 def device_peak(device: torch.device) -> Peak:
     """The peak of `device` for MFU: from the data sheet where its name is known, else measured."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for known, tflops in _DENSE_BF16_TFLOPS.items():
-            if known in name:
-                return Peak(tflops * 1e12, f"{name}, dense bf16 by data sheet")
-        return Peak(_measure(device, torch.bfloat16, 8192), f"{name}, bf16 matrix product measured")
+        measured = f"{name}, bf16 matrix product measured"
+        return data_sheet_peak(name) or Peak(_measure(device, torch.bfloat16, 8192), measured)
     return Peak(_measure(device, torch.float32, 1024), "this CPU process, fp32 matrix product measured")
 
 

@@ -25,9 +25,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from megalong.runtime.amounts import duration
 from megalong.runtime.distributed import from_all_ranks, is_main_rank
 from megalong.runtime.network import node_name
-from megalong.training.console import duration
 from megalong.training.ledger import Ledger
 
 log = logging.getLogger("megalong")

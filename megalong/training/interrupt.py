@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 from megalong.config.schema import Config
 from megalong.runtime import signals
+from megalong.runtime.amounts import duration
 from megalong.runtime.distributed import control_group
-from megalong.training.console import duration
 
 
 def grace_of(config: Config) -> dict[str, float]:

@@ -19,20 +19,20 @@ from megalong.runtime import signals
 from megalong.runtime.distributed import is_main_rank
 from megalong.training import events
 from megalong.training.guard import Guard
-from megalong.training.loop import GUARDED, Outcome, Trainer, make_metrics
-from megalong.training.metrics import Metrics
+from megalong.training.loop import GUARDED, Outcome, Trainer, make_recorder
+from megalong.training.metrics.sinks import Sink
 from megalong.training.setup import Session, set_up
 
 log = logging.getLogger("megalong")
 
 
-class MetricsMaker(Protocol):
-    """Makes what a life is told of."""
+class RecorderMaker(Protocol):
+    """Makes what a life is recorded by."""
 
-    def __call__(self, session: Session, world_size: int) -> Metrics: ...
+    def __call__(self, session: Session, world_size: int) -> Sink: ...
 
 
-def run_until_finished(config: Config, device: torch.device, make: MetricsMaker = make_metrics) -> Outcome:
+def run_until_finished(config: Config, device: torch.device, make: RecorderMaker = make_recorder) -> Outcome:
     """Run a stage until it is finished, or interrupted by a signal.
 
     Raises:
@@ -45,7 +45,7 @@ def run_until_finished(config: Config, device: torch.device, make: MetricsMaker 
             return outcome
 
 
-def _life(config: Config, device: torch.device, make: MetricsMaker, before: Guard | None) -> tuple[Outcome, Guard]:
+def _life(config: Config, device: torch.device, make: RecorderMaker, before: Guard | None) -> tuple[Outcome, Guard]:
     """A function of its own, so that nothing holds the model while the next life builds its own."""
     run = Path(config.run.dir)
     session = set_up(config, device)
@@ -56,21 +56,21 @@ def _life(config: Config, device: torch.device, make: MetricsMaker, before: Guar
         return "finished", session.guard
     if before is None:
         events.record(run, session.step, "resume" if session.step else "start", world_size=dist.get_world_size())
-    metrics = make(session, dist.get_world_size())
-    _tell_again(metrics, run, session.step)
+    recorder = make(session, dist.get_world_size())
+    _record_again(recorder, run, session.step)
     try:
-        trainer = Trainer(session, metrics)
+        trainer = Trainer(session, recorder)
         signals.listen_to_all(trainer.interrupt.outlook)
         outcome = trainer.run()
     finally:
-        metrics.close()
+        recorder.close()
     if outcome == "finished":
         events.record(run, session.step, "finish", **trainer.read)
     return outcome, session.guard
 
 
-def _tell_again(metrics: Metrics, run: Path, step: int) -> None:
+def _record_again(recorder: Sink, run: Path, step: int) -> None:
     """Curves forget what earlier lives wrote beyond `step`; what the guard did there is to stay."""
     for event in events.read(run) if is_main_rank() else ():
         if event["kind"] in GUARDED and event.get("at", 0) > step:
-            metrics.log_event(event["at"], event["kind"], event["what"])
+            recorder.event(event["at"], event["kind"], event["what"])

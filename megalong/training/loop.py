@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megalong.checkpoint.folder import step_folder
 from megalong.checkpoint.saver import Saved
+from megalong.costs.flops import mean_flops_per_token
 from megalong.data.sample import SampleSource
 from megalong.data.skipped_samples import remaining
 from megalong.errors import UserError
@@ -32,9 +33,12 @@ from megalong.runtime.watchdog import Watchdog
 from megalong.training import events, setup
 from megalong.training.batches import Batches
 from megalong.training.guard import Event
+from megalong.training.hardware import device_peak, peak_memory
 from megalong.training.health import HealthWatch
 from megalong.training.interrupt import Interrupt, StepDropped, grace_of
-from megalong.training.metrics import Metrics, StepRecord
+from megalong.training.metrics.record import StepRecord
+from megalong.training.metrics.recorder import Recorder, open_recorder
+from megalong.training.metrics.sinks import Sink
 from megalong.training.samples import Samples, check_tokenizer, open_samples
 from megalong.training.setup import Session
 from megalong.training.step import StepResult, TrainStep
@@ -54,9 +58,9 @@ class Trainer:
         read: tokens that steps of this life have computed, those learnt of them, and padding.
     """
 
-    def __init__(self, session: Session, metrics: Metrics) -> None:
+    def __init__(self, session: Session, recorder: Sink) -> None:
         config = session.config
-        self.session, self.config, self.metrics = session, config, metrics
+        self.session, self.config, self.recorder = session, config, recorder
         self.interrupt = Interrupt(grace_of(config), may_drop=config.parallel.pipeline_model_parallel_size == 1)
         self.step = TrainStep(session.chunks, session.optimizer, session.scheduler, session.guard, self.interrupt)
         self.watchdog = Watchdog(Path(config.run.dir), dist.get_rank(), config.runtime.hang_minutes, self._tell_hang)
@@ -138,7 +142,7 @@ class Trainer:
             log.warning("guard: %s: %s", event.action, event)
         details = {name: value for name, value in vars(event).items() if name not in ("step", "action")}
         events.record(self.config.run.dir, self.session.step, _KINDS[event.action], at=event.step, **details)
-        self.metrics.log_event(event.step, _KINDS[event.action], event.what)
+        self.recorder.event(event.step, _KINDS[event.action], event.what)
         if event.action == "stop":
             raise UserError(
                 f"guard: {event}: nothing of this step is saved, checkpoints before it are good; run the same "
@@ -200,7 +204,7 @@ class Trainer:
             return
         started = time.perf_counter()
         self.interrupt.begins("a save")
-        self.metrics.flush()
+        self.recorder.flush()
         self._tell_saved(setup.save(self.session))
         self._window.seconds["checkpoint"] = time.perf_counter() - started
 
@@ -222,38 +226,40 @@ class Trainer:
         events.record(self.config.run.dir, saved.step, "save", seconds=saved.seconds, pause=saved.pause)
 
     def _log(self, result: StepResult, validation: _HeldOut | None) -> None:
-        window, config = self._window, self.config
-        position_losses: list[float | None] = []
-        if config.logging.position_buckets:
-            window.positions.reduce(None, self.session.device)
-            position_losses = window.positions.means()
-        record = StepRecord(
-            step=self.session.step,
+        window, session = self._window, self.session
+        if self.config.logging.position_buckets:
+            window.positions.reduce(None, session.device)
+        if is_main_rank():
+            self.recorder.step(self._record(result, validation))
+        told = "checkpoint" in window.seconds or session.step == self.config.training.train_iters
+        health = self.health.report(
+            session.step, window.steps, window.seconds, window.own, window.useful, window.skipped, told
+        )
+        if health is not None:  # on rank 0
+            self.recorder.health(session.step, health)
+        self._window = _Window(self.config.data.positions)
+
+    def _record(self, result: StepResult, validation: _HeldOut | None) -> StepRecord:
+        window, session, data = self._window, self.session, self.config.data
+        return StepRecord(
+            step=session.step,
+            steps=window.steps,
             loss=window.loss,
             learning_rate=result.learning_rate,
             tokens=window.computed,
             learnt_tokens=window.tokens,
             padding_tokens=window.computed - window.filled,
-            consumed_tokens=self.session.consumed_samples * config.data.seq_length,
+            consumed_tokens=session.consumed_samples * data.seq_length,
             seconds=dict(window.seconds),
             gradient_norm=result.gradient_norm,
             validation_loss=validation.loss if validation is not None else None,
-            position_losses=position_losses,
-            validation_position_losses=validation.positions.means() if validation is not None else [],
-            document_lengths=window.document_lengths,
+            position_losses=window.positions.by_bucket() if self.config.logging.position_buckets else {},
+            validation_position_losses=validation.positions.by_bucket() if validation is not None else {},
+            world_size=dist.get_world_size(),
+            flops_per_token=mean_flops_per_token(session.architecture, window.document_lengths or [data.seq_length]),
+            peak_flops=device_peak(session.device).flops_per_second,
+            peak_memory=peak_memory(session.device),
         )
-        self.metrics.log_step(record)
-        self._log_health(record)
-        self._window = _Window(config.data.positions)
-
-    def _log_health(self, record: StepRecord) -> None:
-        window = self._window
-        told = "checkpoint" in record.seconds or record.step == self.config.training.train_iters
-        health = self.health.report(
-            record.step, window.steps, record.seconds, window.own, window.useful, window.skipped, told
-        )
-        if health is not None:
-            self.metrics.log_health(record.step, health)
 
     def _batches(self, part: str) -> Batches:
         session = self.session
@@ -342,14 +348,9 @@ class _Window:
         return self._loss_sum / max(self._units, 1)
 
 
-def make_metrics(session: Session, world_size: int) -> Metrics:
-    """The run's console line and curves; rank 0 writes."""
-    return Metrics(
-        session.config,
-        Path(session.config.run.dir),
-        session.step,
-        is_main_rank(),
-        architecture=session.architecture,
-        world_size=world_size,
-        device=session.device,
-    )
+def make_recorder(session: Session, world_size: int) -> Recorder:
+    """The run's console lines, curves and file of steps; rank 0 writes."""
+    if not is_main_rank():
+        return Recorder()
+    run = Path(session.config.run.dir)
+    return open_recorder(session.config, run, session.step, world_size, device_peak(session.device))

@@ -15,11 +15,11 @@ from statistics import median
 from megalong.checkpoint.folder import read_meta, whole_checkpoints
 from megalong.config.architecture import Architecture
 from megalong.config.schema import Config
+from megalong.costs.flops import matrix_entries
 from megalong.errors import UserError
 from megalong.runtime.bandwidth import Bandwidth
 from megalong.runtime.node_report import NodeReport
 from megalong.training.first_lines import parameter_count
-from megalong.training.flops import matrix_entries
 
 _SLOW = 0.5  # of the others' median
 _GIB = 2**30

@@ -90,7 +90,7 @@ def test_loss_by_position_reaches_the_target(tmp_path: Path, pool: WorkerPool) -
     settings["data"] |= POSE
     (told,) = pool.run(1, "tests.training.workers:train_run", settings, 3)
     trained, held_out = (
-        np.array([record[name] for record in told["records"]], float)
+        np.array([list(record[name].values()) for record in told["records"]], float)
         for name in ("position_losses", "validation_position_losses")
     )
     assert trained.shape == (3, 5)

@@ -135,7 +135,7 @@ def test_what_changed_is_said_key_by_key(sources: tuple[Path, Path], pool: Worke
         "optimizer.clip_grad 1.0 → 0.5",
         "optimizer.lr_schedule cosine → constant",
         "training.train_iters 4 → 8",
-        "hold from step 5 on",
+        "apply from step 5 on",
     ):
         assert told in line
     assert "min_lr" not in line

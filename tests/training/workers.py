@@ -89,7 +89,7 @@ def train_beside_slow_rank(settings: dict[str, Any], rank: int, seconds: float) 
             Trainer(session, records).run()  # type: ignore[arg-type]
         finally:
             close_logging()
-        return None if records.health is None else dict(vars(records.health))
+        return None if records.last_health is None else dict(vars(records.last_health))
 
 
 def learning_rates(many: list[dict[str, Any]]) -> list[list[float]]:
@@ -133,21 +133,21 @@ def start_run(settings: dict[str, Any]) -> None:
 
 
 class _Records:
-    """Stands in for Metrics: keeps what it is told."""
+    """A sink that keeps what it is given."""
 
     def __init__(self) -> None:
         self.kept: list[dict[str, Any]] = []
         self.told: list[tuple[int, str, str]] = []
-        self.health: Any = None
+        self.last_health: Any = None
 
-    def log_step(self, record: Any) -> None:
+    def step(self, record: Any) -> None:
         self.kept.append(dict(vars(record)))
 
-    def log_event(self, step: int, kind: str, told: str) -> None:
+    def event(self, step: int, kind: str, told: str) -> None:
         self.told.append((step, kind, told))
 
-    def log_health(self, step: int, health: Any) -> None:
-        self.health = health
+    def health(self, step: int, health: Any) -> None:
+        self.last_health = health
 
     def flush(self) -> None:
         pass

@@ -17,7 +17,7 @@ from benchmarks.gpu.device import GIB, forget_peak, median_time
 from benchmarks.gpu.rows import SIZES
 
 from megalong.config.architecture import Architecture
-from megalong.training.flops import flops_per_token
+from megalong.costs.flops import flops_per_token
 from megalong.training.hardware import device_peak, peak_memory
 from tests.gpu.gpu_time import profiled
 from tests.gpu.harness import Trial

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megalong.config.architecture import Architecture
-from megalong.training.flops import flops_per_token
+from megalong.costs.flops import flops_per_token
 
 LENGTHS = {"256": 256, "8k": 1 << 13, "32k": 1 << 15, "128k": 1 << 17, "256k": 1 << 18, "512k": 1 << 19}
 STEP_TOKENS = 1 << 15  # of a step at least: shorter sequences come several to a step, one a micro-batch

@@ -19,7 +19,7 @@ from benchmarks.gpu.child import Line, reporter
 from benchmarks.gpu.device import GIB, forget_peak, is_out_of_memory, matmul_rate, median_time
 from benchmarks.gpu.ours import OurTraining
 from benchmarks.gpu.rows import LONG_STEP, MATMUL, ROW_SECONDS, Row, architecture
-from megalong.training.flops import flops_per_token
+from megalong.costs.flops import flops_per_token
 from megalong.training.hardware import device_peak, peak_memory
 
 

@@ -1,0 +1,163 @@
+"""Where records go: the console, `RUN/metrics.jsonl`, `RUN/tensorboard`.
+
+A run that dies at step 170 and resumes from the checkpoint of step 150 does steps 151-170 again, so what the first life
+recorded from step 151 on is removed: every step is there once, and no curve runs back and forth.
+
+Recording must never end a run: what the disk does not take is a warning in the log, once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megalong.runtime import json_lines
+from megalong.training.health import Health
+from megalong.training.metrics.console import RemainingTime, step_line
+from megalong.training.metrics.record import StepRecord
+
+LOG = logging.getLogger("megalong")
+FLUSH_SECONDS = 10
+HEALTH = "z_health"
+
+
+class Sink(Protocol):
+    """Takes what rank 0 records of a run."""
+
+    def step(self, record: StepRecord) -> None:
+        """A logged step."""
+
+    def health(self, step: int, health: Health) -> None:
+        """How the run was at a logged step."""
+
+    def event(self, step: int, kind: str, told: str) -> None:
+        """The guard was against a step."""
+
+    def flush(self) -> None:
+        """Put everything on disk."""
+
+    def close(self) -> None:
+        """No more comes."""
+
+
+class _Silent:
+    """A sink of steps alone; one that does not write asynchronously has nothing to flush."""
+
+    def health(self, step: int, health: Health) -> None:
+        """See `Sink`."""
+
+    def event(self, step: int, kind: str, told: str) -> None:
+        """See `Sink`."""
+
+    def flush(self) -> None:
+        """See `Sink`."""
+
+    def close(self) -> None:
+        """See `Sink`."""
+
+
+class Console(_Silent):
+    """A line a step (console.py)."""
+
+    def __init__(self, remaining: RemainingTime) -> None:
+        self._remaining = remaining
+
+    def step(self, record: StepRecord) -> None:
+        """See `Sink`."""
+        LOG.info("%s", step_line(record, self._remaining.total_steps, self._remaining.after(record.step)))
+
+
+class MetricsFile(_Silent):
+    """`RUN/metrics.jsonl`: one JSON object a logged step (docs/training.md lists its keys)."""
+
+    NAME = "metrics.jsonl"
+
+    def __init__(self, run: Path, start_step: int) -> None:
+        """Later steps than `start_step` are cut off."""
+        self._file, self._failed = run / self.NAME, False
+        try:
+            json_lines.cut(self._file, lambda values: values.get("step", 0) <= start_step)
+        except OSError as error:
+            self._give_up(error)
+
+    def step(self, record: StepRecord) -> None:
+        """See `Sink`."""
+        if self._failed:
+            return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        try:
+            json_lines.append(self._file, {"time": now, **record.numbers()})
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._failed = True
+        LOG.warning("%s: %s; steps are not recorded there until the next start", self._file, error.strerror)
+
+
+class TensorBoard:
+    """Curves named `group/name`, so that TensorBoard shows one panel a subject.
+
+    It orders groups by name: loss comes first, and what is looked at only when something is wrong, z_health, last (a
+    run that skipped steps has its few events, guard, before the loss).
+    """
+
+    def __init__(self, run: Path, start_step: int) -> None:
+        """Later steps than `start_step` are forgotten."""
+        # Imported here: it costs a second, and only one rank of hundreds needs it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1, flush_secs=FLUSH_SECONDS)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Markdown under the tab Text."""
+        self._writer.add_text(name, text, step)
+
+    def step(self, record: StepRecord) -> None:
+        """See `Sink`."""
+        scalars: dict[str, float | None] = {
+            "loss/train": record.loss,
+            "loss/validation": record.validation_loss,
+            "schedule/learning_rate": record.learning_rate,
+            "schedule/gradient_norm": record.gradient_norm,
+            "speed/tokens_per_s": record.tokens_per_second,
+            "speed/tokens_per_s_per_gpu": record.tokens_per_second / record.world_size,
+            "speed/learnt_tokens_per_s": record.learnt_per_second,
+            "speed/padding_share": record.padding,
+            "speed/mfu": record.utilization,
+            "memory/peak_gib": record.peak_memory / 2**30,
+            "progress/consumed_tokens": record.consumed_tokens,
+            **{f"time/{name}": value for name, value in record.seconds_each.items()},
+            **{f"loss_by_position/{bucket}": loss for bucket, loss in record.position_losses.items()},
+            **{
+                f"validation_loss_by_position/{bucket}": loss
+                for bucket, loss in record.validation_position_losses.items()
+            },
+        }
+        for name, value in scalars.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, record.step)
+
+    def health(self, step: int, health: Health) -> None:
+        """The curves of `health.py`, and how a step's own seconds are spread over the ranks."""
+        for name, value in health.scalars.items():
+            self._writer.add_scalar(f"{HEALTH}/{name}", value, step)
+        self._writer.add_histogram(f"{HEALTH}/own_step_s_by_rank", torch.tensor(health.own_seconds), step)
+
+    def event(self, step: int, kind: str, told: str) -> None:
+        """A spike in the curve of its kind, and the words."""
+        self._writer.add_scalar(f"guard/{kind}", 1, step)
+        self._writer.add_text("guard/events", told, step)
+        self._writer.flush()
+
+    def flush(self) -> None:
+        """See `Sink`."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """See `Sink`."""
+        self._writer.close()
