@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LIMIT = ("--time=30", "--signal=B:USR1@100")
 SECONDS = 40
 # As many steps as these seconds hold, and the losses of any number of steps begin alike.
-ENDLESS = {"training": {"train_iters": 100_000}, "optimizer": {"lr": 1e-3, "lr_schedule": "constant"}}
+ENDLESS = {"training": {"train_iters": 40_000}, "optimizer": {"lr": 1e-3, "lr_schedule": "constant"}}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from megalong.checkpoint.folder import whole_checkpoints
 from megalong.training import events
 from tests.llama import make_dataset, make_llama
 from tests.ranks import end_ranks, finish, start_ranks
-from tests.training.test_processes import configuration, wait_for
+from tests.training.test_processes import ENDLESS, configuration, wait_for
 
 
 @pytest.mark.slow
@@ -20,7 +20,7 @@ def test_a_second_training_is_refused_until_the_first_has_ended(
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     sources = make_llama(tmp_path / "llama", num_hidden_layers=2), make_dataset(tmp_path / "data")
-    file = configuration(tmp_path, sources, 100_000, checkpoint={"save_interval": 2})
+    file = configuration(tmp_path, sources, ENDLESS, checkpoint={"save_interval": 2})
     ranks = start_ranks(["train", str(file)], 2, log)
     try:
         wait_for(lambda: bool(whole_checkpoints(run)))

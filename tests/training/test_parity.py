@@ -25,7 +25,7 @@ LAYOUTS = {
 }
 
 # The quick tests take the layouts in which several things change; each by itself is slow.
-SLOW = ("TP2", "PP2", "CP4", "DP2")
+SLOW = ("TP2", "TP2+SP", "PP2", "CP2", "CP4", "DP2")
 
 # Tied weights are a matter of who holds them: one stage, or two, and all of them or a part. `test_matrix` ties them
 # under the other layouts.

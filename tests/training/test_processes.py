@@ -19,6 +19,8 @@ from megalong.training import events
 from tests.llama import make_dataset, make_llama, run_settings
 from tests.ranks import end_ranks, finish, start_ranks
 
+ENDLESS = 5_000  # steps: minutes that no test waits for; the order of many more epochs would take seconds to draw
+
 # What torchrun and `--nproc` start in the slow tests: one process in its first life is killed at its third step.
 DIES_ONCE = """
 import os, sys
@@ -87,7 +89,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def test_a_rank_that_dies_ends_those_that_wait_for_it(sources: tuple[Path, Path], tmp_path: Path) -> None:
     """By themselves, without a launcher: their collectives fail."""
-    ranks = start_ranks(["train", str(configuration(tmp_path, sources, 100_000))], 2, tmp_path / "log")
+    ranks = start_ranks(["train", str(configuration(tmp_path, sources, ENDLESS))], 2, tmp_path / "log")
     try:
         wait_for((tmp_path / "run" / "checkpoints").is_dir)
         ranks[1].kill()
@@ -116,7 +118,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(
     number: signal.Signals, sources: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    file = configuration(tmp_path, sources, 100_000, checkpoint={"save_interval": 100_000})
+    file = configuration(tmp_path, sources, ENDLESS, checkpoint={"save_interval": 100_000})
     ranks = start_ranks(["train", str(file)], 2, log)
     wait_for(lambda: log.exists() and "step 2/" in log.read_text())
     assert ranks[1].pid is not None
@@ -125,7 +127,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(
     assert finish(ranks) == [0, 0], log.read_text()
     step = json.loads((run / "REQUEUE").read_text())["step"]
     assert read_meta(find_checkpoint(run)).step == step
-    file.write_text(file.read_text().replace("train_iters: 100000", f"train_iters: {step + 1}"))
+    file.write_text(file.read_text().replace(f"train_iters: {ENDLESS}", f"train_iters: {step + 1}"))
     assert finish(start_ranks(["train", str(file), "data.allow_change=true"], 2, log)) == [0, 0], log.read_text()
     assert not (run / "REQUEUE").exists()
     assert [event["kind"] for event in events.read(run)] == ["start", "save", "signal", "resume", "save", "finish"]
@@ -134,7 +136,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(
 @pytest.mark.slow
 def test_nproc_passes_a_signal_on_and_waits_for_the_save(sources: tuple[Path, Path], tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    file = configuration(tmp_path, sources, 100_000, checkpoint={"save_interval": 100_000})
+    file = configuration(tmp_path, sources, ENDLESS, checkpoint={"save_interval": 100_000})
     with log.open("w") as stream:
         started = subprocess.Popen([*MEGALONG, str(file), "--nproc", "2"], env=environment(), stderr=stream)
         wait_for(lambda: "step 2/" in log.read_text())
@@ -166,7 +168,7 @@ def test_torchrun_starts_a_run_again_when_a_rank_has_died(sources: tuple[Path, P
 @pytest.mark.slow
 def test_torchrun_passes_a_signal_on(sources: tuple[Path, Path], tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    file = configuration(tmp_path, sources, 100_000, checkpoint={"save_interval": 100_000})
+    file = configuration(tmp_path, sources, ENDLESS, checkpoint={"save_interval": 100_000})
     with log.open("w") as stream:
         started = subprocess.Popen([*TORCHRUN, "-m", *MEGALONG[2:], str(file)], env=environment(), stderr=stream)
         wait_for(lambda: "step 2/" in log.read_text())
