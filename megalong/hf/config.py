@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from megalong.config.architecture import Architecture
 from megalong.config.rope import whole
 from megalong.errors import UserError
-from megalong.hf.family import CLASSES, WINDOW_FIELDS, defaults, read_windows, write_windows
+from megalong.hf.family import FAMILIES, WINDOW_FIELDS, write_family
 from megalong.hf.weight_files import ADAPTER_FILE
 from megalong.rope.hf import from_hf, to_hf
 from megalong.runtime.files import unopened
@@ -86,8 +86,9 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
     config = read_json(path)
     _refuse_other_models(path, config)
     try:
+        windows = FAMILIES[config["model_type"]].read(config)
         return Architecture.model_validate(
-            {**_fields(path, config), **read_windows(config), "rope": from_hf(config), "torch_dtype": _dtype(config)}
+            {**_fields(path, config), **windows, "rope": from_hf(config), "torch_dtype": _dtype(config)}
         )
     except ValidationError as error:
         raise UserError(f"{path}: {_first_problem(error)}") from error
@@ -104,7 +105,7 @@ def write_config(architecture: Architecture, base_config: dict[str, Any] | None 
     config = {key: value for key, value in (base_config or {}).items() if key not in _DROPPED}
     config.update(_FIXED)
     config.update({theirs: getattr(architecture, ours) for theirs, ours in _FIELDS.items()})
-    config.update(write_windows(architecture, config.get("model_type")))
+    config.update(write_family(architecture, config.get("model_type")))
     config.update(to_hf(architecture.rope, architecture.max_position_embeddings, architecture.kv_channels))
     if _same_positions(architecture, base_config):
         config["max_position_embeddings"] = architecture.max_position_embeddings
@@ -136,7 +137,7 @@ def _where_a_model_is(folder: Path) -> str:
 
 def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
     """UserError for everything that is not a plain, unquantized Llama, Mistral or Ministral."""
-    names = list(CLASSES)
+    names = list(FAMILIES)
     refused = (
         ("auto_map", config.get("auto_map") is not None, "code shipped with a model is never run; use a plain Llama"),
         ("model_type", config.get("model_type") not in names, f"supported are {', '.join(names)}; write which it is"),
@@ -154,7 +155,7 @@ def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
 def _fields(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Architecture fields under our names, transformers' defaults filled in."""
     values: dict[str, Any] = {}
-    default = defaults(config["model_type"])
+    default = FAMILIES[config["model_type"]].defaults
     for theirs, ours in _FIELDS.items():
         if theirs in config:
             values[ours] = config[theirs] if theirs in _FRACTIONS else whole(config[theirs])

@@ -6,20 +6,23 @@
 
 All three mask alike: with a window of W a query sees a key if query - key < W, so W tokens, its own included, which is
 what `Architecture.window_size` counts. A model leaves under the name it came with where that name can say its windows
-(its tokenizer and servers know it by that), and otherwise under the first in this list that can: a Llama trained in
+(its tokenizer and servers know it by that), and otherwise under the first of `FAMILIES` that can: a Llama trained in
 windows leaves as a Mistral, and a Ministral whose windows were taken away stays one. The logits are the same.
+
+A family is an entry of `FAMILIES`; nothing else names one.
 
 Source: the configurations and masks of transformers 5.23.
 """
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from megalong.config.architecture import Architecture
 from megalong.config.rope import whole
 from megalong.errors import UserError
 
-CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM"}
 WINDOW_FIELDS = ("sliding_window", "layer_types")
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _DEFAULTS: dict[str, Any] = {
@@ -29,29 +32,57 @@ _DEFAULTS: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_WINDOWED_DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
+_WINDOWED_DEFAULTS = {**_DEFAULTS, "max_position_embeddings": 131072, "num_key_value_heads": 8}
 _DEFAULT_WINDOW = 4096
 
 
-def defaults(model_type: str) -> dict[str, Any]:
-    """What a key that a `config.json` leaves out means to transformers; the sizes of the model have no default."""
-    return _DEFAULTS if model_type == "llama" else {**_DEFAULTS, **_WINDOWED_DEFAULTS}
+@dataclass(frozen=True)
+class Family:
+    """What a `model_type` of Hugging Face's means.
 
-
-def read_windows(config: dict[str, Any]) -> dict[str, Any]:
-    """`window_size` and `window_attn_skip_freq` of the model that `config` describes.
-
-    Raises:
-        UserError: `layer_types` that are not one known type for each layer, or that the model type does not read.
+    Attributes:
+        class_name: the class that transformers loads it with.
+        defaults: what a key that a `config.json` leaves out means; the sizes of the model have no default.
+        read: `window_size` and `window_attn_skip_freq` of the model that a `config.json` describes; raises UserError
+            for `layer_types` that are not one known type for each layer, or that the family does not read.
+        can_say: whether a `config.json` of this family can describe the windows of a model.
+        write: the fields of `config.json` that describe them.
     """
-    if config["model_type"] == "llama":
-        return {}
-    window, types = whole(config.get("sliding_window", _DEFAULT_WINDOW)), config.get("layer_types")
+
+    class_name: str
+    defaults: dict[str, Any]
+    read: Callable[[dict[str, Any]], dict[str, Any]]
+    can_say: Callable[[Architecture], bool]
+    write: Callable[[Architecture], dict[str, Any]]
+
+
+def write_family(architecture: Architecture, original: str | None = None) -> dict[str, Any]:
+    """Model type, class and windows as `config.json` has them; `original` is the type the model came with."""
+    can_say = [name for name, family in FAMILIES.items() if family.can_say(architecture)]
+    name = original if original in can_say else can_say[0]
+    family = FAMILIES[name]
+    return {"model_type": name, "architectures": [family.class_name], **family.write(architecture)}
+
+
+def _types(architecture: Architecture) -> list[str]:
+    return [_FULL if window is None else _SLIDING for window in architecture.layer_windows]
+
+
+def _read_one_window(config: dict[str, Any]) -> dict[str, Any]:
+    if (types := config.get("layer_types")) is not None:
+        raise _wrong_types(types, 'a Mistral has one window in all layers; drop it, or write model_type "ministral"')
+    return {"window_size": whole(config.get("sliding_window", _DEFAULT_WINDOW))}
+
+
+def _write_one_window(architecture: Architecture) -> dict[str, Any]:
+    return {"sliding_window": architecture.window_size if _SLIDING in _types(architecture) else None}
+
+
+def _read_layer_types(config: dict[str, Any]) -> dict[str, Any]:
+    types, layers = config.get("layer_types"), config.get("num_hidden_layers")
+    window = whole(config.get("sliding_window", _DEFAULT_WINDOW))
     if types is None:
         return {"window_size": window}
-    if config["model_type"] == "mistral":
-        raise _wrong_types(types, 'a Mistral has one window in all layers; drop it, or write model_type "ministral"')
-    layers = config.get("num_hidden_layers")
     if not isinstance(types, list) or any(kind not in (_SLIDING, _FULL) for kind in types) or len(types) != layers:
         raise _wrong_types(types, f"write {_SLIDING} or {_FULL} for each of the {layers} layers")
     if _SLIDING not in types:
@@ -62,21 +93,34 @@ def read_windows(config: dict[str, Any]) -> dict[str, Any]:
     return {"window_size": window, "window_attn_skip_freq": None if all(pattern) else pattern}
 
 
-def write_windows(architecture: Architecture, original: str | None = None) -> dict[str, Any]:
-    """Model type, class and windows as `config.json` has them; `original` is the type the model came with."""
-    windows = architecture.layer_windows
-    types = [_FULL if window is None else _SLIDING for window in windows]
-    can_say = ["mistral", "ministral"] if len(set(types)) == 1 else ["ministral"]
-    if _SLIDING not in types:
-        can_say.insert(0, "llama")
-    name = original if original in can_say else can_say[0]
-    fields: dict[str, Any] = {"model_type": name, "architectures": [CLASSES[name]]}
-    if name != "llama":
-        fields["sliding_window"] = architecture.window_size if _SLIDING in types else None
-    if name == "ministral":
-        fields["layer_types"] = types
-    return fields
+def _write_layer_types(architecture: Architecture) -> dict[str, Any]:
+    return {**_write_one_window(architecture), "layer_types": _types(architecture)}
 
 
 def _wrong_types(types: Any, mend: str) -> UserError:
     return UserError(f"layer_types = {json.dumps(types)[:60]}: {mend}")
+
+
+FAMILIES = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        _DEFAULTS,
+        read=lambda config: {},
+        can_say=lambda architecture: _SLIDING not in _types(architecture),
+        write=lambda architecture: {},
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        _WINDOWED_DEFAULTS,
+        read=_read_one_window,
+        can_say=lambda architecture: len(set(_types(architecture))) == 1,
+        write=_write_one_window,
+    ),
+    "ministral": Family(
+        "MinistralForCausalLM",
+        _WINDOWED_DEFAULTS,
+        read=_read_layer_types,
+        can_say=lambda architecture: True,
+        write=_write_layer_types,
+    ),
+}

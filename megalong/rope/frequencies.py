@@ -24,6 +24,7 @@ Sources: linear arXiv 2306.15595; ntk and yarn arXiv 2309.00071, sections 3.1 to
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -37,18 +38,7 @@ def inverse_frequencies(rope: RopeSettings, head_dim: int) -> torch.Tensor:
 
     Raises `UserError` where a value is missing that only the checkpoint could have filled in.
     """
-    theta = theta_of(rope)
-    if rope.type == "linear":
-        return _unscaled(theta, head_dim) / rope.factor
-    if rope.type == "ntk":
-        return _unscaled(ntk_theta(rope, head_dim), head_dim)
-    if rope.type == "yarn" and rope.ramp == "dimensions":
-        return _yarn(rope, theta, head_dim)
-    if rope.type == "yarn":
-        return _by_rotations(rope, theta, head_dim, rope.beta_slow, rope.beta_fast)
-    if rope.type == "llama3":
-        return _by_rotations(rope, theta, head_dim, rope.low_freq_factor, rope.high_freq_factor)
-    return _unscaled(theta, head_dim)
+    return SCALINGS[rope.type](rope, head_dim)
 
 
 def correction_range(rope: RopeSettings, head_dim: int) -> tuple[float, float]:
@@ -76,20 +66,22 @@ def _powers(theta: float, head_dim: int) -> torch.Tensor:
     return torch.pow(theta, exponents)
 
 
-def _yarn(rope: RopeSettings, theta: float, head_dim: int) -> torch.Tensor:
+def _yarn(rope: RopeSettings, head_dim: int) -> torch.Tensor:
+    if rope.ramp == "rotations":
+        return _by_rotations(rope, head_dim, rope.beta_slow, rope.beta_fast)
     low, high = correction_range(rope, head_dim)
     if low == high:
         high += 0.001  # a step instead of a ramp; transformers' width
     index = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
     kept = 1 - ((index - low) / (high - low)).clamp(0, 1)
-    powers = _powers(theta, head_dim)
+    powers = _powers(theta_of(rope), head_dim)
     return 1.0 / (rope.factor * powers) * (1 - kept) + 1.0 / powers * kept
 
 
-def _by_rotations(rope: RopeSettings, theta: float, head_dim: int, slow: float, fast: float) -> torch.Tensor:
+def _by_rotations(rope: RopeSettings, head_dim: int, slow: float, fast: float) -> torch.Tensor:
     """Below `slow` turns within the original length divided by the factor, above `fast` kept."""
     original = _original(rope)
-    unscaled = _unscaled(theta, head_dim)
+    unscaled = _unscaled(theta_of(rope), head_dim)
     wavelength = 2 * math.pi / unscaled
     long = wavelength > original / slow
     short = wavelength < original / fast
@@ -105,3 +97,12 @@ def _original(rope: RopeSettings) -> int:
             "write the longest sequence trained before scaling, e.g. 8192"
         )
     return rope.original_max_position_embeddings
+
+
+SCALINGS: dict[str, Callable[[RopeSettings, int], torch.Tensor]] = {
+    "none": lambda rope, head_dim: _unscaled(theta_of(rope), head_dim),
+    "linear": lambda rope, head_dim: _unscaled(theta_of(rope), head_dim) / rope.factor,
+    "ntk": lambda rope, head_dim: _unscaled(ntk_theta(rope, head_dim), head_dim),
+    "yarn": _yarn,
+    "llama3": lambda rope, head_dim: _by_rotations(rope, head_dim, rope.low_freq_factor, rope.high_freq_factor),
+}

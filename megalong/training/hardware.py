@@ -10,7 +10,6 @@ was used.
 
 from __future__ import annotations
 
-import functools
 import resource
 import time
 
@@ -19,7 +18,6 @@ import torch
 from megalong.costs.hardware import Peak, data_sheet_peak
 
 
-@functools.cache
 def device_peak(device: torch.device) -> Peak:
     """The peak of `device` for MFU: from the data sheet where its name is known, else measured."""
     if device.type == "cuda":

@@ -229,8 +229,7 @@ class Trainer:
         window, session = self._window, self.session
         if self.config.logging.position_buckets:
             window.positions.reduce(None, session.device)
-        if is_main_rank():
-            self.recorder.step(self._record(result, validation))
+        self.recorder.step(self._record(result, validation))
         told = "checkpoint" in window.seconds or session.step == self.config.training.train_iters
         health = self.health.report(
             session.step, window.steps, window.seconds, window.own, window.useful, window.skipped, told
@@ -257,7 +256,6 @@ class Trainer:
             validation_position_losses=validation.positions.by_bucket() if validation is not None else {},
             world_size=dist.get_world_size(),
             flops_per_token=mean_flops_per_token(session.architecture, window.document_lengths or [data.seq_length]),
-            peak_flops=device_peak(session.device).flops_per_second,
             peak_memory=peak_memory(session.device),
         )
 

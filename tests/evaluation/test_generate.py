@@ -38,7 +38,7 @@ def greedy_of_transformers(folder, prompt, count):
 
 
 @pytest.mark.parametrize(
-    "kind", ["yarn", "windowed", *(pytest.param(one, marks=pytest.mark.slow) for one in ("plain", "tied"))]
+    "kind", ["yarn", *(pytest.param(one, marks=pytest.mark.slow) for one in ("plain", "tied", "windowed"))]
 )
 def test_greedy_is_that_of_transformers(kind, tmp_path, pool):
     overrides = {"rope_parameters": YARN} if kind == "yarn" else {}

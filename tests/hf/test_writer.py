@@ -99,6 +99,7 @@ write_folder(Path(sys.argv[1]), shapes, tensors(), torch.float32, {"model_type":
 """
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = [sys.executable, "-c", STOPS, str(output)]

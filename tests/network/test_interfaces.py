@@ -21,7 +21,13 @@ def named(hosts: Hosts) -> Iterator[Hosts]:
     hosts.resolve()
 
 
-@pytest.mark.parametrize(("own", "master"), [("127.0.1.1", "a"), ("decoy", "a"), ("nothing", "address")])
+@pytest.mark.parametrize(
+    ("own", "master"),
+    [
+        ("127.0.1.1", "a"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("decoy", "a"), ("nothing", "address"))),
+    ],
+)
 def test_it_is_the_one_towards_the_master(named: Hosts, own: str, master: str, tmp_path: Path) -> None:
     """By itself gloo listens at the address of its host's own name, and NCCL at its first interface: the decoy."""
     named.resolve(own)
@@ -32,6 +38,7 @@ def test_it_is_the_one_towards_the_master(named: Hosts, own: str, master: str, t
     assert found[0]["said"] == WAY
 
 
+@pytest.mark.slow
 def test_the_users_choice_stays(hosts: Hosts, tmp_path: Path) -> None:
     found = meet(hosts, tmp_path, "ab", "a", **{NCCL: f"^{DECOY}"})
     assert [(one["sum"], one[GLOO], one[NCCL]) for one in found] == [(3, LINK, f"^{DECOY}")] * 2

@@ -52,7 +52,9 @@ def reference(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFacto
     return pool.run(1, "tests.training.workers:train_steps", settings, STEPS)[0]
 
 
-@pytest.mark.parametrize("layout", BREAKS)
+@pytest.mark.parametrize(
+    "layout", ["CP2", *(pytest.param(one, marks=pytest.mark.slow) for one in BREAKS if one != "CP2")]
+)
 def test_a_broken_piece_is_seen(
     layout: str, sources: tuple[Path, Path], reference: Any, pool: WorkerPool, tmp_path: Path
 ) -> None:

@@ -26,9 +26,8 @@ def losses(result: dict[str, Any]) -> dict[int, tuple[float, float]]:
     return {record["step"]: (record["loss"], record["gradient_norm"]) for record in result["records"]}
 
 
-@pytest.mark.parametrize(
-    "precision", [pytest.param(HYBRID, marks=pytest.mark.slow), ATTENTION], ids=["linears", "attention"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [HYBRID, ATTENTION], ids=["linears", "attention"])
 def test_resume_is_bit_for_bit(
     precision: dict[str, Any], sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:

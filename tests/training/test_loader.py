@@ -103,6 +103,7 @@ def test_any_number_of_workers_gives_the_same_batches_wherever_it_starts(
         assert found[rank] == [expected] * 3
 
 
+@pytest.mark.slow
 def test_dali_goes_on_where_torch_stopped(data: Path, tmp_path: Path, pool: WorkerPool) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     loaders = [settings(data, tmp_path, **SHAPE), settings(data, tmp_path, **SHAPE, **DALI[0])]

@@ -56,7 +56,6 @@ def record(step, loss=2.0, **others):
         "seconds": {"data": 0.1, "forward_backward": 0.3, "optimizer": 0.1, "checkpoint": 5.0},
         "world_size": 2,
         "flops_per_token": 3e5,
-        "peak_flops": 1e9,
         "peak_memory": 3 << 29,
     }
     return StepRecord(step, loss=loss, **values | others)
@@ -219,7 +218,7 @@ def test_without_sinks_nothing_is_written(tmp_path, caplog):
 
 def test_the_console_line(megalong_log):
     seconds = iter([0.0, 30.0])
-    recorder = Console(RemainingTime(10, lambda: next(seconds)))
+    recorder = Console(RemainingTime(10, lambda: next(seconds)), Peak(1e9, "a test"))
     recorder.step(record(3))
     recorder.step(record(4, gradient_norm=0.812, validation_loss=1.5))
     first, second = (r.getMessage() for r in megalong_log.records)

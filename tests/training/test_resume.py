@@ -28,7 +28,11 @@ def losses(result: dict[str, Any]) -> dict[int, tuple[float, float]]:
 
 @pytest.mark.parametrize(
     ("world", "parallel"),
-    [pytest.param(1, {}, marks=pytest.mark.slow), (2, {"tensor_model_parallel_size": 2}), (2, {})],
+    [
+        pytest.param(1, {}, marks=pytest.mark.slow),
+        pytest.param(2, {"tensor_model_parallel_size": 2}, marks=pytest.mark.slow),
+        (2, {}),
+    ],
 )
 def test_resume_is_bit_for_bit(
     world: int, parallel: dict[str, Any], sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path

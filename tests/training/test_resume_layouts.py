@@ -50,9 +50,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 QUICK = [
     ("TP2xPP2 interleaved", "DP2xCP2", "untied"),  # DP, CP, TP and PP all change
-    ("DP2", "PP2 interleaved", "tied"),
 ]
 SLOW = [
+    ("DP2", "PP2 interleaved", "tied"),
     ("PP4", "TP2xCP2", "untied"),
     ("DP2xCP2", "TP2xPP2 interleaved", "tied"),  # and the other way round
     ("PP2 interleaved", "DP2 overlapped", "tied"),

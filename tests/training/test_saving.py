@@ -26,7 +26,7 @@ def settings(folder: Path, sources: tuple[Path, Path], **checkpoint: Any) -> dic
     return run_settings(folder, *sources, checkpoint={"save_interval": 2, "keep_last": 5} | checkpoint)
 
 
-@pytest.mark.parametrize("optimizer", ["fully_reshardable", "dp_reshardable"])
+@pytest.mark.parametrize("optimizer", ["fully_reshardable", pytest.param("dp_reshardable", marks=pytest.mark.slow)])
 def test_a_save_beside_training_writes_what_a_blocking_one_does(
     optimizer: str, sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from megalong.costs.hardware import Peak
 from megalong.runtime.amounts import amount, duration
 from megalong.training.metrics.record import StepRecord
 
@@ -38,8 +39,8 @@ class RemainingTime:
         return (last_time - first_time) / (last_step - first_step) * (self.total_steps - last_step)
 
 
-def step_line(record: StepRecord, total_steps: int, seconds_left: float | None) -> str:
-    """The line in the module's docstring; what is not known is left out."""
+def step_line(record: StepRecord, total_steps: int, peak: Peak, seconds_left: float | None) -> str:
+    """The line in the module's docstring, MFU against `peak`; what is not known is left out."""
     rate = f"{amount(record.tokens_per_second)} tok/s"
     if record.learnt_per_second < ALL * record.tokens_per_second:
         rate += f" ({amount(record.learnt_per_second)} learnt, {100 * record.padding:.0f} % padding)"
@@ -50,7 +51,7 @@ def step_line(record: StepRecord, total_steps: int, seconds_left: float | None) 
         f"lr {record.learning_rate:.1e}",
         None if record.gradient_norm is None else f"norm {record.gradient_norm:.2f}",
         rate,
-        f"MFU {100 * record.utilization:.0f} %",
+        f"MFU {100 * record.utilization(peak):.0f} %",
         f"{record.peak_memory / 2**30:.1f} GiB",
         None if seconds_left is None else f"ETA {duration(seconds_left)}",
     ]

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megalong.costs.hardware import Peak
+
 OCCASIONAL = ("checkpoint", "evaluation")  # timed as a whole; the rest is time of every step
 
 
@@ -37,7 +39,6 @@ class StepRecord:
         learnt_tokens: those of `tokens` that are predicted and learnt from; None: all.
         padding_tokens: those of `tokens` that fill samples up.
         flops_per_token: of the model, averaged over the documents read.
-        peak_flops: of the device, per second.
         peak_memory: bytes that this process has had in use at most.
     """
 
@@ -56,7 +57,6 @@ class StepRecord:
     learnt_tokens: int | None = None
     padding_tokens: int = 0
     flops_per_token: float = 0.0
-    peak_flops: float = 1.0
     peak_memory: int = 0
 
     @property
@@ -80,18 +80,17 @@ class StepRecord:
         """Tokens learnt from, over the whole world."""
         return self.tokens_per_second * self.learnt / max(self.tokens, 1)
 
-    @property
-    def utilization(self) -> float:
-        """Model FLOPs utilization (MFU), 0 to 1."""
-        return self.tokens_per_second / self.world_size * self.flops_per_token / self.peak_flops
+    def utilization(self, peak: Peak) -> float:
+        """Model FLOPs utilization (MFU) of devices with this peak, 0 to 1."""
+        return self.tokens_per_second / self.world_size * self.flops_per_token / peak.flops_per_second
 
     @property
     def seconds_each(self) -> dict[str, float]:
         """`seconds` of one step; of a checkpoint or an evaluation as a whole."""
         return {name: value / (1 if name in OCCASIONAL else self.steps) for name, value in self.seconds.items()}
 
-    def numbers(self) -> dict[str, Any]:
-        """Everything, under the names of `RUN/metrics.jsonl`; what was not measured is left out."""
+    def numbers(self, peak: Peak) -> dict[str, Any]:
+        """Everything, MFU against `peak`, under the names of `RUN/metrics.jsonl`; what was not measured is left out."""
         found = {
             "step": self.step,
             "loss": self.loss,
@@ -104,7 +103,7 @@ class StepRecord:
             "padding_tokens": self.padding_tokens,
             "tokens_per_s": self.tokens_per_second,
             "tokens_per_s_per_gpu": self.tokens_per_second / self.world_size,
-            "mfu": self.utilization,
+            "mfu": self.utilization(peak),
             "peak_gib": self.peak_memory / 2**30,
             "seconds": self.seconds_each,
             "loss_by_position": _known(self.position_losses),

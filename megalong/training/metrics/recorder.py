@@ -48,9 +48,10 @@ class Recorder:
 
 def open_recorder(config: Config, run: Path, start_step: int, world_size: int, peak: Peak) -> Recorder:
     """The sinks of a run that goes on from `start_step` (0 at a fresh start); `peak` is what MFU is against."""
-    sinks: list[Sink] = [Console(RemainingTime(config.training.train_iters)), MetricsFile(run, start_step)]
+    remaining = RemainingTime(config.training.train_iters)
+    sinks: list[Sink] = [Console(remaining, peak), MetricsFile(run, start_step, peak)]
     if config.logging.tensorboard:
-        board = TensorBoard(run, start_step)
+        board = TensorBoard(run, start_step, peak)
         board.text("config", _config_text(config, peak, world_size), start_step)
         sinks.append(board)
     return Recorder(sinks)

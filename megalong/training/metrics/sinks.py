@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megalong.costs.hardware import Peak
 from megalong.runtime import json_lines
 from megalong.training.health import Health
 from megalong.training.metrics.console import RemainingTime, step_line
@@ -63,12 +64,13 @@ class _Silent:
 class Console(_Silent):
     """A line a step (console.py)."""
 
-    def __init__(self, remaining: RemainingTime) -> None:
-        self._remaining = remaining
+    def __init__(self, remaining: RemainingTime, peak: Peak) -> None:
+        self._remaining, self._peak = remaining, peak
 
     def step(self, record: StepRecord) -> None:
         """See `Sink`."""
-        LOG.info("%s", step_line(record, self._remaining.total_steps, self._remaining.after(record.step)))
+        left = self._remaining.after(record.step)
+        LOG.info("%s", step_line(record, self._remaining.total_steps, self._peak, left))
 
 
 class MetricsFile(_Silent):
@@ -76,9 +78,9 @@ class MetricsFile(_Silent):
 
     NAME = "metrics.jsonl"
 
-    def __init__(self, run: Path, start_step: int) -> None:
+    def __init__(self, run: Path, start_step: int, peak: Peak) -> None:
         """Later steps than `start_step` are cut off."""
-        self._file, self._failed = run / self.NAME, False
+        self._file, self._peak, self._failed = run / self.NAME, peak, False
         try:
             json_lines.cut(self._file, lambda values: values.get("step", 0) <= start_step)
         except OSError as error:
@@ -90,7 +92,7 @@ class MetricsFile(_Silent):
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         try:
-            json_lines.append(self._file, {"time": now, **record.numbers()})
+            json_lines.append(self._file, {"time": now, **record.numbers(self._peak)})
         except OSError as error:
             self._give_up(error)
 
@@ -106,8 +108,9 @@ class TensorBoard:
     run that skipped steps has its few events, guard, before the loss).
     """
 
-    def __init__(self, run: Path, start_step: int) -> None:
+    def __init__(self, run: Path, start_step: int, peak: Peak) -> None:
         """Later steps than `start_step` are forgotten."""
+        self._peak = peak
         # Imported here: it costs a second, and only one rank of hundreds needs it.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -128,7 +131,7 @@ class TensorBoard:
             "speed/tokens_per_s_per_gpu": record.tokens_per_second / record.world_size,
             "speed/learnt_tokens_per_s": record.learnt_per_second,
             "speed/padding_share": record.padding,
-            "speed/mfu": record.utilization,
+            "speed/mfu": record.utilization(self._peak),
             "memory/peak_gib": record.peak_memory / 2**30,
             "progress/consumed_tokens": record.consumed_tokens,
             **{f"time/{name}": value for name, value in record.seconds_each.items()},
