@@ -81,3 +81,7 @@ class SampleSource(Protocol):
     def describe(self, samples: int) -> Sequence[object]:
         """What the first `samples` samples are made of, a line for each part."""
         ...
+
+    def prepare(self, first: int, last: int) -> None:
+        """Make what samples `first` to `last` - 1 need, once for all ranks."""
+        ...

@@ -72,6 +72,10 @@ class Remaining:
         """What the first `samples` samples are made of, those left out included."""
         return self.source.describe(samples)
 
+    def prepare(self, first: int, last: int) -> None:
+        """Places of the source, as the caller counts them."""
+        self.source.prepare(first, last)
+
     def __getattr__(self, name: str) -> Any:
         if name == "source":  # asked for by pickle before there is one
             raise AttributeError(name)

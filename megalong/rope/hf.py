@@ -29,7 +29,7 @@ from megalong.config.rope import RopeSettings
 from megalong.errors import UserError
 from megalong.rope.scaling import ntk_theta, temperature
 
-_FIELDS: dict[str, tuple[str, ...]] = {
+FIELDS: dict[str, tuple[str, ...]] = {
     "none": (),
     "linear": ("factor",),
     "yarn": (
@@ -57,7 +57,7 @@ def to_hf(rope: RopeSettings, max_position_embeddings: int, head_dim: int) -> di
         rope = RopeSettings(rope_theta=ntk_theta(rope, head_dim))
     if rope.ramp == "rotations":
         rope = _as_llama3(rope)
-    scaling = {key: getattr(rope, key) for key in _FIELDS[rope.type] if not _left_out(rope, key)}
+    scaling = {key: getattr(rope, key) for key in FIELDS[rope.type] if not _left_out(rope, key)}
     name = "default" if rope.type == "none" else rope.type
     return {
         "max_position_embeddings": _longest(rope, max_position_embeddings),
@@ -79,10 +79,10 @@ def from_hf(config: dict[str, Any]) -> RopeSettings:
     name = _supported_type(config, parameters)
     theta = _first(parameters.get("rope_theta"), config.get("rope_theta"), five.get("rope_theta"), _DEFAULT_THETA)
     values: dict[str, Any] = {"type": name, "rope_theta": theta}
-    for key in _FIELDS[name]:
+    for key in FIELDS[name]:
         if parameters.get(key) is not None:
             values[key] = parameters[key]
-    if "original_max_position_embeddings" in _FIELDS[name]:
+    if "original_max_position_embeddings" in FIELDS[name]:
         values["original_max_position_embeddings"] = _original_length(config, parameters)
         values.setdefault("factor", _implied_factor(config, values["original_max_position_embeddings"]))
     try:
@@ -128,10 +128,10 @@ def _supported_type(config: dict[str, Any], parameters: dict[str, Any]) -> str:
     if fraction != 1.0:
         raise UserError(f"config.json: partial_rotary_factor: {fraction} is not supported; only whole heads rotate")
     name = "none" if name == "default" else name
-    if name not in _FIELDS:
+    if name not in FIELDS:
         raise UserError(
             f"config.json: rope_type: {name!r} is not supported; "
-            f"a model must use one of default, {', '.join(key for key in _FIELDS if key != 'none')}"
+            f"a model must use one of default, {', '.join(key for key in FIELDS if key != 'none')}"
         )
     return name
 
