@@ -88,7 +88,7 @@ def test_a_rope_type_turns_and_is_spelled(monkeypatch: pytest.MonkeyPatch) -> No
     assert hf.from_hf(written) == rope
 
 
-# --- a kind of sample: two documents that count, each in its own steps --------------------------------------------------
+# --- a kind of sample: two documents that count, each in its own steps ------------------------------------------------
 class Counting:
     """In sample k a third counts up from k by ones, the rest by twos; neither sees the other."""
 

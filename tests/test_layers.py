@@ -16,6 +16,7 @@ FLOORS = (
     ("config", "plots"),
     ("rope", "data", "costs"),
     ("sft", "attention"),
+    ("batches",),
     ("model",),
     ("checkpoint",),
     ("hf",),
@@ -32,7 +33,7 @@ ONLY = {
     "megatron": {"runtime", "model", "checkpoint", "training"},
     "transformer_engine": {"attention", "model", "runtime"},
     "apex": {"runtime"},
-    "nvidia": {"data"},
+    "nvidia": {"batches"},
 }
 
 

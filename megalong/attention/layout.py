@@ -40,7 +40,7 @@ class TokenLayout:
 
     @property
     def multiple(self) -> int:
-        """Sequences must be a multiple of this many tokens; shorter ones are padded (`model.batch`)."""
+        """Sequences must be a multiple of this many tokens; shorter ones are padded (`batches.micro_batch`)."""
         return 1 if self.context_parallel_size == 1 else 2 * self.context_parallel_size
 
     def runs(self, seq_length: int, starts: np.ndarray) -> list[Runs]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from megalong.batches.micro_batch import MicroBatch
 from megalong.evaluation.buckets import PositionLoss
-from megalong.model.batch import MicroBatch
 from megalong.model.schedule import LossObserver, reduce_losses, run_microbatches
 
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 import logging
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megalong.attention.layout import TokenLayout
+from megalong.batches.context_shard import ContextShard
+from megalong.batches.micro_batch import make_micro_batch
 from megalong.checkpoint.store import load_weights
+from megalong.data.sample import Sample
 from megalong.data.sampler import PackedSamples
 from megalong.evaluation.buckets import PositionLoss
 from megalong.evaluation.forward import forward_losses
 from megalong.evaluation.source import ModelSource, beyond_trained
 from megalong.hf.load import load_into
 from megalong.hf.reader import HFReader
-from megalong.model.batch import shard_samples
 from megalong.model.build import build_model
 from megalong.model.config import ModelSettings
 from megalong.runtime.distributed import Layout
@@ -50,11 +53,11 @@ def measure_losses(source: ModelSource, packed: PackedSamples, samples: int, dev
     log.info("measuring %s: rope %s, %d tokens a sample", source, source.architecture.rope.type, packed.seq_length)
     if rank == 0 and (warning := beyond_trained(source, packed.seq_length, "--seq-length")) is not None:
         log.warning(warning)
-    positions, layout = PositionLoss(packed.seq_length), TokenLayout(world)
+    positions, share = PositionLoss(packed.seq_length), ContextShard(TokenLayout(world), rank)
     started = time.monotonic()
     for k in range(samples):
-        whole = torch.from_numpy(packed.sample(k))[None]
-        forward_losses(chunks, [shard_samples(whole, layout, rank, device)], positions)
+        whole = Sample(packed.sample(k), np.zeros(1, np.int64), packed.seq_length + 1)
+        forward_losses(chunks, [make_micro_batch([whole], share).to(device)], positions)
         if (k + 1) * REPORTS // samples > k * REPORTS // samples:
             pace = (k + 1) * packed.seq_length / (time.monotonic() - started)
             log.info("sample %d/%d | %.0f tok/s", k + 1, samples, pace)

@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megalong.attention.exchange import ContextGroups, context_attention
 from megalong.attention.kernels import choose_kernel
 from megalong.attention.plan import AttentionPlan
-from megalong.model.batch import AttentionInputs
+from megalong.model.attention_inputs import AttentionInputs
 from megalong.model.config import LlamaConfig
 from megalong.model.kv_cache import KVCache
 from megalong.rope import apply_rotary, inverse_frequencies, temperature

@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megalong.config.architecture import Architecture
-from megalong.model.batch import AttentionInputs
+from megalong.model.attention_inputs import AttentionInputs
 from megalong.model.config import LlamaConfig
 from megalong.model.head import Head
 from megalong.model.kv_cache import KVCache

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megalong.model.batch import MicroBatch
+from megalong.batches.micro_batch import MicroBatch
+from megalong.model.attention_inputs import AttentionInputs
 
 LossObserver = Callable[[torch.Tensor, MicroBatch], None]
 LossParts = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
@@ -91,7 +92,7 @@ def _forward_step(
     observe: LossObserver | None, batches: Iterator[MicroBatch], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossParts]]:
     batch = next(batches)
-    output = model(tokens=batch.tokens, labels=batch.labels, attention_inputs=batch.attention_inputs())
+    output = model(tokens=batch.tokens, labels=batch.labels, attention_inputs=AttentionInputs.of(batch))
     return output, partial(_sum_of_losses, batch, observe)
 
 

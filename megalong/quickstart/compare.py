@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from megalong.evaluation.source import ModelSource, find_model, open_held_out
 from megalong.runtime.distributed import single_process
 
@@ -92,10 +94,14 @@ def _our_logits(source: ModelSource, sample: torch.Tensor) -> torch.Tensor:
     with single_process():
         # Imports Megatron-Core, for which the process is prepared only now.
         from megalong.attention.layout import TokenLayout
+        from megalong.batches.context_shard import ContextShard
+        from megalong.batches.micro_batch import make_micro_batch
+        from megalong.data.sample import Sample
         from megalong.evaluation.measure import load_model
-        from megalong.model.batch import shard_samples
+        from megalong.model.attention_inputs import AttentionInputs
 
         model = load_model(source)[0].eval()
-        batch = shard_samples(sample, TokenLayout(1), context_rank=0)
-        logits = model(batch.tokens, None, batch.attention_inputs())
+        whole = Sample(sample[0].numpy(), np.zeros(1, np.int64), sample.shape[1])
+        batch = make_micro_batch([whole], ContextShard(TokenLayout(1)))
+        logits = model(batch.tokens, None, AttentionInputs.of(batch))
         return logits[0, :, : source.architecture.vocab_size].float()

@@ -56,6 +56,30 @@ class Layout:
         return self.tensor * self.context * self.pipeline
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where this rank stands in the layout: its index in a dimension, and how many ranks share that."""
+
+    data: int
+    data_size: int
+    context: int
+    stage: int
+    stages: int
+
+
+def place() -> Place:
+    """This rank's, after `set_layout`; pipeline stages are counted without virtual ones."""
+    from megatron.core import parallel_state
+
+    return Place(
+        data=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        context=parallel_state.get_context_parallel_rank(),
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
+        stages=parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+
+
 def environment_world() -> tuple[int, int]:
     """(rank, world size) as torchrun or `--nproc` set them, (0, 1) when nobody did."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+from megalong.batches.skipped_samples import SkippedSamples
 from megalong.config.guard import Guard as Settings
-from megalong.data.skipped_samples import SkippedSamples
 
 _LOSS_FLOOR = 0.01
 _LOG_NORM_FLOOR = 0.1

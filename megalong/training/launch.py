@@ -13,13 +13,14 @@ import os
 import signal
 from pathlib import Path
 
+from megalong.batches import dali
+from megalong.batches.open_samples import Samples, check_tokenizer, open_samples
 from megalong.config.architecture import Architecture
 from megalong.config.checks import check_model, check_world
 from megalong.config.load import load_config
 from megalong.config.positions import check_positions
 from megalong.config.schema import Config
 from megalong.config.text import dump_config
-from megalong.data import dali
 from megalong.data.sampler import PackedSamples
 from megalong.errors import UserError
 from megalong.runtime import gpus
@@ -27,7 +28,6 @@ from megalong.runtime.folders import refuse_unwritable
 from megalong.runtime.launch import run_local
 from megalong.runtime.requeue import clear
 from megalong.runtime.run_lock import held, refuse_held
-from megalong.training.samples import Samples, check_tokenizer, open_samples
 from megalong.training.start import as_configured, exchange_of, find_start
 
 

@@ -18,11 +18,13 @@ from typing import Literal
 
 import torch.distributed as dist
 
+from megalong.batches.loader import Batches
+from megalong.batches.open_samples import Samples, check_tokenizer, open_samples
+from megalong.batches.skipped_samples import remaining
 from megalong.checkpoint.folder import step_folder
 from megalong.checkpoint.saver import Saved
 from megalong.costs.flops import mean_flops_per_token
 from megalong.data.sample import SampleSource
-from megalong.data.skipped_samples import remaining
 from megalong.errors import UserError
 from megalong.evaluation.buckets import PositionLoss
 from megalong.evaluation.forward import forward_losses
@@ -31,7 +33,6 @@ from megalong.runtime.distributed import is_main_rank
 from megalong.runtime.requeue import mark
 from megalong.runtime.watchdog import Watchdog
 from megalong.training import events, setup
-from megalong.training.batches import Batches
 from megalong.training.guard import Event
 from megalong.training.hardware import device_peak, peak_memory
 from megalong.training.health import HealthWatch
@@ -39,7 +40,6 @@ from megalong.training.interrupt import Interrupt, StepDropped, grace_of
 from megalong.training.metrics.record import StepRecord
 from megalong.training.metrics.recorder import Recorder, open_recorder
 from megalong.training.metrics.sinks import Sink
-from megalong.training.samples import Samples, check_tokenizer, open_samples
 from megalong.training.setup import Session
 from megalong.training.step import StepResult, TrainStep
 

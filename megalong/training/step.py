@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 
+from megalong.batches.loader import Batches
+from megalong.batches.micro_batch import MicroBatch
 from megalong.config.guard import Guard as GuardSettings
 from megalong.evaluation.buckets import PositionLoss
 from megalong.evaluation.forward import adding_to
-from megalong.model.batch import MicroBatch
 from megalong.model.fp8 import forget_step
 from megalong.model.schedule import reduce_losses, run_microbatches
 from megalong.runtime import signals
 from megalong.runtime.distributed import from_all_ranks, replica_of
 from megalong.runtime.random_states import random_states, restore
-from megalong.training.batches import Batches
 from megalong.training.guard import Event, Guard, Report
 from megalong.training.health import StepClock
 from megalong.training.interrupt import Interrupt, StepDropped

@@ -115,7 +115,7 @@ def compare(packing: str, run_file: Path) -> None:
     from megalong.runtime import distributed
 
     distributed.start(torch.device("cpu"))
-    from megalong.model.batch import shard_samples
+    from tests.batches.whole import shard_samples
 
     try:
         config = load_config(run_file)[0]

@@ -16,7 +16,7 @@ from megalong.config.mixture import Lengths
 from megalong.data.bins import best_fit
 from megalong.data.sampler import PackedSamples
 from megalong.errors import UserError
-from megalong.model.batch import shard_samples
+from tests.batches.whole import shard_samples
 from tests.data.test_packed_samples import dataset
 
 S = 32

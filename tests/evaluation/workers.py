@@ -54,7 +54,7 @@ def peak_bytes(hf: Path, seq_length: int) -> tuple[int, int]:
     from megalong.evaluation.forward import forward_losses
     from megalong.evaluation.measure import load_model
     from megalong.evaluation.source import find_model
-    from megalong.model.batch import shard_samples
+    from tests.batches.whole import shard_samples
 
     distributed.set_layout(distributed.Layout())
     try:

@@ -38,7 +38,7 @@ def logits(
     from megalong.hf.config import read_architecture
     from megalong.hf.load import load_into
     from megalong.hf.reader import HFReader
-    from megalong.model.batch import AttentionInputs
+    from megalong.model.attention_inputs import AttentionInputs
     from megalong.model.build import build_model
     from megalong.model.config import ModelSettings
 
@@ -120,10 +120,11 @@ def fake_step(tokens: int, vocabulary: int) -> dict[str, Any]:
     from megalong.attention.layout import TokenLayout
     from megalong.config.architecture import Architecture
     from megalong.model import swiglu
-    from megalong.model.batch import shard_samples
+    from megalong.model.attention_inputs import AttentionInputs
     from megalong.model.config import ModelSettings, transformer_config
     from megalong.model.llama import LlamaModel
     from megalong.rope import rotary
+    from tests.batches.whole import shard_samples
 
     architecture = Architecture(
         num_layers=1, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
@@ -139,7 +140,7 @@ def fake_step(tokens: int, vocabulary: int) -> dict[str, Any]:
                 transformer_config(architecture, ModelSettings(params_dtype=torch.bfloat16)), architecture
             )
             batch = shard_samples(torch.zeros(1, tokens + 1, dtype=torch.int64), TokenLayout(), 0)
-            losses: Any = model(batch.tokens, batch.labels, batch.attention_inputs())
+            losses: Any = model(batch.tokens, batch.labels, AttentionInputs.of(batch))
             (losses * batch.loss_mask).sum().backward()
         missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
         return {
@@ -174,7 +175,7 @@ def given_shard(context_rank: int) -> list[np.ndarray]:
     """Tokens, positions and loss mask of one of two context-parallel ranks; the first row skips 100 positions."""
     distributed.start(torch.device("cpu"))
     from megalong.attention.layout import TokenLayout
-    from megalong.model.batch import shard_samples
+    from tests.batches.whole import shard_samples
 
     samples = torch.arange(9).repeat(2, 1)
     positions = torch.arange(8).repeat(2, 1)
@@ -189,12 +190,13 @@ def padded_shard(tokens: int, ranks: int) -> dict[str, Any]:
     """Every rank's share of one masked sample of `tokens` tokens, and how often its angles were computed."""
     distributed.start(torch.device("cpu"))
     from megalong.attention.layout import TokenLayout
-    from megalong.model import batch
+    from megalong.model import attention_inputs
+    from tests.batches.whole import shard_samples
 
     samples, starts = torch.arange(tokens + 1)[None], np.array([0], np.int64)
-    shards = [batch.shard_samples(samples, TokenLayout(ranks), rank, documents=[starts]) for rank in range(ranks)]
-    inputs = shards[0].attention_inputs()
-    with patch.object(batch, "cos_sin", wraps=batch.cos_sin) as made:
+    shards = [shard_samples(samples, TokenLayout(ranks), rank, documents=[starts]) for rank in range(ranks)]
+    inputs = attention_inputs.AttentionInputs.of(shards[0])
+    with patch.object(attention_inputs, "cos_sin", wraps=attention_inputs.cos_sin) as made:
         for _ in range(3):  # a layer each, with a tensor of its own
             inputs.rotary(torch.ones(4))
     return {

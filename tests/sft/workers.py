@@ -14,8 +14,8 @@ def sft_steps(settings: dict[str, Any], steps: int) -> dict[str, list[float]]:
     with _session(settings) as session:
         import torch.distributed as dist
 
-        from megalong.training.batches import Batches
-        from megalong.training.samples import open_samples
+        from megalong.batches.loader import Batches
+        from megalong.batches.open_samples import open_samples
         from megalong.training.step import TrainStep
 
         config = session.config

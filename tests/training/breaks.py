@@ -55,9 +55,9 @@ def dropped_embedding_reduce() -> Iterator[None]:
 @contextmanager
 def swapped_zigzag_chunks() -> Iterator[None]:
     """One context-parallel rank reads its late chunk first; tokens, labels and positions still agree."""
-    from megalong.training import batches
+    from megalong.batches import loader
 
-    right = batches.batch_of
+    right = loader.batch_of
 
     def wrong(rows: Any, share: Any, plan: Any, own: Any) -> Any:
         made = right(rows, share, plan, own)
@@ -65,17 +65,17 @@ def swapped_zigzag_chunks() -> Iterator[None]:
             return made
         return made._with(lambda tensor: tensor.roll(tensor.shape[1] // 2, 1))
 
-    with patch.object(batches, "batch_of", wrong):
+    with patch.object(loader, "batch_of", wrong):
         yield
 
 
 @contextmanager
 def zigzag_of_another_rank() -> Iterator[None]:
     """Every context-parallel rank reads rank 0's chunks."""
-    from megalong.training import batches
+    from megalong.batches import loader
 
-    right = batches.share_of
-    with patch.object(batches, "share_of", lambda config, context_rank, window: right(config, 0, window)):
+    right = loader.share_of
+    with patch.object(loader, "share_of", lambda config, context_rank, window: right(config, 0, window)):
         yield
 
 
@@ -165,19 +165,19 @@ def _loaded_with(**wrong: int) -> Iterator[None]:
 @contextmanager
 def positions_of_the_shard() -> Iterator[None]:
     """Rotary positions count a rank's own tokens from zero."""
-    from megalong.model.batch import AttentionInputs, MicroBatch
+    from megalong.model.attention_inputs import AttentionInputs
 
-    def wrong(self: MicroBatch) -> AttentionInputs:
-        return AttentionInputs(positions=torch.arange(self.positions.shape[1])[None], plan=self.plan)
+    def wrong(batch: Any) -> AttentionInputs:
+        return AttentionInputs(positions=torch.arange(batch.positions.shape[1])[None], plan=batch.plan)
 
-    with patch.object(MicroBatch, "attention_inputs", wrong):
+    with patch.object(AttentionInputs, "of", wrong):
         yield
 
 
 @contextmanager
 def same_samples_on_every_replica() -> Iterator[None]:
     """Data-parallel ranks all train on the first one's samples."""
-    from megalong.training.batches import Batches
+    from megalong.batches.loader import Batches
 
     right = Batches.__init__
 

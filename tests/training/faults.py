@@ -100,9 +100,9 @@ def digest(session: Any) -> int:
 @contextmanager
 def happening(fault: Fault) -> Iterator[None]:
     """Let `fault` happen on this rank."""
+    from megalong.batches.loader import Batches
     from megalong.model import schedule
     from megalong.training import loop, setup
-    from megalong.training.batches import Batches
     from megalong.training.step import TrainStep
 
     reached, times, micro_batches = False, 0, 0

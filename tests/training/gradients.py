@@ -34,9 +34,9 @@ def rank_gradients(settings: dict[str, Any]) -> tuple[list[Slice], float]:
     with _session(settings) as session:
         from megatron.core import parallel_state
 
+        from megalong.batches.loader import Batches
         from megalong.hf.weight_map import local_parameter
         from megalong.model.build import unwrap
-        from megalong.training.batches import Batches
         from megalong.training.step import TrainStep
 
         tensor_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -98,10 +98,10 @@ def adapter_gradients(settings: dict[str, Any]) -> list[Slice]:
     with _session(settings) as session:
         from megatron.core import parallel_state
 
+        from megalong.batches.loader import Batches
         from megalong.hf.adapter import tensor_names
         from megalong.model.build import unwrap
         from megalong.model.lora import adapters
-        from megalong.training.batches import Batches
         from megalong.training.step import TrainStep
 
         rank = parallel_state.get_tensor_model_parallel_rank()

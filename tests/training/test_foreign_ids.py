@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from megalong.batches.order import SampleOrder
 from megalong.cli import main
 from megalong.config.schema import Config
 from megalong.data.indexed import IndexedDataset
 from megalong.data.indexed_writer import IndexedDatasetWriter
-from megalong.data.order import SampleOrder
 from megalong.data.sampler import PackedSamples
 from tests.llama import VOCABULARY, make_dataset, make_llama, run_settings
 from tests.ranks import finish, start_ranks

@@ -12,12 +12,12 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megalong.batches.open_samples import check_tokenizer, open_samples
 from megalong.cli import main
 from megalong.config.schema import Config
 from megalong.data.preprocess import preprocess
 from megalong.errors import UserError
 from megalong.evaluation.source import find_model, open_held_out
-from megalong.training.samples import check_tokenizer, open_samples
 from megalong.training.start import find_start
 from tests.llama import make_llama, run_settings
 

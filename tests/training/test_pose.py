@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from megalong.batches.open_samples import open_samples
 from megalong.config.schema import Config
 from megalong.data.inspect_samples import positions_of, targets_of
-from megalong.training.samples import open_samples
 from tests.llama import make_dataset, make_llama, run_settings
 from tests.pool import WorkerPool
 from tests.training.comparison import TOLERANCE, deviation
@@ -46,7 +46,7 @@ def steps(settings: dict[str, Any], count: int) -> dict[str, list[float]]:
     from tests.training.workers import _session
 
     with _session(settings) as session:
-        from megalong.training.batches import Batches
+        from megalong.batches.loader import Batches
         from megalong.training.step import TrainStep
 
         config = session.config

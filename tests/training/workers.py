@@ -19,8 +19,8 @@ from megalong.runtime import distributed
 def train_steps(settings: dict[str, Any], steps: int, device: str = "cpu") -> dict[str, list[float]]:
     """Loss and gradient norm of the first `steps` steps, without saving anything."""
     with _session(settings, device) as session:
+        from megalong.batches.loader import Batches
         from megalong.data.sampler import PackedSamples
-        from megalong.training.batches import Batches
         from megalong.training.step import TrainStep
 
         config = session.config
@@ -69,9 +69,9 @@ def train_run_in(folder: str, settings: dict[str, Any], stop_after: int | None =
 
 def train_beside_slow_rank(settings: dict[str, Any], rank: int, seconds: float) -> dict[str, Any] | None:
     """Run the trainer with its log while `rank` takes `seconds` longer to read each step's data; the last health."""
+    from megalong.batches.loader import Batches
     from megalong.runtime.logs import close_logging, setup_logging
     from megalong.training import health
-    from megalong.training.batches import Batches
     from megalong.training.loop import Trainer
 
     right = Batches.at

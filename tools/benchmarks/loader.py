@@ -71,9 +71,9 @@ def _write(prefix: Path, median: int) -> None:
 def _reading(prefix: Path, ranks: int) -> tuple[float, float]:
     """GB/s of a rank's reader and of memcpy, medians over samples; each file has been read once before."""
     from megalong.attention.layout import TokenLayout
+    from megalong.batches.context_shard import ContextShard
     from megalong.config.mixture import Domain
     from megalong.data.sampler import PackedSamples
-    from megalong.model.context_shard import ContextShard
 
     packed = PackedSamples([Domain(name="a", path=str(prefix), weight=1.0)], SEQUENCE, 1, "99,1")
     tokens = packed.streams[0].dataset.read(0, packed.streams[0].dataset.num_tokens)
@@ -115,8 +115,8 @@ def _waiting(folder: Path, prefix: Path) -> float:
     try:
         from functools import partial
 
-        from megalong.training.batches import Batches
-        from megalong.training.samples import open_samples
+        from megalong.batches.loader import Batches
+        from megalong.batches.open_samples import open_samples
         from megalong.training.setup import set_up
         from megalong.training.step import TrainStep
 

@@ -107,8 +107,8 @@ def _megalong_step(folder: str) -> Step:
     )
     device = torch.device("cpu")
     distributed.start(device)
+    from megalong.batches.loader import Batches
     from megalong.data.sample import Sample
-    from megalong.training.batches import Batches
     from megalong.training.setup import set_up
     from megalong.training.step import TrainStep
 
@@ -123,6 +123,9 @@ def _megalong_step(folder: str) -> Step:
 
         def describe(self, samples: int) -> list[object]:
             return []
+
+        def prepare(self, first: int, last: int) -> None:
+            pass
 
     batches = Batches(config, Fixed, device)
     train = TrainStep(session.chunks, session.optimizer, session.scheduler)

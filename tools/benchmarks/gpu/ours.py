@@ -76,7 +76,7 @@ class OurTraining:
         return TrainStep(chunks, optimizer, build_scheduler(config, optimizer)), optimizer
 
     def _open(self, length: int, sequences: int) -> Any:
-        from megalong.training.batches import Batches
+        from megalong.batches.loader import Batches
 
         vocabulary, documents = self.architecture.vocab_size, self._documents
         return Batches(
@@ -120,3 +120,6 @@ class RandomSamples:
     def describe(self, samples: int) -> list[object]:
         """Nothing to say."""
         return []
+
+    def prepare(self, first: int, last: int) -> None:
+        """Nothing."""

@@ -1,4 +1,4 @@
-"""A micro-batch as one rank sees it, and what of it travels to the attention layers.
+"""A micro-batch as one rank sees it.
 
 A packed sample holds S+1 tokens: the first S are read, the last S are to be predicted. Where context parallelism needs
 another length they are padded behind, as a document of their own whose losses do not count; nobody sees it happen.
@@ -13,48 +13,16 @@ positions start again with every document.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
-from megalong.attention.layout import TokenLayout, tokens_of
+from megalong.attention.layout import tokens_of
 from megalong.attention.plan import AttentionPlan, SequencePlan
+from megalong.batches.context_shard import ContextShard, read_spans
 from megalong.data.sample import Sample
-from megalong.model.context_shard import ContextShard, read_spans
-from megalong.model.kv_cache import KVCache
-from megalong.rope import cos_sin
-
-
-@dataclass
-class AttentionInputs(PackedSeqParams):
-    """Positions of this rank's tokens and the plan of their attention, on the way to core attention.
-
-    Megatron-Core hands `packed_seq_params` through recomputation and to the layers of every pipeline stage, which it
-    does not do for `position_ids`; module state would not do, because several micro-batches are in flight at once.
-    `qkv_format="sbhd"` tells it that nothing is packed as far as its own code is concerned.
-
-    `positions` int64 [1 or b, s], one row where all rows are alike. With a `cache` (generation) the tokens are those
-    that follow what it holds, of a single document, and no plan is needed.
-    """
-
-    qkv_format: str = "sbhd"
-    positions: torch.Tensor | None = None
-    plan: AttentionPlan | None = None
-    cache: KVCache | None = None
-    _rotary: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
-
-    def rotary(self, inverse_frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each [s, 1 or b, head_dim / 2] float32: made by the first layer, shared by the others.
-
-        All layers of a model have the same frequencies.
-        """
-        if self._rotary is None:
-            assert self.positions is not None
-            self._rotary = cos_sin(inverse_frequencies, self.positions.t())
-        return self._rotary
 
 
 @dataclass(frozen=True)
@@ -108,58 +76,11 @@ class MicroBatch:
         weights = None if self.weights is None else change(self.weights)
         return MicroBatch(tokens, labels, loss_mask, positions, self.plan, weights, self.filled)
 
-    def attention_inputs(self) -> AttentionInputs:
-        """What core attention needs to know of this micro-batch."""
-        return AttentionInputs(positions=self.positions, plan=self.plan)
 
-
-def shard_samples(
-    samples: torch.Tensor,
-    layout: TokenLayout,
-    context_rank: int,
-    device: torch.device | None = None,
-    documents: Sequence[np.ndarray] | None = None,
-    multiple: int = 1,
-    filled: Sequence[int] | None = None,
-    positions: torch.Tensor | None = None,
-    targets: torch.Tensor | None = None,
-    weights: torch.Tensor | None = None,
-) -> MicroBatch:
-    """Cut a rank's share out of whole samples.
-
-    Args:
-        samples: int64 [b, S+1] token ids, the same on every rank of the context-parallel group.
-        layout: how tokens lie on context-parallel ranks.
-        context_rank: this rank's index in the context-parallel group.
-        documents: for each row the tokens of the sample at which a document begins, int64 ascending from 0; None:
-            every token sees all before it.
-        multiple: what the padded length must be a multiple of besides `layout.multiple`.
-        filled: for each row how many of its S+1 tokens are documents'; the rest is padding, which is no target. None:
-            all of them. Where documents are given, padding begins as one of them.
-        positions: int64 [b, S] of the tokens read; None: places in the document, or in the sample.
-        targets: bool [b, S+1]: the tokens that count when they are predicted; None: all.
-        weights: float32 [b, 2, S+1], as `Sample` has them; None: every target weighs 1.
-    """
-    length = samples.shape[1] - 1
-    unread = np.broadcast_to(np.int64(0), length + 1)  # tokens stay the tensors they are: a dry run's are fake
-    rows = [
-        Sample(
-            unread,
-            np.zeros(1, np.int64) if documents is None else documents[row],
-            length + 1 if filled is None else filled[row],
-            None if positions is None else positions[row].numpy(),
-            None if targets is None else targets[row].numpy(),
-            None if weights is None else weights[row].numpy(),
-        )
-        for row in range(len(samples))
-    ]
-    share = ContextShard(layout, context_rank, documents is not None, multiple)
-    plan = share.plan(rows)
-    own = [
-        torch.cat([row[:0], *(row[first:stop] for first, stop in read_spans(share.runs(sequence), length))])
-        for row, sequence in zip(samples, _sequences(plan, rows), strict=True)
-    ]
-    return batch_of(rows, share, plan, own).to(device)
+def make_micro_batch(rows: Sequence[Sample], share: ContextShard) -> MicroBatch:
+    """The rank's micro-batch of `rows`, on the CPU: planned, read and put together at once."""
+    plan = share.plan(list(rows))
+    return batch_of(rows, share, plan, read_tokens(rows, share, plan, np.dtype(np.int64)))
 
 
 def read_tokens(
@@ -168,7 +89,7 @@ def read_tokens(
     """For each row the tokens that the rank reads of it (context_shard.py), as `dtype`, which holds the ids."""
     return [
         torch.from_numpy(share.read(row, share.runs(sequence), dtype))
-        for row, sequence in zip(rows, _sequences(plan, rows), strict=True)
+        for row, sequence in zip(rows, sequences_of(plan, rows), strict=True)
     ]
 
 
@@ -193,7 +114,7 @@ def batch_of(
     if own is None:
         tokens = labels = torch.zeros((), dtype=torch.int64).expand(mask.shape)
     else:
-        shards = zip(own, _sequences(plan, rows), strict=True)
+        shards = zip(own, sequences_of(plan, rows), strict=True)
         pairs = [_shifted(read, read_spans(share.runs(s), length), mask.shape[1]) for read, s in shards]
         tokens, labels = (torch.stack(one) for one in zip(*pairs, strict=True))
     weights = _weights(rows, each, length)
@@ -201,7 +122,7 @@ def batch_of(
     return MicroBatch(tokens, labels, torch.from_numpy(mask), torch.from_numpy(np.stack(places)), plan, weights, filled)
 
 
-def _sequences(plan: AttentionPlan, rows: Sequence[Sample]) -> list[SequencePlan]:
+def sequences_of(plan: AttentionPlan, rows: Sequence[Sample]) -> list[SequencePlan]:
     """The plan of each row."""
     return list(plan.sequences) * (len(rows) // len(plan.sequences))
 

@@ -22,8 +22,8 @@ NAMES = ("tokens", "labels", "loss_mask", "positions")
 @contextmanager
 def _batches(settings: dict[str, Any]) -> Iterator[Any]:
     distributed.start(torch.device("cpu"))
-    from megalong.training.batches import Batches
-    from megalong.training.samples import open_samples
+    from megalong.batches.loader import Batches
+    from megalong.batches.open_samples import open_samples
 
     # DALI's loader starts processes, which a daemon such as a worker of the pool may not.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from megalong.data.skipped_samples import SkippedSamples
+from megalong.batches.skipped_samples import SkippedSamples
 
 
 def test_numbers_are_those_of_the_list_without_what_is_left_out() -> None:

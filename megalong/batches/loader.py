@@ -1,7 +1,7 @@
 """From packed samples to this rank's micro-batches, made in the background while the step before is computed.
 
-    consumed samples ─ data/order.py ─▶ sample numbers ─▶ documents ─ attention/plan.py ─▶ this rank's runs
-                       ─ model/context_shard.py ─▶ tokens of those runs, as stored ─ model/batch.py ─▶ MicroBatch
+    consumed samples ─ order.py ─▶ sample numbers ─▶ documents ─ attention/plan.py ─▶ this rank's runs
+                       ─ context_shard.py ─▶ tokens of those runs, as stored ─ micro_batch.py ─▶ MicroBatch
 
 A context-parallel rank reads its own tokens and the one behind each of its runs, so the ranks of a group together read
 a sample about once. A pipeline stage between the first and the last reads none: it needs document bounds and positions
@@ -19,19 +19,19 @@ from functools import partial
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 
 from megalong.attention.layout import TokenLayout
 from megalong.attention.plan import AttentionPlan
+from megalong.batches.context_shard import ContextShard
+from megalong.batches.dali import DaliTokens, Reader
+from megalong.batches.micro_batch import MicroBatch, batch_of, read_tokens
+from megalong.batches.order import SampleOrder
+from megalong.batches.prefetcher import Prefetcher
+from megalong.batches.skipped_samples import Remaining
 from megalong.config.attention_checks import FP8_TOKENS
 from megalong.config.schema import Config
-from megalong.data.dali import DaliTokens, Reader
-from megalong.data.order import SampleOrder
-from megalong.data.prefetcher import Prefetcher
 from megalong.data.sample import Sample, SampleSource
-from megalong.data.skipped_samples import Remaining
-from megalong.model.batch import MicroBatch, batch_of, read_tokens
-from megalong.model.context_shard import ContextShard
+from megalong.runtime.distributed import place
 from megalong.runtime.gpus import use
 
 Made = tuple[MicroBatch, int, int]  # with the bytes of tokens read for it, and those of its whole samples
@@ -61,17 +61,17 @@ class Batches:
         self.samples = samples()
         self.bytes_read = self.bytes_whole = 0
         self._open, self._config, self._device = samples, config, device
-        self._share = share_of(config, parallel_state.get_context_parallel_rank(), window)
-        stages = parallel_state.get_pipeline_model_parallel_world_size()
-        self._reads = parallel_state.get_pipeline_model_parallel_rank() in (0, stages - 1)
+        here = place()
+        self._share = share_of(config, here.context, window)
+        self._reads = here.stage in (0, here.stages - 1)
         # What a source does not store has no type of its own.
         self._dtype = np.dtype(getattr(self.samples, "token_type", np.int64))
         self._order = SampleOrder(
             0,
             config.training.global_batch_size,
             config.training.micro_batch_size,
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
+            here.data,
+            here.data_size,
             period,
         )
         self._next: int | None = None

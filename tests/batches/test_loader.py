@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from megalong.data import dali
-from megalong.data.order import SampleOrder
-from megalong.data.prefetcher import Prefetcher
+from megalong.batches import dali
+from megalong.batches.order import SampleOrder
+from megalong.batches.prefetcher import Prefetcher
 from megalong.errors import UserError
 from tests.llama import make_dataset, run_settings
 from tests.pool import WorkerPool
 
-EACH = "tests.training.loader_workers:against_each"
-DIGESTS = "tests.training.loader_workers:digests_of_each"
-SEEN = "tests.training.loader_workers:tokens_seen"
+EACH = "tests.batches.workers:against_each"
+DIGESTS = "tests.batches.workers:digests_of_each"
+SEEN = "tests.batches.workers:tokens_seen"
 LENGTH = 512
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megalong.data.order import SampleOrder
+from megalong.batches.order import SampleOrder
 from megalong.data.sample import SampleSource
 from megalong.errors import UserError
 from megalong.runtime.signals import kept_from_children
