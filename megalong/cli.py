@@ -1,11 +1,11 @@
-"""The command line: what can be asked, and which function answers.
+"""The command line: its commands, and the function that runs each of them.
 
-A command is declared in one `add_...` function of `commands/` and answered by one `_run_...` function, which imports
-what it needs when it is called. So `megalong --help` and `megalong data ...` start without torch, and a broken optional
-package hurts only the command that uses it.
+One `add_...` function of `commands/` declares a command, and one `_run_...` function runs it and imports
+what it needs when called. So `megalong --help` and `megalong data ...` start without torch, and a broken optional
+package breaks only the command that uses it.
 
-Exit status: 0 done; 2 the user's mistake, told in one line (under torchrun by one process, see
-`UserError.speaker`); 130 interrupted by hand, told in one line; 1 anything else, with its traceback.
+Exit status: 0 success; 2 a user's mistake, printed in one line (under torchrun by one process, see
+`UserError.speaker`); 130 interrupted by Ctrl-C, printed in one line; 1 a bug, with its traceback.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from megalong.runtime.gpus import set_environment
 
 _STDOUT = 1
 _FULL, _DENIED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS), (errno.EACCES, errno.EPERM)
-# What a machine refuses wherever it is asked; with the file's name, else it is a bug of ours.
+# OS errors that are reported as user errors; without a file name, a denied access is a bug of ours.
 _MENDS = dict.fromkeys(_FULL, "make room there, or write elsewhere") | dict.fromkeys(
     _DENIED, "let this user read and write there, or give another path"
 )
@@ -66,13 +66,13 @@ def _answer(arguments: Sequence[str] | None) -> int:
         asked = _refused_memory(error)
         if asked is None:
             raise
-        print_error(f"{asked}; take a shorter length, a smaller batch, or more processes", speaker="rank")
+        print_error(f"{asked}; use a shorter length, a smaller batch, or more processes", speaker="rank")
         return 2
     return status
 
 
 def _refused_memory(error: MemoryError | RuntimeError) -> str | None:
-    """What the machine had no memory for, in numpy's or torch's words; None for any other error."""
+    """numpy's or torch's out-of-memory message; None for any other error."""
     words = " ".join(str(error).split())
     if isinstance(error, MemoryError):
         return f"out of memory: {words}" if words else "out of memory"
@@ -81,7 +81,7 @@ def _refused_memory(error: MemoryError | RuntimeError) -> str | None:
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout is the pipe that broke (`| head`), and not one between processes; if so, hush the exit."""
+    """Whether stdout is the pipe that broke (`| head`), and not one between processes; if so, silence the exit."""
     poll = select.poll()
     poll.register(_STDOUT, 0)
     if not poll.poll(0):
@@ -104,7 +104,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line; tests freeze its commands and options."""
+    """The whole command line; a test pins its commands and options."""
     parser = Parser(prog="megalong", description="Long-context training of Llama models in 3D parallel.")
     parser.add_argument("--version", action="version", version=f"megalong {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)

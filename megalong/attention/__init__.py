@@ -7,7 +7,7 @@
     kernels.py     a block on one device: the CPU's fused kernel, cuDNN, flash (varlen.py for many), plain tiles;
                    what a kernel cannot count to (limits.py), what is sent to a device once a micro-batch (upload.py)
     fp8.py         the same with operands rounded to 8 bits; transformer_engine.py does all of it by itself on a GPU
-    balance.py     how evenly ranks share the work of a given run
+    (megalong/planning/balance.py reports how evenly ranks share the work of a run)
 
 Tensors are in Megatron's order, `[sequence, batch, heads, head dimension]`.
 """

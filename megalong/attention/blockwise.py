@@ -1,12 +1,12 @@
-"""Attention of a rank's queries to keys that come source by source, forward and backward, by log-sum-exp.
+"""Attention of a rank's queries to keys that arrive source by source, merged by log-sum-exp.
 
     for each source of keys:   blocks of the plan  →  kernel  →  merged into (out, lse)
     backward, the same again:  kernel with the merged out and lse  →  shares of the gradients, added in float32
 
-Where the keys come from is the business of a transport (transport.py). The order of sources and blocks is fixed, so
+A transport (transport.py) supplies the keys. The order of sources and blocks is fixed, so
 the same run gives the same bits (on a GPU only under `torch.use_deterministic_algorithms`: otherwise flash's gradients
 of queries, and those of a key in several blocks of one launch, are summed in any order). The first source shows every
-query its own key, so no query stays without one.
+query its own key, so every query has at least one.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from megalong.attention.varlen import Index, PackedBlocks, launches
 class Attention:
     """How one call is computed.
 
-    `window`: keys a query sees at most, its own included; None: all before it in its document. `joined`: how many
-    context-parallel ranks' tokens lie together where the transport knows one rank.
+    `window`: maximum keys per query, its own included; None: all earlier ones in its document. `joined`: how many
+    context-parallel ranks the transport treats as one.
     """
 
     plan: AttentionPlan
@@ -42,9 +42,9 @@ class Attention:
     joined: int = 1
 
     def parts(self, source: int | None, device: torch.device) -> list[tuple[slice, list[_OneBlock | _Packed]]]:
-        """(rows of the batch, what to launch) against `source`'s keys; layers that ask the same get the same.
+        """(rows of the batch, launches) against `source`'s keys, cached in the plan and shared by all layers.
 
-        So indices are made and sent to the device in a micro-batch's first layer, and not again.
+        Indices are therefore built and uploaded once per micro-batch, in its first layer.
         """
         packs = self.kernel.varlen is not None
         key = ("parts", self.transport.rank, source, self.window, self.joined, device, packs)
@@ -54,7 +54,7 @@ class Attention:
 
     @property
     def is_one_block(self) -> bool:
-        """Whether all there is to compute is causal attention of this rank's tokens to themselves."""
+        """Whether the whole computation is one causal block of this rank's own tokens."""
         if self.transport.size > 1:
             return False
         rows = self._blocks(0)
@@ -131,7 +131,7 @@ def _backward(
     lse: torch.Tensor,
     attention: Attention,
 ) -> Gradients:
-    """Gradients of q, k and v; float32 where more than one block was added up."""
+    """Gradients of q, k and v; float32 if several blocks were summed."""
     if attention.is_one_block:
         return attention.kernel.backward(grad_out, q, k, v, out, lse, CAUSAL, attention.scale)
     transport = attention.transport
@@ -145,7 +145,7 @@ def _backward(
                 )
                 grad_q[part.queries, rows] += dq
                 shares.append((part.keys, rows, dk, dv))
-        # Only now: until here the gradient from the rank before us may still be on its way.
+        # Wait as late as possible: the previous rank's gradient may still be in flight.
         grad_pair = transport.gradient()
         for key_index, rows, dk, dv in shares:
             _add(grad_pair[0][:, rows], key_index, dk)

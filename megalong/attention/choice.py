@@ -1,4 +1,4 @@
-"""Which exchange a layout gets: what was asked for, checked, or the best one with its reason.
+"""Choose the context-parallel exchange: check the configured one, or resolve `auto` and give the reason.
 
 Bytes and FLOPs of one ring step decide. A rank with s tokens, h query and g key heads of d channels computes
 2 s² h d FLOPs a step (half of s x s, two products) and sends 4 s g d bytes in bf16, which is s h / (2 g) FLOPs for

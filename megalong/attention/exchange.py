@@ -8,7 +8,7 @@
 With 8 ranks and `heads_size` 4, ranks 0-3 and 4-7 swap tokens for heads among themselves; then rank 1 and rank 5, which
 hold the same heads, pass keys to each other. `ulysses` is the same with one group, so one code path serves all four.
 
-Where there are fewer key heads than ranks to share them, a key head goes to every rank that has a query head of its
+If there are fewer key heads than ranks, a key head is copied to every rank that holds a query head of its
 group; autograd sums their gradients.
 Source: DeepSpeed-Ulysses arXiv 2309.14509; the two levels as in USP, arXiv 2405.07719.
 """
@@ -50,7 +50,7 @@ class ContextGroups:
         return 1 if self.heads is None else dist.get_world_size(self.heads)
 
     def make_transport(self) -> Transport:
-        """For one call of attention."""
+        """A new transport for one attention call."""
         if self.keys is None:
             return Alone()
         return Ring(self.keys) if self.transport == "ring" else AllGather(self.keys, self.heads_size)
@@ -71,15 +71,15 @@ def context_attention(
     scale: float,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Causal self-attention of sequences that lie on context-parallel ranks as `plan` says.
+    """Causal self-attention of sequences that `plan` distributes over context-parallel ranks.
 
     Args:
         q: `[s, b, h, d]`, s this rank's tokens. k, v: `[s, b, g, d]`, g divides h.
         scale: of the scores.
-        window: keys a query sees at most, its own included.
+        window: maximum number of keys that a query attends to, its own included.
 
     Returns:
-        `[s, b, h, d]` of q's type. Differentiable once in q, k and v. All ranks call it and its backward in one order.
+        `[s, b, h, d]` in q's dtype, once differentiable in q, k and v. All ranks run forward and backward in one order.
     """
     attention = Attention(plan, groups.make_transport(), kernel, scale, window, groups.heads_size)
     if groups.heads is None:
@@ -93,7 +93,7 @@ def context_attention(
 
 
 def _for_every_rank(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values with as many heads as ranks at least, each beside the query heads it serves."""
+    """Keys and values, repeated to at least one head per rank, next to the query heads that they serve."""
     heads, groups = q.shape[2], k.shape[2]
     assert heads_can_be_shared(heads, groups, ranks)
     if groups % ranks == 0:

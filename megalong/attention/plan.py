@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Block:
-    """A run of a rank's queries and a run of a rank's keys, counted from the first token that lies there."""
+    """A run of one rank's queries and a run of one rank's keys, as local token indices."""
 
     queries: slice
     keys: slice
@@ -40,7 +40,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Shard:
-    """The tokens of one rank, or of several that have joined theirs."""
+    """The tokens of one rank, or of several ranks combined."""
 
     runs: Runs
 
@@ -78,7 +78,7 @@ class SequencePlan:
     shards: tuple[Shard, ...]
 
     def joined(self, size: int) -> SequencePlan:
-        """The same with every `size` neighbouring ranks taken as one."""
+        """The same plan with every `size` neighbouring ranks merged into one."""
         if size == 1:
             return self
         groups = (self.shards[i : i + size] for i in range(0, len(self.shards), size))
@@ -91,7 +91,7 @@ class SequencePlan:
         return np.argsort(np.concatenate([tokens_of(shard.runs) for shard in self.shards[ranks]]), kind="stable")
 
     def between(self, rank: int, source: int, window: int | None) -> list[Block]:
-        """What `rank`'s queries see of `source`'s keys."""
+        """The blocks of `rank`'s queries against `source`'s keys."""
         queries, keys = self.shards[rank], self.shards[source]
         if window is not None:
             return _windowed(queries, keys, self.starts, window)
@@ -110,16 +110,16 @@ class SequencePlan:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """The sequences of a micro-batch: one plan for all of its rows where they are alike, else one for each.
+    """The sequences of a micro-batch: one plan for all rows if they are alike, else one per row.
 
-    What layers ask of it is computed once and kept, on the host and on devices, until the micro-batch is done with.
+    Results are cached on host and device as long as the micro-batch lives, so all layers share them.
     """
 
     sequences: tuple[SequencePlan, ...]
     _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def kept(self, key: Hashable, make: Callable[[], T]) -> T:
-        """`make()`, called the first time only. It lives as long as the plan: `key` must say all that it depends on."""
+        """`make()`, called once and cached with the plan. `key` must contain everything that it depends on."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
@@ -131,7 +131,7 @@ class AttentionPlan:
         return [(slice(row, row + 1), sequence) for row, sequence in enumerate(self.sequences)]
 
     def orders(self, ranks: slice, joined: int) -> list[np.ndarray]:
-        """`SequencePlan.order` of every plan there is."""
+        """`SequencePlan.order` of each sequence."""
         key = ("order", ranks.start, ranks.stop, joined)
         return self.kept(key, lambda: [sequence.joined(joined).order(ranks) for sequence in self.sequences])
 
@@ -175,7 +175,7 @@ def _rows(*columns: np.ndarray) -> zip[tuple[int, ...]]:
 
 
 def _causal(shard: Shard, starts: np.ndarray) -> list[Block]:
-    """A rank's tokens lie in order, so among those of one document causal is causal, whatever lies between them."""
+    """A rank's tokens are in order, so its own block of a document is plainly causal, even across gaps."""
     begin, end, local, document = shard.pieces(starts)
     first = np.flatnonzero(np.append(True, document[1:] != document[:-1]))
     lows, highs = local[first], np.append(local[first[1:]], local[-1] + end[-1] - begin[-1])
@@ -212,7 +212,7 @@ def _banded(a: int, b: int, to_local: int, c: int, e: int, keys_to_local: int, w
     """Queries [a, b) against keys [c, e) of the same document, without the queries that see none of them.
 
     Where the window leaves keys behind but no key lies ahead of a query, the queries that still see all of them make a
-    block of their own: flash has no word for a lower diagonal alone if there are more queries than keys.
+    block of their own: flash cannot express a lower diagonal alone if there are more queries than keys.
     """
     first, last = max(a, c), min(b, e + window - 1)
     ahead = e - 1 > first

@@ -1,7 +1,7 @@
 """How keys and values reach the queries of other context-parallel ranks, and their gradients come back.
 
     Alone       they are here already
-    Ring        they travel round the ranks; what a rank holds at a time is two pieces, whatever the group's size
+    Ring        keys are passed from rank to rank; a rank holds two pieces at a time, for any group size
     AllGather   everybody gets them all, in the order of the sequence: one message, n pieces in memory
 
 Ring, n = 4, rank 2:     step 0: own keys    1: rank 1's    2: rank 0's    3: rank 3's
@@ -54,7 +54,7 @@ class Transport(Protocol):
     def sources(
         self, pair: torch.Tensor, plan: AttentionPlan, backward: bool = False
     ) -> Iterator[tuple[int | None, torch.Tensor]]:
-        """(source, its pair) until all have been, one that holds this rank's own keys first.
+        """Yield (source, its pair) for every source, this rank's own keys first.
 
         Source None: the keys of the whole sequence in order. In `backward`, `gradient` and `done` are called once for
         each source before the next is asked for.
@@ -64,7 +64,7 @@ class Transport(Protocol):
         """Where this rank adds its share of the gradient of the pair in hand: float32, of its shape."""
 
     def done(self) -> None:
-        """The share has been added."""
+        """Called after the share has been added."""
 
     def collect(self) -> torch.Tensor:
         """The gradient of this rank's own pair, float32, when all sources are done."""
@@ -98,7 +98,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class _Arrival:
-    """A tensor on its way to us, and the one on its way from us, which must outlive the sending."""
+    """A pending receive, and the tensor being sent, which must stay alive until the send is done."""
 
     requests: list[Any]
     incoming: torch.Tensor
@@ -134,7 +134,7 @@ class Ring:
             pair = arrival.wait()
 
     def gradient(self) -> torch.Tensor:
-        """What the ranks before us have added up for the pair in hand."""
+        """The gradient that earlier ranks accumulated for the current pair."""
         self._in_hand = self._homeward.wait()
         return self._in_hand
 

@@ -1,14 +1,14 @@
-"""From packed samples to this rank's micro-batches, made in the background while the step before is computed.
+"""Turn packed samples into this rank's micro-batches, in the background while the previous step runs.
 
     consumed samples ─ order.py ─▶ sample numbers ─▶ documents ─ attention/plan.py ─▶ this rank's runs
                        ─ context_shard.py ─▶ tokens of those runs, as stored ─ micro_batch.py ─▶ MicroBatch
 
-A context-parallel rank reads its own tokens and the one behind each of its runs, so the ranks of a group together read
+A context-parallel rank reads its own tokens and the token after each of its runs, so the ranks of a group together read
 a sample about once. A pipeline stage between the first and the last reads none: it needs document bounds and positions
 only. Tensor-parallel ranks read the same tokens, from the page cache of their node.
 
-With `data.loader: dali` the tokens come through DALI's processes; everything else is made here all the same, so both
-loaders give the same micro-batches, whatever the number of their workers.
+With `data.loader: dali`, DALI's processes read the tokens. Everything else is still computed here, so both
+loaders return the same micro-batches for any number of workers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megalong.data.sample import Sample, SampleSource
 from megalong.runtime.distributed import place
 from megalong.runtime.gpus import use
 
-Made = tuple[MicroBatch, int, int]  # with the bytes of tokens read for it, and those of its whole samples
+Made = tuple[MicroBatch, int, int]  # (batch, bytes of tokens read, bytes of its whole samples)
 
 
 class Batches:
@@ -43,7 +43,7 @@ class Batches:
     Args:
         samples: opens the samples; DALI's processes call it too, so it must be picklable for them.
         window: the model's widest: balanced layouts count attended pairs with it.
-        period: global batches after which they come again from the first; None: never.
+        period: global batches after which the order repeats from the first; None: never.
 
     Attributes:
         bytes_read: bytes of tokens read for the micro-batches handed out so far.
@@ -84,7 +84,7 @@ class Batches:
         return self._order.count
 
     def places(self, consumed_samples: int, replicas: Iterable[int]) -> tuple[int, ...]:
-        """Places in the order of samples that `replicas` read of the global batch which starts at a sample."""
+        """Positions in the sample order that `replicas` read for the global batch at `consumed_samples`."""
         orders = (replace(self._order, start=consumed_samples, replica=replica) for replica in set(replicas))
         numbers = sorted(k for order in orders for index in range(self.count) for k in order.samples(index))
         place = self.samples.skipped_samples.place if isinstance(self.samples, Remaining) else int
@@ -93,7 +93,7 @@ class Batches:
     def at(self, consumed_samples: int) -> list[MicroBatch]:
         """The micro-batches of the global batch that starts at sample `consumed_samples`.
 
-        Those that follow it are read ahead; asking for any other starts reading anew.
+        The following batches are prefetched. A call for any other batch restarts the prefetcher.
         """
         if self._prefetcher is None or consumed_samples != self._next:
             self.close()
@@ -109,7 +109,7 @@ class Batches:
         return batches
 
     def close(self) -> None:
-        """Read no further; `at` begins anew."""
+        """Stop prefetching; the next `at` restarts it."""
         if self._prefetcher is not None:
             self._prefetcher.close()
         if self._dali is not None:
@@ -117,7 +117,7 @@ class Batches:
         self._prefetcher = self._dali = self._next = None
 
     def describe(self) -> str:
-        """How this rank reads, and how much of its samples."""
+        """Describe the loader and the share of its samples that this rank has read."""
         data, share = self._config.data, self.bytes_read / max(self.bytes_whole, 1)
         ranks = self._config.parallel.context_parallel_size
         return (
@@ -143,7 +143,7 @@ class Batches:
             self._prefetcher = Prefetcher(partial(self._made, order), depth, data.workers)
 
     def _made(self, order: SampleOrder, i: int) -> Made:
-        """This rank's i-th micro-batch in the memory it is sent to the device from."""
+        """This rank's i-th micro-batch in host memory, pinned if it goes to a GPU."""
         use(self._device)  # in a thread of its own
         rows = [self.samples.read(k) for k in order.samples(i)]
         plan = self._share.plan(rows)
@@ -161,10 +161,10 @@ class Batches:
 
 
 def share_of(config: Config, context_rank: int, window: int | None = None) -> ContextShard:
-    """What a context-parallel rank holds of every sample of a run."""
+    """The part of every sample that a context-parallel rank holds."""
     parallel = config.parallel
     # Sequence parallelism cuts a context-parallel shard over the tensor-parallel ranks, and FP8 matrices on a GPU
-    # want a rank's tokens to be a multiple of 8.
+    # need a rank's number of tokens to be a multiple of 8.
     multiple = (FP8_TOKENS if config.precision.fp8 is not None else 1) * parallel.context_parallel_size
     if parallel.sequence_parallel:
         multiple *= parallel.tensor_model_parallel_size

@@ -1,7 +1,7 @@
 """A micro-batch as one rank sees it.
 
 A packed sample holds S+1 tokens: the first S are read, the last S are to be predicted. Where context parallelism needs
-another length they are padded behind, as a document of their own whose losses do not count; nobody sees it happen.
+another length, padding is appended as a separate document whose losses do not count.
 Each rank gets S/CP tokens, those that its `TokenLayout` says; their positions say which ones they are. Everything
 downstream (rotary angles, loss by position, attention) relies on these explicit positions and on the plan, never on
 the index in the shard.

@@ -1,4 +1,4 @@
-"""Things made in the background, handed out in order.
+"""Compute items in background threads and return them in order.
 
 Threads are enough: reading and copying tokens leaves Python's lock, they start at once, and what they make needs no
 copy from another process. However many there are, thing i is made from the number i alone and comes as the i-th.

@@ -1,13 +1,13 @@
-"""Tensors read from a checkpoint's files straight to where they belong, checksums being taken on the way.
+"""Read a checkpoint's tensors directly into their destination, and compute checksums on the way.
 
-torch's reader unpickles every tensor into memory of its own and copies it over; to get that memory from the system
-takes longer than to read. Each tensor lies in the file as a small zip archive of torch's, its bytes in one piece:
+torch's reader unpickles every tensor into newly allocated memory and then copies it; the allocation alone
+takes longer than the read. Each tensor lies in the file as a small zip archive of torch's, its bytes in one piece:
 
     |..| tensor of layer 3: header, pickle (type, shape), bytes, table of contents |..|
                                                             └──▶ the parameter itself, or a buffer that is kept
 
-So the pickle is looked at, by an unpickler that knows nothing but tensors, and the bytes go to the tensor that wants
-all of them, or to a buffer (pinned for a GPU) of which a part is copied. What is stored in any other way, torch reads.
+So a tensors-only unpickler parses the pickle. The bytes are read into the destination tensor if it needs
+all of them, else into a buffer (pinned for a GPU) from which a part is copied. torch reads any other format.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _HEAD = 4096  # bytes of an archive that hold its pickle and the headers up to t
 
 @contextlib.contextmanager
 def direct_reading(verification: Verification) -> Iterator[None]:
-    """Let Megatron-Core read checkpoints with `DirectReader` in here; its strategy takes no reader."""
+    """Make Megatron-Core read with `DirectReader` in this block; its strategy accepts no reader."""
     given = torch_dist._get_filesystem_reader
     torch_dist._get_filesystem_reader = lambda folder, *_, **__: DirectReader(folder, verification)
     try:
@@ -66,7 +66,7 @@ class DirectReader(FileSystemReader):
     """Reads a checkpoint of torch's or Megatron-Core's as `FileSystemReader` does, without copies in between.
 
     Args:
-        verification: is told the checksums of the files it wants that anything is read from.
+        verification: receives the checksums of those files it wants from which something is read.
     """
 
     def __init__(self, path: str | Path, verification: Verification) -> None:
@@ -100,7 +100,7 @@ class DirectReader(FileSystemReader):
         return found
 
     def _read(self, reader: ChecksumReader, item: ReadItem, planner: LoadPlanner) -> bool:
-        """Whether it could be read this way."""
+        """Read `item` directly. Returns False if torch's reader must read it."""
         place = self.storage_data[item.storage_index]
         if item.type != LoadItemType.TENSOR or place.transform_descriptors:
             return False
@@ -124,12 +124,12 @@ class DirectReader(FileSystemReader):
         return True
 
     def _read_aside(self, reader: ChecksumReader, stored: _Stored, pinned: bool) -> torch.Tensor:
-        """The stored tensor, in memory that the next one overwrites."""
+        """The stored tensor, in a buffer that the next call overwrites."""
         which, memory = self._aside
         size = stored.shape.numel() * stored.dtype.itemsize
         if len(memory) < size:
             memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        if which != (reader, stored.offset):  # several parts of one are asked for one after the other
+        if which != (reader, stored.offset):  # consecutive items may be parts of one tensor
             reader.copy_to(stored.offset, memory[:size].numpy())
         self._aside = (reader, stored.offset), memory
         return memory[:size].view(stored.dtype).view(stored.shape)
@@ -145,10 +145,10 @@ class _Stored:
 
 
 def _find(reader: ChecksumReader, offset: int, length: int) -> _Stored | None:
-    """The tensor that torch saved to these bytes of a file; None where it lies in no way that is known here.
+    """The tensor that torch saved to these bytes of a file; None if its format is not recognized.
 
-    Everything is told by the beginning: the pickle comes first, it ends by itself, and the bytes of the tensor follow
-    within their record. (The archive's table of contents is at its end, which the disk has not come to yet.)
+    The start of the archive is enough: the pickle comes first and is self-terminating, and the tensor's bytes follow
+    within their record. (The table of contents is at the end of the archive, which is not read yet.)
     """
     head = np.empty(min(_HEAD, length), np.uint8)
     reader.copy_to(offset, head)
@@ -173,7 +173,7 @@ def _record(archive: bytes, at: int) -> tuple[str, int]:
     """(name, where its bytes begin) of the record of a zip archive whose header is at `at`.
 
     Raises:
-        ValueError: it is none, or is compressed.
+        ValueError: there is no record at `at`, or it is compressed.
     """
     mark, method, name_length, padding = _LOCAL.unpack_from(archive, at)
     if mark != b"PK\3\4" or method:
@@ -192,7 +192,7 @@ def _place(archive: bytes, name: str) -> int:
 
 
 class _Head(pickle.Unpickler):
-    """Reads what torch pickles of one tensor; anything else it refuses."""
+    """Unpickles the metadata of one tensor and refuses anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):

@@ -1,12 +1,12 @@
-"""Saving while training goes on.
+"""Save checkpoints in the background while training continues.
 
     step 50 done ─▶ copy ─▶ steps 51, 52, 53 …            the thread that trains
                       └───▶ write, checksums, rename      a thread of every rank, over a process group of its own
 
-Training pauses for the copy alone. What is written is the copy, so a later step can't be seen in it. One save is
-under way at a time: one that comes before the last is done waits for it. That a save is done is agreed between ranks at
-the end of a step, so that all of them hear of a failure at the same step. The price is host memory for the copy: what
-this rank writes, once.
+Training pauses only for the copy. The copy is what gets written, so later steps cannot leak into it. Only one save
+runs at a time: the next one waits for it. Ranks agree on whether a save is done at
+the end of a step, so that all of them see a failure at the same step. The cost is host memory for one copy of what
+this rank writes.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Saved:
     """How a save ended.
 
     Attributes:
-        pause, seconds: how long training paused for it, and how long it took in all.
-        failure: what the disk said, None where it is published.
+        pause, seconds: how long training paused, and how long the whole save took.
+        failure: the error message; None if the checkpoint was published.
     """
 
     step: int
@@ -73,10 +73,10 @@ class Saver:
         meta: folder.Meta,
         assets: Path | None = None,
     ) -> Saved | None:
-        """Begin a checkpoint of `meta.step`; how the save before ended, if it was still under way.
+        """Start saving `meta.step`. Returns the result of the previous save if it was still running.
 
         Raises:
-            UserError: that one failed, or this one where saves are not asynchronous, and `on_save_failure` is stop.
+            UserError: the previous save, or a synchronous one now, failed, and `on_save_failure` is stop.
         """
         before = self.finish()
         started = time.perf_counter()
@@ -102,7 +102,7 @@ class Saver:
         return before
 
     def poll(self) -> Saved | None:
-        """How the save under way ended, once it has on every rank; None before.
+        """Return the result of the running save once it is done on every rank; None before.
 
         Raises:
             UserError: it failed and `checkpoint.on_save_failure` is stop.
@@ -115,7 +115,7 @@ class Saver:
         return None if flag.item() else self.finish()
 
     def finish(self) -> Saved | None:
-        """Wait for the save under way; how it ended, None where there is none.
+        """Wait for the running save and return its result; None if there is none.
 
         Raises:
             UserError: it failed and `checkpoint.on_save_failure` is stop.
@@ -150,12 +150,12 @@ class Saver:
         except BaseException as error:
             if self._thread is None:
                 raise
-            self._bug = error  # raised where training waits for it
+            self._bug = error  # `finish` raises it on the training thread
         self._result.seconds = time.perf_counter() - started
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Give a damaged checkpoint another name, so that it is neither resumed from nor counted among those to keep."""
+    """Rename a damaged checkpoint, so that no run resumes from it and `keep_last` does not count it."""
     target = checkpoint.with_name(checkpoint.name + ".damaged")
     shutil.rmtree(target, ignore_errors=True)
     try:

@@ -40,7 +40,7 @@ _SHARDS = "optimizer_shards"
 
 
 def save_weights(checkpoint: Path, chunks: list[torch.nn.Module], meta: Meta, assets: Path | None = None) -> None:
-    """Write a checkpoint that holds weights only: what an import makes and a first start reads."""
+    """Write a weights-only checkpoint, as `megalong checkpoint import` does."""
     complete(begin(checkpoint, {"model": _model_state(chunks)}, meta, assets))
 
 
@@ -53,7 +53,7 @@ def begin_training(
     assets: Path | None = None,
     strategy: DeferredSave | None = None,
 ) -> Begun:
-    """Everything a run needs to go on as if it had never stopped, for `complete` to write; see `begin`."""
+    """Collect everything that a bit-exact resume needs. `complete` writes it; see `begin`."""
     model, metadata = _model_state(chunks), _metadata(meta)
     _begin_moments(optimizer)
     state = {"model": model, "scheduler": scheduler.state_dict(), "random": _random_state()}
@@ -88,12 +88,12 @@ def load_training(
     meta: Meta,
     verification: Verification,
 ) -> None:
-    """Put model, optimizer, schedule and, where the layout is the same, random states back.
+    """Restore model, optimizer, schedule and, under the same layout, random states.
 
-    Hyper-parameters are no state: those of `optimizer` and `scheduler` stay as they were built.
+    Hyper-parameters are not restored: `optimizer` and `scheduler` keep the configured ones.
 
     Args:
-        verification: of this checkpoint, which was begun earlier and is finished here.
+        verification: the running verification of this checkpoint; it is finished here.
 
     Raises:
         UserError: the optimizer's state is bound to another layout, or missing.
@@ -149,7 +149,7 @@ def _sharded_optimizer(optimizer: Any, meta: Meta) -> DistributedOptimizer | Non
 
 
 def _begin_moments(optimizer: Any) -> None:
-    """Zeros for moments that no update has made yet, as where every step so far was skipped: what AdamW begins with."""
+    """Initialize missing moments to zero, as AdamW does at its first update (if every step so far was skipped)."""
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         if one.optimizer is not None:
             one.init_state_fn(one.optimizer, one.config)
@@ -172,12 +172,12 @@ def _check_optimizer(checkpoint: Path, meta: Meta) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions a checkpoint records of what wrote it."""
+    """Versions of the software that writes a checkpoint."""
     return {"megalong": __version__, "megatron-core": megatron_version(), "torch": str(torch.__version__)}
 
 
 def _refuse_code(checkpoint: Path) -> None:
-    """Refuse a checkpoint that is more than data; every rank looks at a share of it."""
+    """Refuse a checkpoint that contains code; every rank checks a share of its files."""
     try:
         mine = refusal(checkpoint, dist.get_rank(), dist.get_world_size())
     except (OSError, RuntimeError, ValueError, EOFError) as error:  # of bytes that may be damaged
@@ -188,7 +188,7 @@ def _refuse_code(checkpoint: Path) -> None:
 
 
 def _load(wanted: dict[str, Any], checkpoint: Path, verification: Verification) -> dict[str, Any]:
-    """What `wanted` names, checked: whatever damaged bytes make of themselves, it is the damage that is told."""
+    """Load and verify `wanted`. If a file is damaged, the error reports the damage, not a consequence of it."""
     state: dict[str, Any] = {}
     failure: Exception | None = None
     try:
@@ -204,7 +204,7 @@ def _load(wanted: dict[str, Any], checkpoint: Path, verification: Verification) 
 
 
 def _told(failure: Exception, checkpoint: Path) -> Exception:
-    """Why a checkpoint cannot be loaded, in a line where it is not our mistake."""
+    """Turn a failed load into a one-line error, unless the cause is a bug of ours."""
     if isinstance(failure, dist_checkpointing.core.CheckpointingException):
         return UserError(f"{checkpoint} cannot be loaded: {str(failure).splitlines()[0]}")
     causes: list[BaseException] = [failure]

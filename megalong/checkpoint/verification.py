@@ -1,10 +1,10 @@
-"""Checksums held against a checkpoint's files by all ranks together, while it is loaded.
+"""Verify a checkpoint's checksums on all ranks together, while it is loaded.
 
     small files   at once: they say what the others hold
     tensors       as they pass by, by whoever loads from them (`DirectReader`), and in `finish` what nobody asked for
 
 Each file of tensors is one rank's to check, the one that wrote it if it still has its number: that one loads most of
-it. So a checked load reads a disk once, and damage is told before anything is done with what was loaded.
+it. So a checked load reads a disk once, and damage is reported before the loaded state is used.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Verification:
         return name in self._mine
 
     def tell(self, name: str, found: str) -> None:
-        """That a file which this `wants` has this checksum."""
+        """Record the checksum of a file that this rank `wants`."""
         self._told += compared(name, self._mine.pop(name), found)
 
     def finish(self) -> None:

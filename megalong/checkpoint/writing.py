@@ -1,10 +1,10 @@
 """From a state in memory to a published checkpoint, in two halves.
 
-    begin      collective over the world, on the thread that trains: what is to be written, copied where asked
-    complete   collective over any group of the same ranks, on any thread: write aside, checksums, rename
+    begin      collective over the world, on the training thread: select this rank's shards, and copy them if asked
+    complete   collective over any group of the same ranks, on any thread: write `step-….tmp`, checksums, fsync, rename
 
-Whatever a disk says on one rank is raised on all of them, so that none waits for one that has given up; then nothing
-of the unfinished folder is left, and checkpoints before it are as they were.
+A disk error on one rank is raised on all ranks, so that none waits for a rank that failed. The unfinished folder
+is then removed, and earlier checkpoints are unchanged.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def begin(
     strategy: DeferredSave | None = None,
     **options: Any,
 ) -> Begun:
-    """Let Megatron-Core say what of `state` is to be written.
+    """Let Megatron-Core select the parts of `state` that this rank writes.
 
     Args:
         strategy: the one of the saves before, of the same state; None: a new one.
         options: further arguments of `dist_checkpointing.save`.
     """
     strategy = strategy or DeferredSave()
-    # It writes its small files at once, between collectives: where no disk can fail in the middle of them.
+    # Megatron-Core writes its small files between collectives. In memory, no disk error can leave ranks waiting.
     folder = Path(tempfile.mkdtemp(prefix="megalong-", dir=_MEMORY if _MEMORY.is_dir() else None))
     try:
         dist_checkpointing.save(state, str(folder), strategy, validate_access_integrity=not strategy.checked, **options)
@@ -84,10 +84,10 @@ def begin(
 
 
 def complete(begun: Begun, group: Group = None) -> None:
-    """Write what `begin` left, and publish it.
+    """Write what `begin` collected, and publish it by a rename.
 
     Raises:
-        SaveError: a disk did not take it.
+        SaveError: a write failed on some rank.
     """
     checkpoint = begun.checkpoint
     aside = checkpoint.with_name(checkpoint.name + ".tmp")
@@ -102,7 +102,7 @@ def complete(begun: Begun, group: Group = None) -> None:
             raise
         raise SaveError(_told(checkpoint, reason)) from error
     finally:
-        if is_main_rank():  # published, it has another name
+        if is_main_rank():  # after a success it has been renamed
             shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -114,7 +114,7 @@ def gathered(mine: T, group: Group = None) -> list[T]:
 
 
 class _FailedError(Exception):
-    """What a disk said on some rank."""
+    """A disk error on some rank."""
 
 
 def _told(checkpoint: Path, reason: str) -> str:
@@ -125,7 +125,7 @@ def _told(checkpoint: Path, reason: str) -> str:
 
 
 def _together(work: Callable[[], T], group: Group) -> list[T]:
-    """What `work` returns on every rank; where a disk fails it on one, all raise."""
+    """The result of `work` on every rank. A disk error on one rank is raised on all ranks."""
     result, reason = None, None
     try:
         result = work()
@@ -157,7 +157,7 @@ def _write_small(begun: Begun, folder: Path) -> None:
 
 
 def _publish(begun: Begun, aside: Path, checksums: dict[str, str]) -> None:
-    """Add what rank 0 writes and everything's checksums, those of the tensors' files being known; then rename."""
+    """Write rank 0's files and `megalong.json` with all checksums (`checksums`: of the tensor files); then rename."""
     _write_small(begun, aside)
     sums = {name: checksums.get(name) or checksum(aside / name) for name in covered(aside, (META, SEAL))}
     write_meta(aside, begun.meta.model_copy(update={"files": file_sizes(aside), "checksums": sums}))
@@ -165,7 +165,7 @@ def _publish(begun: Begun, aside: Path, checksums: dict[str, str]) -> None:
 
 
 def _disk_failure(error: BaseException) -> str | None:
-    """What the disk said if that is why a save failed, None for anything else.
+    """The disk's error message if a disk error made the save fail, else None.
 
     Torch passes every rank's exceptions on in a CheckpointException; its zip writer turns what the disk says into a
     RuntimeError of its own.

@@ -1,7 +1,7 @@
 """A whole configuration: sections, and the rules that span them.
 
-A tree that exists is valid as far as it can tell by itself. What depends on the number of processes or on the model
-waits for `checks.check_world` and `checks.check_model`.
+A `Config` is valid by itself once it exists. Rules that depend on the number of processes or on the model are
+checked by `checks.check_world` and `checks.check_model`.
 
     world size = tensor parallel * context parallel * pipeline parallel * data parallel
     global batch = micro-batch * data parallel * micro-batches accumulated
@@ -19,7 +19,7 @@ class Config(Sections):
     """A whole run, or one stage of it."""
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas of the model on `world_size` processes; `UserError` where they do not come out even."""
+        """Replicas of the model on `world_size` processes; `UserError` if the layout does not divide it."""
         checks.check_replicas(self, world_size)
         return world_size // self.world_divisor
 

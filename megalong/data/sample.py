@@ -1,4 +1,4 @@
-"""One sample as every source of samples hands it out: packed documents, conversations, synthetic texts."""
+"""The sample type that every source of samples returns: packed documents, conversations, synthetic texts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

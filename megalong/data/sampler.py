@@ -1,4 +1,4 @@
-"""What a run sees: packed samples of a mixture of domains, computable by any rank from a number alone.
+"""Packed samples of a mixture of domains; any rank can compute sample k from the number k alone.
 
     sample k → blending picks the domain and its sample number j → a shuffle picks piece i → tokens i·S .. (i+1)·S of
     the domain's stream
@@ -46,7 +46,7 @@ class MixtureEntry(Protocol):
 
 @dataclass(frozen=True)
 class DomainShare:
-    """What a number of samples needs from one domain; `epochs` above 1 means documents are seen again."""
+    """What a number of samples takes from one domain; `epochs` above 1 means that documents repeat."""
 
     name: str
     documents: int
@@ -73,12 +73,12 @@ class PackedSamples:
         part: "train" or "validation".
         index_folder: where `prepare` leaves the shuffled orders for other ranks to read; None keeps them in memory.
         packing: `data.packing`. "naive" and "masked" read the same samples, documents laid end to end; with "best_fit"
-            and "whole" those hold whole documents and padding, and longer documents in pieces, or not at all. Packs
+            and "whole" samples hold whole documents and padding; longer documents are split, or left out. Packs
             of an entry with a `seq_length` are masked from each other with any of them.
         pose: `data.pose`: positions that skip ahead.
         separator: `data.separator`: what must stand between documents; None takes the datasets as they are.
-        vocabulary: ids the model has: reading any other, from a dataset that does not tell its own, is refused; None:
-            not known, and no id is looked at.
+        vocabulary: the model's vocabulary size. Higher ids are refused if the dataset records no size of its own; None:
+            unknown, and no id is checked.
 
     Raises:
         UserError: an unreadable dataset, an empty part, a weight not above 0, separators or tokenizers that disagree.
@@ -127,7 +127,7 @@ class PackedSamples:
         self._untold = [dataset for dataset in datasets if dataset.vocabulary_size is None]
         for dataset in self._untold:
             dataset.ids = vocabulary
-        # Rows of a batch are stacked: where one domain has targets of its own, every sample tells them.
+        # Rows of a batch are stacked: if one domain has a target mask, every sample needs one.
         self._tells_targets = any(_synthetic(entry) and _synthetic(entry).answer_only for entry in mixture) or any(
             rows.packed for rows in self.rows
         )
@@ -152,10 +152,10 @@ class PackedSamples:
         )
 
     def refuse_foreign_ids(self, vocabulary: int) -> None:
-        """Refuse datasets that hold ids from `vocabulary` on, where looking at a part of them shows it before a run.
+        """Refuse datasets with ids of `vocabulary` or above; checks a part of the data before a run.
 
         Raises:
-            UserError: one was made with a tokenizer of more ids, or does not tell and holds an id that is none.
+            UserError: a dataset's tokenizer has more ids, or it records no tokenizer and contains an id out of range.
         """
         if (found := self.vocabulary_size or 0) > vocabulary:
             raise UserError(
@@ -179,7 +179,7 @@ class PackedSamples:
 
     @cached_property
     def _blend(self) -> Blend:
-        """Deals samples out such that weights are shares of tokens: a domain with more padding gets more samples."""
+        """Assigns samples so that weights are shares of tokens: a domain with more padding gets more samples."""
         known = 1000  # samples over which the tokens of a sample are averaged
         fills = [rows.tokens(known) / known for rows in self.rows]
         return Blend([entry.weight * self.seq_length / fill for entry, fill in zip(self.mixture, fills, strict=True)])
@@ -192,7 +192,7 @@ class PackedSamples:
         return out
 
     def read(self, k: int) -> Sample:
-        """Sample k with all that is known of it; tokens are read when they are asked for."""
+        """Sample k with its metadata; tokens are read lazily."""
         domain, j = self._blend.of(k)
         rows = self.rows[domain]
         bounds, positions = self._bounds(domain, j), None
@@ -202,7 +202,7 @@ class PackedSamples:
         return Sample(stored, bounds, rows.filled(j), positions, self._targets(domain, j))
 
     def bounds(self, k: int) -> np.ndarray:
-        """int64, ascending from 0: where what attention keeps apart begins, documents or packs, and padding behind."""
+        """int64, ascending from 0: first tokens of segments that attention masks from each other; padding last."""
         return self._bounds(*self._blend.of(k))
 
     def _bounds(self, domain: int, j: int) -> np.ndarray:
@@ -231,7 +231,7 @@ class PackedSamples:
         return self.rows[domain].held(j)
 
     def paddings(self, k: int) -> list[tuple[int, int]]:
-        """(first token, end) of padding in sample k, wherever it is, rising."""
+        """(first token, end) of each range of padding in sample k, ascending."""
         domain, j = self._blend.of(k)
         return self.rows[domain].paddings(j)
 
@@ -248,7 +248,7 @@ class PackedSamples:
         return self.rows[domain].planted(j)
 
     def cuts(self, k: int) -> tuple[bool, ...]:
-        """Whether sample k begins, and whether it ends, inside a document; and so for each pack where it has some."""
+        """Whether sample k begins, and whether it ends, inside a document; with packs, the same for each pack."""
         domain, j = self._blend.of(k)
         return self.rows[domain].cuts(j)
 
@@ -274,7 +274,7 @@ class PackedSamples:
             UserError: a domain's documents would come more often.
         """
         if not any(entry.lengths and entry.lengths.max_repeats for entry in self.mixture):
-            return  # what dealing samples out takes may have to be joined or packed first
+            return  # counting samples may have to join or pack documents first
         for entry, rows, count in zip(self.mixture, self.rows, self._blend.counts(samples), strict=True):
             cap = entry.lengths.max_repeats if entry.lengths is not None else None
             if cap is not None and (most := rows.most_repeats(int(count))) > cap:
@@ -328,7 +328,7 @@ def _pack_length(entry: MixtureEntry, seq_length: int) -> int | None:
 
 
 def _stream_kind(entry: MixtureEntry, packing: str, seq_length: int) -> Callable[..., DomainStream]:
-    """What makes samples of an entry's dataset."""
+    """The class that makes samples from an entry's dataset."""
     synthetic = _synthetic(entry)
     if synthetic is None:
         return WholeDocuments if packing in ("best_fit", "whole") else DomainStream
@@ -340,7 +340,7 @@ def _stream_kind(entry: MixtureEntry, packing: str, seq_length: int) -> Callable
 
 
 def _common_tokenizer(names: list[str], streams: Sequence[DomainStream]) -> str | None:
-    """Fingerprint of the tokenizer all datasets were made with; None where no dataset tells."""
+    """Fingerprint of the tokenizer all datasets were made with; None if no dataset records it."""
     first: tuple[str, dict[str, str]] | None = None
     for name, stream in zip(names, streams, strict=True):
         tokenizer = stream.made_with

@@ -1,7 +1,7 @@
 """The endless token stream of one domain: documents shuffled anew each epoch, laid end to end.
 
 Naive packing: piece i of length S is tokens i·S to (i+1)·S of that stream, both included, so it holds S inputs and,
-shifted by one, S targets; neighbours share one token. Documents are cut where a piece ends and go on in the next one.
+shifted by one, S targets; neighbours share one token. Documents are cut where a piece ends and continue in the next.
 
     epoch 0: documents c a b      c c c a a b b b b | b a a c ...   epoch 1: b a c
     S = 4                        [c c c a a]
@@ -47,15 +47,15 @@ class DomainStream:
         seed: the run's seed.
         name: the domain's; streams of different name or part are shuffled independently.
         rules: `lengths` of the domain; None: every epoch holds each document once.
-        longest: documents of more tokens never come; None: all do.
-        index_folder: where `prepare` leaves orders for other ranks; None keeps them in memory.
+        longest: longer documents are left out; None: none is.
+        index_folder: where `prepare` writes orders for other ranks; None keeps them in memory.
 
     Raises:
-        UserError: an unreadable dataset; an empty part, no token in it, or rules that leave none: told at once where
-            there is no index, else by the first use.
+        UserError: an unreadable dataset; an empty part, no token in it, or rules that leave none. Raised at once if
+            there is no index, else on first use.
     """
 
-    tokenizer: TextTokenizer | None = None  # of a domain whose samples need one to be made
+    tokenizer: TextTokenizer | None = None  # set if the domain's samples need one
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class DomainStream:
         self._seed = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, zlib.crc32(self._where.encode())]
         self._index = EpochIndex(index_folder, prefix, split, part, self._seed, rules, longest)
         self.dataset = IndexedDataset(prefix, checked=self._index.load("classes") is not None)
-        # Two epochs are kept: a sample spans a border, and so do the samples of a global batch.
+        # Two epochs are cached: a sample or a global batch may span an epoch border.
         self._epoch = lru_cache(maxsize=2)(self._indexed_epoch)
         self._block = lru_cache(maxsize=2)(self._indexed_block)
         if index_folder is None:
@@ -97,7 +97,7 @@ class DomainStream:
 
     @property
     def given(self) -> np.ndarray:
-        """int64, rising: the documents of this part, whatever the rules make of them, empty ones included."""
+        """int64, ascending: all documents of this part, before length rules, empty ones included."""
         return documents_of_part(self.dataset.num_documents, self._split, self._part, self.dataset.prefix)
 
     def _classes(self) -> list[LengthClass]:
@@ -115,7 +115,7 @@ class DomainStream:
         return length_classes(documents, lengths[comes], self._rules, random, self._where)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Numbers of the documents in the order in which `epoch` lays them down."""
+        """Document indices in the order of `epoch`."""
         return self._epoch(epoch)[0]
 
     def tokens(self, start: int, length: int) -> np.ndarray:
@@ -125,7 +125,7 @@ class DomainStream:
         return out
 
     def _copy(self, start: int, out: np.ndarray) -> None:
-        """Tokens of the stream from `start` on, as many as `out` holds."""
+        """Fill `out` with the stream's tokens from `start` on."""
         filled = 0
         while filled < len(out):
             epoch, first = self.epochs.around(start + filled)
@@ -162,26 +162,26 @@ class DomainStream:
         return token == 0 or len(self.document_starts(token - 1, 2)) == 2
 
     def targets_of_sample(self, j: int, seq_length: int) -> np.ndarray | None:
-        """bool [seq_length + 1]: the tokens that count when they are predicted; None: all that are documents'."""
+        """bool [seq_length + 1]: tokens that count as targets; None: all tokens of documents."""
         return None
 
     def planted_in_sample(self, j: int, seq_length: int) -> list[tuple[int, int]]:
-        """(first token, end) of what was put into the text of packed sample j."""
+        """(first token, end) of each text that was inserted into packed sample j."""
         return []
 
     @property
     def made_with(self) -> dict[str, str] | None:
-        """`name` and `sha256` of the tokenizer that its ids are of, None where the dataset does not tell."""
+        """`name` and `sha256` of the tokenizer that made the ids; None if the dataset does not record it."""
         return (self.dataset.sidecar or {}).get("tokenizer")
 
     @property
     def vocabulary_size(self) -> int:
-        """Highest id + 1 that its samples may hold, 0 where the dataset does not tell."""
+        """Highest id + 1 that its samples may hold, 0 if the dataset does not record it."""
         return int((self.dataset.sidecar or {}).get("vocabulary_size", 0))
 
     @property
     def taken(self) -> tuple[int, int]:
-        """(documents, tokens) of the dataset that epochs hold, whatever their samples make of them."""
+        """(documents, tokens) of the dataset that epochs contain, before packing."""
         classes = self.epochs.classes
         return sum(len(one.documents) for one in classes), sum(one.tokens for one in classes)
 
@@ -202,7 +202,7 @@ class DomainStream:
         return np.unique(np.concatenate(found))
 
     def piece(self, j: int, seq_length: int) -> int:
-        """Which piece of the stream sample j is; each block of samples holds the pieces of the same block once."""
+        """The stream piece of sample j. Each block of samples is a permutation of the same block of pieces."""
         size = self._block_size(seq_length)
         block, place = divmod(j, size)
         return block * size + int(self._block(size, block)[place])
@@ -242,8 +242,8 @@ class DomainStream:
         """Copy tokens of one epoch from `offset` on; returns how many there were, at most len(out)."""
         order, ends = self._epoch(epoch)
         stop = min(offset + len(out), int(ends[-1]))
-        # Methods of arrays, not functions of numpy: samples of a million tokens are read at the speed of memcpy, beside
-        # which a function's wrapper counts.
+        # Array methods, not numpy functions: samples of a million tokens are read at memcpy speed, and
+        # the functions' wrappers would be a visible cost.
         place, last = int(ends.searchsorted(offset, "right")), int(ends.searchsorted(stop, "left"))
         cuts = np.empty(last - place + 2, np.int64)
         cuts[0], cuts[1:-1], cuts[-1] = offset, ends[place:last], stop

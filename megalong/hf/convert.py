@@ -2,11 +2,11 @@
 
 Both build the model as one process holds it (TP 1, PP 1) on the CPU, in the dtype that is written, and fill it in
 place: import from slices of the mapped files, export from the sharded checkpoint, whatever layout saved it. The model
-is held once; shards of the export are views of its parameters. The way there and back loses no bit, because import
+is held once; shards of the export are views of its parameters. A round trip is bit-exact, because import
 keeps the dtype the weights are stored in and both follow the table of megalong.hf.weight_map.
 
-What the model was trained to stands in the checkpoint's architecture, so an export after a context extension carries
-the extended rope and length, and its windows under a name that has them; everything else of config.json, the tokenizer
+The checkpoint's architecture records the trained RoPE and length, so an export after a context extension has
+them, and its windows under a model type that supports them. Everything else of config.json, the tokenizer
 and the generation config are the original's, kept in the checkpoint since import.
 """
 
@@ -101,7 +101,7 @@ def export_hf(
         log.info("exporting %s: %s", folder, _summary(architecture))
         log.info("%s", _about_dtype(meta, dtype))
         config = _prepare_config(architecture, folder / ASSETS, Path(assets))
-        # The wider of both: adapters are added before anything is rounded.
+        # The wider dtype of the two: adapters are merged before rounding.
         held = torch.promote_types(_dtype(meta.dtype), torch_dtype)
         parameters = _load_parameters(folder, architecture, held, meta.lora)
         tensors = _hf_tensors(parameters, architecture)
@@ -122,7 +122,7 @@ def _world_of_one() -> Iterator[None]:
 
 
 def _import_weights(reader: HFReader, architecture: Architecture, dtype: torch.dtype, target: Path) -> None:
-    """Fill a one-process model from the reader and save it with the folder's tokenizer and its kin."""
+    """Fill a one-process model from the reader and save it with the folder's tokenizer and config files."""
     # Megatron-Core may only be imported once the process has been prepared for it.
     from megalong.checkpoint.store import save_weights, versions
     from megalong.model.build import build_model
@@ -176,7 +176,7 @@ def export_adapter(
 
 
 def _about_base(folder: Path, meta: Meta, name: str | None) -> Iterator[str]:
-    """What keeps `peft` from loading the base that `adapter_config.json` names as it was trained on."""
+    """Warnings: why `peft` may not load the named base as it was during training."""
     if name is None:
         yield f"{folder} does not say which model its adapters belong to: give peft the base, or write --base NAME"
     elif (Path(name) / META).is_file():
@@ -204,7 +204,7 @@ def _load_parameters(
 ) -> dict[str, torch.Tensor]:
     """The whole model's parameters by local name, loaded from a checkpoint and cast to `dtype` as they are read.
 
-    Adapters are added to the weights they stand beside.
+    Adapters are merged into the weights that they adapt.
     """
     from megalong.checkpoint.store import load_weights
     from megalong.model.build import build_model
@@ -226,7 +226,7 @@ def _hf_tensors(
 
 
 def _prepare_config(architecture: Architecture, kept: Path, assets: Path) -> dict[str, Any]:
-    """The export's config.json; copies what else travels from the checkpoint's `kept` folder into `assets`."""
+    """The export's config.json; copies the other files of the checkpoint's `kept` folder into `assets`."""
     if not kept.is_dir():
         return write_config(architecture)
     copy_assets(kept, assets)

@@ -2,7 +2,7 @@
 
 Positions are applied here rather than by GPTModel, from the explicit positions that travel with the micro-batch, so
 that extended, per-document and skipped positions are the same code on any layout. YaRN's temperature multiplies both
-query and key, so it is put where every kernel has a place for it: softmax_scale · temperature².
+query and key, so it is folded into the scale that every kernel accepts: softmax_scale · temperature².
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megalong.runtime.distributed import context_levels
 class CoreAttention(torch.nn.Module):
     """Causal self-attention on this rank's heads and tokens.
 
-    Built by Megatron-Core's `SelfAttention`; the arguments it passes and this class ignores are settings of its own
+    Megatron-Core's `SelfAttention` builds it. The ignored arguments are settings of Megatron-Core's own
     attention (masks, dropout, communication type).
     """
 
@@ -61,7 +61,7 @@ class CoreAttention(torch.nn.Module):
         packed_seq_params: AttentionInputs | None = None,
         **also_unused: Any,
     ) -> torch.Tensor:
-        """Attend.
+        """Apply RoPE to query and key, then compute attention.
 
         Shapes: query [s, b, heads/TP, d], key and value [s, b, groups/TP, d], result [s, b, heads/TP · d], where
         s = S/CP.
@@ -84,7 +84,7 @@ class CoreAttention(torch.nn.Module):
     def attend_cached(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: KVCache
     ) -> torch.Tensor:
-        """Attention to these keys and all that were read before; without gradients."""
+        """Attention to these keys and all cached ones, without gradients."""
         keys, values, mask = cache.extend(self.layer_number, key, value, self.window)
         out, _ = choose_kernel(query, self.kernel).forward(query, keys, values, mask, self.softmax_scale)
         return out

@@ -2,7 +2,7 @@
 
     tokens ── embedding ──▶ layers (positions and document bounds in `attention_inputs`) ──▶ head ──▶ losses
 
-Positions are ours (`position_embedding_type="none"`; see `core_attention`), and so is the loss (see `head`).
+RoPE is applied in `core_attention.py` (`position_embedding_type="none"`), the loss is computed in `head.py`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class LlamaModel(GPTModel):
     Args:
         config: from `model.config.transformer_config`.
         architecture: the model's true sizes.
-        virtual_stage: which of this rank's parts it is, None where each rank holds one.
+        virtual_stage: index of this model chunk on its rank; None without interleaving.
 
     Attributes:
-        first_layer: the model's number of this stage's first layer.
+        first_layer: index, in the whole model, of this stage's first layer.
     """
 
     def __init__(self, config: LlamaConfig, architecture: Architecture, virtual_stage: int | None = None) -> None:
@@ -55,8 +55,8 @@ class LlamaModel(GPTModel):
     ) -> torch.Tensor:
         """Losses float32 [b, s] of tokens and labels int64 [b, s]; without labels the logits [b, s, V/TP].
 
-        The last stage's. A stage before it returns hidden states [s, b, h]; one that is not the first reads
-        those that `set_input_tensor` was given.
+        This is the last stage's result. An earlier stage returns hidden states [s, b, h]. A stage after the first
+        reads its input from `set_input_tensor`.
         """
         hidden = self._hidden(tokens, attention_inputs)
         if self._head is None:
@@ -69,7 +69,7 @@ class LlamaModel(GPTModel):
         """Read `tokens` int64 [b, s], which follow what `cache` holds, and predict the one after them.
 
         Returns:
-            float32 [b, V] without the vocabulary's padding; the model must lie whole on this rank.
+            float32 [b, V] without vocabulary padding. This rank must hold the whole model.
         """
         length = tokens.shape[1]
         positions = torch.arange(cache.length, cache.length + length, device=tokens.device)[None]

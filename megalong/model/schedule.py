@@ -1,9 +1,9 @@
-"""Run micro-batches through the pipeline: the one way forward and backward are computed, in training and evaluation.
+"""Run micro-batches through the pipeline. Training and evaluation both compute forward and backward here.
 
-Megatron-Core's schedules (no pipelining, 1F1B) do the work. The loss is the *sum* over valid tokens together with what
-it is to be divided by, their count: Megatron-Core adds both up over micro-batches, data and context ranks and divides
-the gradient once, so a batch has the same gradient however it is cut. Where conversations weigh the same (`weights` of
-the batch), a token's loss is divided by its conversation's targets, and one target of each counts 1.
+Megatron-Core's schedules (no pipelining, 1F1B) do the work. The loss function returns the *sum* over valid tokens and
+their count. Megatron-Core sums both over micro-batches, data and context ranks and divides
+the gradient once, so it does not depend on how a batch is split. With equally weighted conversations (`weights` of
+the batch), a token's loss is divided by its conversation's number of targets, and each conversation counts as 1.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run_microbatches(
     iterators = [_announced(batches, before_each) for _ in chunks]
     results = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, observe),
-        # Each part of an interleaved pipeline goes through the same micro-batches on its own.
+        # Each chunk of an interleaved pipeline iterates over the same micro-batches independently.
         data_iterator=iterators[0] if len(chunks) == 1 else iterators,
         model=chunks,
         num_microbatches=len(batches),
@@ -65,7 +65,7 @@ def run_microbatches(
 
 
 def reduce_losses(local: torch.Tensor) -> torch.Tensor:
-    """Add `run_microbatches` results (or anything that is zero before the last stage) up over the global batch.
+    """Sum results of `run_microbatches` (or anything that is zero before the last stage) over the global batch.
 
     Data and context ranks hold different tokens and are summed; tensor ranks hold the same ones and are not.
     Every rank gets the result.

@@ -1,4 +1,4 @@
-"""Megatron-Core on a CPU: answer its questions about CUDA with the CPU.
+"""Run Megatron-Core on a CPU: redirect its CUDA calls to the CPU.
 
 Megatron-Core asks for its device in three ways: `torch.cuda.current_device()`, the literal `device="cuda"` in tensor
 factories, and `Tensor.cuda()`. It recognises parameters by the string `torch.cuda.FloatTensor`, and it keeps a
@@ -6,11 +6,11 @@ factories, and `Tensor.cuda()`. It recognises parameters by the string `torch.cu
 same unmodified training code runs on gloo, and a test on a laptop tests what runs on a cluster.
 
 The trade-off: this is monkey-patching. It is therefore all in this file, is installed only when no GPU is in use, is
-idempotent, and says so in the log. Whoever else lives in the process (transformers, lm-eval) is to see torch as it is:
-what is asked for by other modules than Megatron-Core's and ours goes to torch unchanged, but for the questions about
-devices, which a machine without a GPU has no answer to. Factories are wrapped one by one instead of through a
+idempotent, and is logged. Other libraries in the process (transformers, lm-eval) see torch unpatched:
+calls from outside Megatron-Core and megalong reach torch unchanged, except for queries about
+devices, which have no answer without a GPU. Factories are wrapped one by one instead of through a
 `TorchFunctionMode`, because a mode costs a Python call on *every* torch operation and a wrapper only on these few. A
-wrapper is not the function that torch's own modes and compilers know, so these are shown both (`_patch_factories`).
+wrapper is not the function that torch's own modes and compilers know, so both are registered (`_patch_factories`).
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def install() -> None:
 
 
 def _patch_lone_collectives() -> None:
-    """Gathering or scattering in place within a group of one rank does nothing; gloo copies the buffer twice.
+    """Skip in-place gathers and scatters in a group of one rank; gloo would copy the buffer twice.
 
-    Before Megatron-Core is imported, because it takes these functions from torch once.
+    Runs before Megatron-Core is imported, because that copies these functions from torch.
     """
     module: Any = dist
     module.all_gather_into_tensor = _unless_alone(dist.all_gather_into_tensor)
@@ -112,8 +112,8 @@ def _patch_device_queries() -> None:
 
 
 def _patch_factories() -> None:
-    """`torch.zeros(..., device="cuda")` and its sisters make CPU tensors."""
-    with torch.device("meta"):  # it notes which functions a device context is for when it is first used
+    """`torch.zeros(..., device="cuda")` and similar factories return CPU tensors."""
+    with torch.device("meta"):  # the first use fixes which functions a device context covers
         torch.empty(0)
     module: Any = torch
     for name in _FACTORIES:
@@ -137,7 +137,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _asks_for_cuda(frame: FrameType) -> bool:
-    """Whether code that means the CPU when it says CUDA is being run."""
+    """Whether the caller is Megatron-Core or megalong, whose CUDA calls mean the CPU."""
     return frame.f_globals.get("__name__", "").startswith(("megatron.", "megalong."))
 
 
@@ -152,7 +152,7 @@ def _for_megatron(plain: Callable[..., Any], answer: Callable[..., Any]) -> Call
 
 
 def _patch_tensor_methods() -> None:
-    """`Tensor.cuda()` returns the tensor; Megatron alone is told that a CPU tensor's type is a CUDA one."""
+    """`Tensor.cuda()` returns the tensor; only Megatron-Core sees a CUDA type for a CPU tensor."""
     plain_type = torch.Tensor.type
 
     def megatron_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +184,7 @@ def _patch_random_state() -> None:
 
 
 def _share_equal_groups() -> None:
-    """Groups of the same ranks become one group.
+    """Share one process group among all groups of the same ranks.
 
     Megatron-Core makes some fifty groups for a layout, most of them of ranks that have a group already, and each gloo
     group keeps two threads that wake a hundred times a second: on two cores they would cost more than training. Sharing
@@ -207,16 +207,16 @@ def _share_equal_groups() -> None:
 
 
 def forget_groups() -> None:
-    """The groups of a layout are about to be closed: the next one makes its own."""
+    """Clear the cache of groups, because a layout's groups are about to be destroyed."""
     _groups.clear()
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Waiting for a device that is always ready, or naming a range nobody profiles."""
+    """A no-op: the CPU never has pending work."""
 
 
 class _Stream:
-    """A stream on which everything has already happened."""
+    """A stream without pending work."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.device = _CPU

@@ -1,7 +1,7 @@
 """Where this process runs: its device, its rank, and the groups it belongs to.
 
 Ranks are laid out tensor-parallel fastest, then context, data and pipeline (`tp-cp-dp-pp`), so that the group that
-talks most sits closest together. With TP=2, CP=2, DP=1, PP=2 rank 5 = 1 + 2·0 + 4·1 is tensor rank 1, context
+communicates most is closest together. With TP=2, CP=2, DP=1, PP=2 rank 5 = 1 + 2·0 + 4·1 is tensor rank 1, context
 rank 0, pipeline stage 1.
 
 A process started by torchrun (or by `--nproc`) finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its
@@ -28,7 +28,7 @@ from megalong.runtime import cpu, gpus, megatron, peers, signals
 from megalong.runtime.rendezvous import store_of_this_life
 
 GRID_ORDER = "tp-cp-ep-dp-pp"
-# The world's, for groups that are made later.
+# The world's time-out, for groups created later.
 _timeout = datetime.timedelta(minutes=60)
 _control: dist.ProcessGroup | None = None
 # The world it belongs to, and the group.
@@ -41,7 +41,7 @@ class Layout:
     """How many ranks share each dimension of parallelism.
 
     `virtual` is the number of parts of the model each pipeline rank holds; above 1 the pipeline is interleaved.
-    `heads` of the `context` ranks, neighbours, share attention by heads instead of by keys; 1 for none.
+    `heads` neighbouring context-parallel ranks share attention by heads instead of by keys; 1 for none.
     """
 
     tensor: int = 1
@@ -81,7 +81,7 @@ def place() -> Place:
 
 
 def environment_world() -> tuple[int, int]:
-    """(rank, world size) as torchrun or `--nproc` set them, (0, 1) when nobody did."""
+    """(rank, world size) as torchrun or `--nproc` set them, (0, 1) if neither did."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -109,7 +109,7 @@ def start(device: torch.device, timeout_minutes: float = 60) -> None:
     """
     global _timeout
     if "RANK" in os.environ:
-        signals.end_at_interrupt()  # a rank that waits for another would not come to an exception
+        signals.end_at_interrupt()  # a rank blocked in a collective would never raise the exception
     gpus.set_environment()
     # Before Transformer Engine is imported, and before NCCL or anything else could open a context on GPU 0.
     gpus.use(device)
@@ -231,7 +231,7 @@ def _make_context_levels(layout: Layout, timeout: datetime.timedelta) -> None:
 
 
 def from_all_ranks(mine: Sequence[float]) -> list[list[float]]:
-    """These numbers of every rank, rank 0 first."""
+    """All-gather these numbers: one list per rank, rank 0 first."""
     own = torch.tensor(mine, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, own)
@@ -239,23 +239,23 @@ def from_all_ranks(mine: Sequence[float]) -> list[list[float]]:
 
 
 def control_group() -> dist.ProcessGroup | None:
-    """All ranks over CPU memory, for a word between them that must not wait for a GPU; None is the world itself.
+    """A gloo group of all ranks, for messages that must not wait for a GPU; None means the world group.
 
-    Made when it is first asked for, which all ranks must do together.
+    The first call creates it; all ranks must make that call together.
     """
     global _control
     if dist.get_backend() != "nccl":
         return None
     if _control is None:
-        # By itself gloo would wait half an hour, whatever the world's own time-out.
+        # Without it gloo's default of 30 minutes would apply, not the world's time-out.
         _control = dist.new_group(backend="gloo", timeout=_timeout)
     return _control
 
 
 def background_group(timeout_minutes: float) -> dist.ProcessGroup | None:
-    """All ranks over CPU memory, for one thread beside the one that trains; all ranks ask for it together.
+    """A gloo group of all ranks for one background thread; all ranks must call this together.
 
-    A group of its own in any case: two threads in one group would take each other's messages.
+    Always a separate group: two threads in one group would receive each other's messages.
     """
     global _background
     world, group = _background
@@ -283,7 +283,7 @@ def clear_layout() -> None:
     _context_levels = (None, None)
     parallel_state.destroy_model_parallel()
     cpu.forget_groups()
-    # A model holds its groups, and lies in reference cycles: without a collection they would outlive it.
+    # A model holds its groups in reference cycles: without a collection the groups would stay alive.
     gc.collect()
     for group in reversed(groups):
         if group is not dist.group.WORLD and group in dist.distributed_c10d._world.pg_map:
@@ -291,7 +291,7 @@ def clear_layout() -> None:
 
 
 def stop() -> None:
-    """Leave the world."""
+    """Destroy all process groups and restore the signal handlers."""
     global _control, _background
     _control, _background = None, (None, None)
     peers.leave()
@@ -313,5 +313,5 @@ def single_process() -> Iterator[None]:
 
 
 def is_main_rank() -> bool:
-    """Whether this process speaks for all of them."""
+    """Whether this is rank 0, which logs and writes for all ranks."""
     return not dist.is_initialized() or dist.get_rank() == 0

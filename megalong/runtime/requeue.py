@@ -1,4 +1,4 @@
-"""`RUN/REQUEUE`: the run was asked to leave, has saved, and wants to be started again.
+"""`RUN/REQUEUE`: a signal stopped the run, it has saved, and it must be started again.
 
     {"step": 1200, "signal": "SIGUSR1", "time": "2026-01-31T12:00:00+00:00"}
 

@@ -2,7 +2,7 @@
 
     {"time": "2026-01-31T12:00:00+00:00", "step": 50, "kind": "save", "seconds": 1.25}
 
-Rank 0 appends to it over all lives of a run. Recording must never end a run: what the disk does not take is a warning
+Rank 0 appends to it over all lives of a run. Recording must never end a run: a failed write is only a warning
 in the log.
 """
 

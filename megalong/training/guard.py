@@ -1,4 +1,4 @@
-"""Whether a step may change the weights: finite, and not far off what the steps before were like.
+"""Decide whether a step may change the weights: it must be finite and not far from recent steps.
 
     z = (x - median of the window) / max(1.4826 * MAD, floor)        MAD: median absolute deviation
 
@@ -44,18 +44,18 @@ class Report:
 
     @property
     def loss(self) -> float:
-        """One that is not finite, if a rank has such a one."""
+        """The first non-finite loss of any rank, else rank 0's."""
         return next((one for one in self.losses if not math.isfinite(one)), self.losses[0])
 
     @property
     def norm(self) -> float:
-        """One that is not finite, if a rank has such a one."""
+        """The first non-finite norm of any rank, else rank 0's."""
         return next((one for one in self.norms if not math.isfinite(one)), self.norms[0])
 
 
 @dataclass(frozen=True)
 class Event:
-    """A step that is not to be learnt from as it is.
+    """A step that the guard reacts to.
 
     Attributes:
         what: in words.

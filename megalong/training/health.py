@@ -1,4 +1,4 @@
-"""Is the run healthy: which rank is slow, what saving costs, and what share of its time the run makes use of.
+"""Health of a run: slow ranks, the cost of saving, and goodput.
 
 All ranks end a step together, so a step's length tells nothing about who was slow. What tells is how long a rank takes
 by itself: from the start of its step, reading data included, to the moment its gradients are ready to be added up over

@@ -1,14 +1,14 @@
-"""When a signal came: which step is the last, agreed by all ranks, though not all of them may have got it.
+"""Handle a signal: all ranks agree on the last step, even if only some of them received it.
 
-Every rank says at the end of each step's gradients whether it has a signal; that rides on what the guard gathers
-anyway. If one has, all finish the step, save and leave. A step that takes longer than `runtime.signal_grace_seconds`
+After the gradients of each step, every rank reports whether it has a signal, in `TrainStep.report`'s all-gather.
+If one has, all finish the step, save and exit. A step that takes longer than `runtime.signal_grace_seconds`
 is also looked at before each of its micro-batches, over CPU memory: weights change at the end of a step only, so a
 step that would not be done in time is dropped there, and what is in memory is the last complete one.
 
     signal ──▶ agreed before a micro-batch: what is left of the step > what is left of the grace ? drop : go on
                agreed at the step's end: done
 
-How long a step takes is what the last one took, or what its micro-batches so far tell. Under pipeline parallelism
+A step's duration is estimated from the last step, or from its own micro-batches so far. Under pipeline parallelism
 stages are at different micro-batches at any moment and cannot stop together, so a step is always finished there.
 """
 
@@ -29,7 +29,7 @@ from megalong.runtime.distributed import control_group
 def grace_of(config: Config) -> dict[str, float]:
     """Seconds a step may still take after each of the signals.
 
-    SIGTERM comes from what is about to kill, SIGINT from someone who waits. Under SLURM, SIGUSR1 is the warning that
+    SIGTERM comes from a scheduler about to kill, SIGINT from a waiting user. Under SLURM, SIGUSR1 is the warning that
     `slurm.lead_minutes` ask for: half of them are for the step, the other half for the save.
     """
     soon = config.runtime.signal_grace_seconds
@@ -42,7 +42,7 @@ class StepDropped(Exception):
 
 
 class Interrupt:
-    """Ranks' agreement about a signal, and how far this one is, for the line that is said when a signal comes."""
+    """Agreement of all ranks on a signal, and this rank's progress, for the line printed on a signal."""
 
     def __init__(self, grace: dict[str, float], may_drop: bool) -> None:
         """`grace`: seconds by signal; `may_drop`: ranks run the same micro-batch at the same time (no pipeline)."""
@@ -147,7 +147,7 @@ class Interrupt:
         if signal is None:
             return False
         left = self._left(done, count)
-        # Nobody knows how long the first step takes, and nothing is lost with it.
+        # The first step's duration is unknown, and dropping it loses nothing.
         return left is None or time.monotonic() + left > signal.moment + self._grace[signal.name]
 
     def _agreed(self, mine: bool) -> bool:

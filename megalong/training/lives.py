@@ -1,4 +1,4 @@
-"""One stage of a run, from set-up to its end, over as many lives as its guard makes of it.
+"""Run one stage to its end, with a fresh set-up after every rollback by the guard.
 
 Going back to the last checkpoint is done by starting anew within the same processes: whatever a restart would read from
 disk is read, so nothing of the bad step can stay behind, and before the first save it is the first start that is
@@ -27,7 +27,7 @@ log = logging.getLogger("megalong")
 
 
 class RecorderMaker(Protocol):
-    """Makes what a life is recorded by."""
+    """Makes the recorder of one start."""
 
     def __call__(self, session: Session, world_size: int) -> Sink: ...
 

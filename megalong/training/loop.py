@@ -1,7 +1,7 @@
-"""The training loop: step, evaluate, save, log, until `training.train_iters`, a signal, or a step that must go back.
+"""The training loop: step, evaluate, save, log, until `training.train_iters`, a signal, or a rollback.
 
-Python's garbage collector is switched off and run by all ranks at the same step: a rank that stops to collect on its
-own keeps every other waiting in the next collective.
+Python's garbage collector is disabled, and all ranks collect at the same step: a rank that collected alone would
+keep the others waiting in the next collective.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from megalong.training.step import StepResult, TrainStep
 log = logging.getLogger("megalong")
 
 Outcome = Literal["finished", "interrupted", "rolled back"]
-# What events call the guard's actions.
+# Guard action -> kind of the event in events.jsonl.
 _KINDS = {"skip": "skip", "rollback": "rollback", "stop": "stop", "log": "spike"}
 GUARDED = frozenset(_KINDS.values())
 
@@ -55,7 +55,7 @@ class Trainer:
     """Runs a session to its last iteration.
 
     Attributes:
-        read: tokens that steps of this life have computed, those learnt of them, and padding.
+        read: token counts since the last start or rollback: computed, trained on, padding.
     """
 
     def __init__(self, session: Session, recorder: Sink) -> None:
@@ -75,7 +75,7 @@ class Trainer:
         """Train until `training.train_iters`; the last step is always saved.
 
         Raises:
-            UserError: the guard is to stop at a step.
+            UserError: the guard stops the run.
         """
         training = self.config.training
         self._say_what_is_read()
@@ -106,7 +106,7 @@ class Trainer:
         return "finished"
 
     def _one_step(self) -> Outcome | None:
-        """One step and what follows it; the outcome of the run where it ends here before its time."""
+        """Run one step, then evaluate, save and log. Returns an outcome if the run ends early at this step."""
         session, config = self.session, self.config
         positions = self._window.positions if config.logging.position_buckets else None
         try:
@@ -133,10 +133,10 @@ class Trainer:
         return self._leave() if leave else None
 
     def _go_back(self, event: Event) -> bool:
-        """Tell of a step the guard is against; whether the run has to go back to its last checkpoint.
+        """Record a guard event; return whether the run rolls back to its last checkpoint.
 
         Raises:
-            UserError: the run is to stop.
+            UserError: the guard's action is `stop`.
         """
         if is_main_rank():
             log.warning("guard: %s: %s", event.action, event)
@@ -157,7 +157,7 @@ class Trainer:
         return event.action == "rollback"
 
     def _leave(self, dropped: bool = False) -> Outcome:
-        """Save the last complete step, unless it is saved already, and mark the run as to be started again."""
+        """Save the last complete step if it is not saved yet, and write `RUN/REQUEUE`."""
         session, run = self.session, Path(self.config.run.dir)
         self._tell_saved(session.saver.finish())
         if session.step and not step_folder(run, session.step).is_dir():
@@ -212,7 +212,7 @@ class Trainer:
         """Log how a save ended, if one did.
 
         Raises:
-            UserError: the last step's failed; whatever `on_save_failure` says, no later save makes up for it.
+            UserError: the last step's save failed; `on_save_failure` is ignored, because no later save follows.
         """
         if saved is None:
             return
@@ -299,7 +299,7 @@ class Trainer:
             log.info("data: %s", share)
 
     def _say_how_it_is_read(self) -> None:
-        """Once, when there is something to count."""
+        """Log once how this rank reads its data, after the first step."""
         if not self._told and is_main_rank():
             log.info("data: %s", self.train.describe())
         self._told = True
@@ -307,14 +307,14 @@ class Trainer:
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """Held-out loss, averaged as the training loss is, and token by token at each position."""
+    """Held-out loss: the mean, averaged like the training loss, and the losses by position."""
 
     loss: float
     positions: PositionLoss
 
 
 class _Window:
-    """What has happened since the last logged step."""
+    """Sums since the last logged step."""
 
     def __init__(self, seq_length: int) -> None:
         self.positions = PositionLoss(seq_length)
@@ -325,7 +325,7 @@ class _Window:
         self._loss_sum, self._units = 0.0, 0
 
     def add(self, result: StepResult, computed: int) -> None:
-        """A step that has read `computed` tokens; the guard's word or not, it took its time."""
+        """Add a step of `computed` tokens. A skipped step adds its time, but neither loss nor trained tokens."""
         self.steps += 1
         self.computed += computed
         self.filled += result.filled
@@ -347,7 +347,7 @@ class _Window:
 
 
 def make_recorder(session: Session, world_size: int) -> Recorder:
-    """The run's console lines, curves and file of steps; rank 0 writes."""
+    """The recorder of console lines, TensorBoard and metrics.jsonl on rank 0; an empty one elsewhere."""
     if not is_main_rank():
         return Recorder()
     run = Path(session.config.run.dir)

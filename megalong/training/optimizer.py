@@ -15,7 +15,7 @@ train_iters 1 the one step runs at `lr`. Megatron-LM's and torch's loops step th
 there step i runs at the rate that this one has at i - 1: their warm-up spends its first step at 0, and `min_lr` is
 reached after the last step.
 
-A resumed run goes on under the configuration's values, and says which have changed since the checkpoint:
+A resumed run uses the configuration's values, and logs which have changed since the checkpoint:
 
 | key | changed at a resume |
 | --- | --- |
@@ -63,7 +63,7 @@ def build_optimizer(config: Config, chunks: list[torch.nn.Module]) -> Any:
 
 
 def build_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
-    """The schedule that the module describes, ready for the first step; to be stepped once after each."""
+    """The schedule that the module describes, ready for the first step; step it once after each training step."""
     settings, steps = config.optimizer, config.training.train_iters
     warmup = max(settings.warmup_iters, 1)
     scheduler = OptimizerParamScheduler(

@@ -1,9 +1,9 @@
-"""Everything a run needs before its first step, in the order it is made.
+"""Build everything a run needs before its first step, in this order.
 
     device and groups → architecture → model → weights → optimizer and schedule → data
 
 A run folder that holds a checkpoint resumes from it: model, optimizer, schedule, random states and the position in the
-data come back, and `model.load` is not read. Otherwise the run starts from weights alone: those of a Hugging Face
+data are restored, and `model.load` is not read. Otherwise the run starts from weights alone: those of a Hugging Face
 folder or of another run's checkpoint, or random ones; step, schedule, optimizer and data position start at zero.
 """
 
@@ -53,8 +53,8 @@ log = logging.getLogger("megalong")
 class Session:
     """A run that is ready to step.
 
-    `data` is what decides the order of its samples, as found at the start; `guard` judges its steps; `base` is where
-    the weights come from that adapters learn beside.
+    `data` is the fingerprint of the data order at the start. `guard` checks the steps. `base` names the folder of the
+    base weights that adapters are trained on.
     """
 
     config: Config
@@ -85,7 +85,7 @@ def layout_of(config: Config, exchange: Exchange) -> distributed.Layout:
 
 
 def model_settings(config: Config, exchange: Exchange, machine: Machine) -> ModelSettings:
-    """The configuration's way of laying out and computing a model."""
+    """The configured layout, precision, kernel, exchange, FP8 and LoRA settings of the model."""
     return ModelSettings(
         layout=layout_of(config, exchange),
         sequence_parallel=config.parallel.sequence_parallel,
@@ -101,15 +101,15 @@ def model_settings(config: Config, exchange: Exchange, machine: Machine) -> Mode
 
 
 def lora_of(config: Config) -> Lora | None:
-    """What the run's adapters are, None where it trains all weights."""
+    """The run's LoRA settings; None if it trains all weights."""
     return None if config.lora.rank is None else config.lora.shape
 
 
 def set_up(config: Config, device: torch.device) -> Session:
     """Build model, optimizer and schedule in a world that `runtime.distributed.start` has joined.
 
-    Damaged checkpoints are told and set aside, and the run goes on from the newest good one. The files of the one that
-    it resumes from are checked while the model is built and filled; what is found then lets all begin again.
+    Damaged checkpoints are logged and renamed, and the run resumes from the newest good one. Its files are verified
+    while the model is built and loaded. If that finds damage, all ranks start the set-up again.
 
     Raises:
         UserError: the world, the machine, the model or the checkpoint does not fit the configuration.
@@ -126,7 +126,7 @@ def set_up(config: Config, device: torch.device) -> Session:
             if start.resume is None:
                 raise
             damaged = start.resume, str(error)
-        # What was built and half filled is gone by here.
+        # The partly loaded session has been freed by now.
         if folder.whole_checkpoints(Path(config.run.dir))[0] == damaged[0]:
             raise folder.DamagedError(
                 f"{damaged[1]}; no checkpoint of this run is good: copy one again, or give another run.dir"
@@ -135,7 +135,7 @@ def set_up(config: Config, device: torch.device) -> Session:
 
 
 def _whole_start(config: Config) -> Start:
-    """Where the run starts, once checkpoints that are not whole are out of the way."""
+    """Find where the run starts, after renaming incomplete checkpoints."""
     while True:
         start = find_start(config)
         if not start.damaged:
@@ -155,7 +155,7 @@ def _with_kept_assets(config: Config, start: Start) -> Start:
 
 
 def _set_aside(damaged: Sequence[tuple[Path, str]]) -> None:
-    dist.barrier()  # nobody looks for checkpoints while they get other names
+    dist.barrier()  # no rank may look for checkpoints while they are renamed
     if distributed.is_main_rank():
         for path, why in damaged:
             log.warning(
@@ -217,7 +217,7 @@ def _implementations(
 
 
 def _resume(session: Session, start: Start, verification: Verification) -> None:
-    """Put everything back as the checkpoint has it."""
+    """Restore the session from the checkpoint."""
     assert start.resume is not None
     started = time.perf_counter()
     meta = folder.read_meta(start.resume)
@@ -240,7 +240,7 @@ def _resume(session: Session, start: Start, verification: Verification) -> None:
 
 
 def _say_changes(session: Session, meta: folder.Meta) -> None:
-    """Which settings of the optimizer and the schedule are not those that the checkpoint was trained under."""
+    """Log the optimizer and schedule settings that differ from the checkpoint's."""
     if not meta.settings:
         log.info(
             "step %d does not record its optimizer settings (an earlier version wrote it); using the config's",
@@ -273,7 +273,7 @@ def _first_weights(start: Start, config: Config, chunks: list[torch.nn.Module]) 
 
 
 def _first_adapters(start: Start, config: Config, chunks: list[torch.nn.Module]) -> None:
-    """Those of `lora.load`, or fresh ones; a checkpoint that has some overwrites them afterwards."""
+    """Load the adapters of `lora.load`, or initialize new ones. A checkpoint with adapters overwrites them later."""
     lora = config.lora
     if lora.rank is None:
         return
@@ -297,7 +297,7 @@ def _fill(chunks: list[torch.nn.Module], source: WeightSource, architecture: Arc
 
 
 def save(session: Session) -> Saved | None:
-    """Begin a checkpoint of the session's step; how the save before ended, if it was still under way (see Saver)."""
+    """Start saving the session's step. Returns the result of the previous save if it was still running."""
     config = session.config
     meta = folder.Meta(
         step=session.step,
@@ -312,7 +312,7 @@ def save(session: Session) -> Saved | None:
         guard=session.guard.state(),
         settings=recorded(config),
     )
-    if config.parallel.overlap_param_gather:  # the weights of the last step may still lie scattered
+    if config.parallel.overlap_param_gather:  # updated weights may not have been gathered yet
         for chunk in session.chunks:
             chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
     return session.saver.save(session.chunks, session.optimizer, session.scheduler, meta, session.assets)

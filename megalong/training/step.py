@@ -1,10 +1,10 @@
-"""One training step: gradients of a global batch, judged, clipped, applied.
+"""One training step: compute the gradients of a global batch, check them, clip them, update the weights.
 
     gradients   forward and backward of the micro-batches; gradients summed over ranks, divided by the global count
-    report      loss, gradient norm and signals of every rank: the one gather of a step, and its one wait for the device
+    report      all-gather loss, gradient norm and signal of every rank; here the host waits for the device
     apply       clip by the norm, AdamW
 
-Between `report` and `apply` the guard judges. All ranks judge the same numbers, so all of them apply or none does: a
+The guard decides between `report` and `apply`. All ranks see the same numbers, so all of them apply or none does. A
 rejected step leaves weights and optimizer unchanged.
 """
 
@@ -42,16 +42,16 @@ class StepResult:
     Attributes:
         loss: mean over the valid tokens of the global batch, nats per token; with `sft.loss_average: conversations` the
             mean of their conversations' means.
-        units: what that mean is over: tokens, or conversations.
-        tokens: valid tokens of the global batch: those that are learnt.
-        filled: tokens it reads that are documents' or conversations', not padding.
+        units: number of tokens, or of conversations, that `loss` is averaged over.
+        tokens: tokens of the global batch that count in the loss.
+        filled: input tokens of the global batch that are not padding.
         gradient_norm: before clipping.
-        learning_rate: the one applied.
+        learning_rate: of this step.
         seconds: wall time of data, forward_backward and optimizer on this rank.
-        document_lengths: of what this rank's replica read; whole samples where documents see each other.
-        event: what the guard has against this step; None: nothing.
-        signalled: a rank has a signal to save and leave.
-        own_seconds: this rank's, until ranks add up over replicas (health.py).
+        document_lengths: of the documents that this replica read; of whole samples without document masks.
+        event: the guard's finding on this step, or None.
+        signalled: whether any rank received a signal to save and exit.
+        own_seconds: this rank's time until the gradient reduction over replicas (health.py).
     """
 
     loss: float
@@ -68,7 +68,7 @@ class StepResult:
 
     @property
     def learnt(self) -> bool:
-        """Whether the weights have learnt from it."""
+        """Whether the step was applied to the weights."""
         return self.event is None or self.event.learnt
 
 
@@ -80,7 +80,7 @@ class Gradients:
         totals: float64 [4], the result of `run_microbatches` over the global batch.
         own_loss: float64 [], this rank's sum of losses.
         own_norm: float32 [], norm of this rank's gradients before they are summed over replicas.
-        started: when the step began to compute, as `time.perf_counter` counts.
+        started: `time.perf_counter()` when computation began.
     """
 
     totals: torch.Tensor
@@ -122,7 +122,7 @@ class TrainStep:
         guard: Guard | None = None,
         interrupt: Interrupt | None = None,
     ) -> None:
-        """`guard`: one with default settings unless given. `interrupt`: lets a step be dropped when a signal came."""
+        """`guard` defaults to one with default settings. `interrupt` may drop a step after a signal."""
         self.chunks, self.optimizer, self.scheduler = chunks, optimizer, scheduler
         self.guard, self.interrupt = guard or Guard(GuardSettings()), interrupt
         self._own_norm = torch.zeros(())
@@ -136,10 +136,10 @@ class TrainStep:
     def run(
         self, batches: Batches, consumed_samples: int, positions: PositionLoss | None = None, number: int = 0
     ) -> StepResult:
-        """Train on the global batch that starts at sample `consumed_samples`, unless the guard is against it.
+        """Train on the global batch that starts at sample `consumed_samples`, unless the guard rejects it.
 
         Args:
-            positions: collects losses by position on the last pipeline stage, of steps that are learnt from.
+            positions: accumulates losses by position of applied steps, on the last pipeline stage.
             number: of this step, from 1.
 
         Raises:
@@ -239,9 +239,9 @@ class TrainStep:
         self.optimizer.step_with_ready_grads()
 
     def _finalize(self, *arguments: Any, **options: Any) -> None:
-        """Megatron-Core's, after a look at what this rank has before it is added up over replicas.
+        """Measure this rank's own gradient norm, then reduce with Megatron-Core's `finalize_model_grads`.
 
-        With overlap_grad_reduce some of it has been added up by then.
+        With overlap_grad_reduce, some gradients are already reduced at this point.
         """
         self.clock.stop()
         own = [torch.linalg.vector_norm(buffer.grad_data) for chunk in self.chunks for buffer in _buffers(chunk)]

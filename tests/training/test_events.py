@@ -36,4 +36,4 @@ def test_a_torn_line_costs_itself_only(tmp_path: Path) -> None:
 def test_a_disk_that_takes_nothing_is_a_warning(tmp_path: Path, megalong_log: pytest.LogCaptureFixture) -> None:
     (tmp_path / events.FILE).mkdir()
     events.record(tmp_path, 1, "save", seconds=2.0)
-    assert '"kind": "save"' in megalong_log.text
+    assert "'kind': 'save'" in megalong_log.text

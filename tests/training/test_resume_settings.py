@@ -145,7 +145,7 @@ def test_what_changed_is_said_key_by_key(sources: tuple[Path, Path], pool: Worke
     (checkpoint / META).write_text(json.dumps(older))
     (checkpoint / f"{META}.crc32").unlink()
     pool.run(1, start, settings(8, lr=2e-3))
-    assert "step 4 does not say its optimizer settings" in log.read_text()
+    assert "step 4 does not record its optimizer settings" in log.read_text()
 
 
 @pytest.mark.parametrize(
