@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # end. The others follow in their own order.
 LONGEST = (
     "training/test_resume.py",
-    "data/test_restart.py",
+    "data/corpus/test_restart.py",
     "training/test_saving.py",
     "training/test_parity.py",
     "training/test_guard.py",

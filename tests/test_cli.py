@@ -214,7 +214,7 @@ def test_step_zero_is_an_imported_checkpoint(answers):
 ANSWERS = {
     "quickstart": ("megalong.quickstart", "quickstart", {"output": "quickstart-run"}),
     "data preprocess --input a b --output-prefix p --tokenizer-model t --workers 3": (
-        "megalong.data.preprocess",
+        "megalong.data.corpus.preprocess",
         "preprocess",
         {
             "inputs": ["a", "b"],
@@ -352,7 +352,8 @@ def test_help_answers_at_once():
 
 def test_the_command_line_and_data_need_no_torch():
     code = (
-        "import sys, megalong.cli, megalong.data.preprocess, megalong.data.inspect, megalong.planning.data_plan\n"
+        "import sys, megalong.cli, megalong.data.inspect, megalong.planning.data_plan\n"
+        "import megalong.data.corpus.preprocess\n"
         "print([name for name in ('torch', 'transformers', 'megatron') if name in sys.modules])"
     )
     done = python(code=code)

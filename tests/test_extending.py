@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megalong.config.rope import RopeSettings
-from megalong.data.sample import Sample
+from megalong.data.samples.sample import Sample
 from megalong.hf import family
 from megalong.hf.config import read_architecture, write_config
 from megalong.hf.family import FAMILIES, Family

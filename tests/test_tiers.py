@@ -6,7 +6,7 @@ import pytest
 
 from tests.tiers import ROOT, SINCE, THIRDS, Change, current_change, slow_files, subjects, taken
 
-RESTART = ROOT / "tests" / "data" / "test_restart.py"
+RESTART = ROOT / "tests" / "data" / "corpus" / "test_restart.py"
 MATRIX = ROOT / "tests" / "training" / "test_matrix.py"
 
 
@@ -24,7 +24,7 @@ def test_every_slow_test_has_its_turn():
 def test_what_a_change_may_touch_is_taken():
     """The file itself, its package's modules, its imports, its helpers, and what its worker processes import."""
     for turn in range(THIRDS):
-        for changed in ("tests/data/test_restart.py", "megalong/data/anything.py", "megalong/data/indexed.py"):
+        for changed in ("tests/data/corpus/test_restart.py", "megalong/data/corpus/any.py", "megalong/data/indexed.py"):
             assert _taken(changed, turn=turn)[RESTART] == "touched"
         for changed in ("tests/pool.py", "tests/llama.py", "tests/training/workers.py", "megalong/training/loop.py"):
             assert _taken(changed, turn=turn)[MATRIX] == "touched"

@@ -75,7 +75,7 @@ def taken(files: Sequence[Path], change: Change) -> dict[Path, str]:
 
 
 def subjects(file: Path) -> set[str]:
-    """Dotted names of what a file of tests is about: modules, and the package of its folder's name with a final dot."""
+    """Dotted names of what a file of tests is about: modules, and the package of its folder with a final dot."""
     reached, waiting = set[str](), [_dotted(file.relative_to(ROOT))]
     while waiting:
         name = waiting.pop()
@@ -85,7 +85,8 @@ def subjects(file: Path) -> set[str]:
         source = ROOT / (name.replace(".", "/") + ".py")
         if name.startswith("tests.") and source.is_file():
             waiting += _imported(source)
-    return reached | {f"megalong.{file.parent.name}."}
+    package = ".".join(("megalong", *file.relative_to(ROOT / "tests").parent.parts))
+    return reached | {f"{package}."}
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import numpy as np
 
 from megalong.attention.layout import Runs, TokenLayout
 from megalong.attention.plan import AttentionPlan, SequencePlan, make_plan
-from megalong.data.sample import Sample, SampleSource
+from megalong.data.samples.sample import Sample, SampleSource
 
 
 @dataclass(frozen=True)

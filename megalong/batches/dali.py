@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megalong.batches.order import SampleOrder
-from megalong.data.sample import SampleSource
+from megalong.data.samples.sample import SampleSource
 from megalong.errors import UserError
 from megalong.runtime.signals import kept_from_children
 

@@ -30,7 +30,7 @@ from megalong.batches.prefetcher import Prefetcher
 from megalong.batches.skipped_samples import Remaining
 from megalong.config.attention_checks import FP8_TOKENS
 from megalong.config.schema import Config
-from megalong.data.sample import Sample, SampleSource
+from megalong.data.samples.sample import Sample, SampleSource
 from megalong.runtime.distributed import place
 from megalong.runtime.gpus import use
 

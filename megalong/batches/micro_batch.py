@@ -22,7 +22,7 @@ import torch
 from megalong.attention.layout import tokens_of
 from megalong.attention.plan import AttentionPlan, SequencePlan
 from megalong.batches.context_shard import ContextShard, read_spans
-from megalong.data.sample import Sample
+from megalong.data.samples.sample import Sample
 
 
 @dataclass(frozen=True)

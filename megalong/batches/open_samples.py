@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megalong.config.schema import Config
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sampler import PackedSamples
 from megalong.data.tokenizer import TextTokenizer
 from megalong.data.tokenizer_check import ALLOW, Made, check_tokenizers
 from megalong.errors import UserError

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from megalong.data.sample import Sample, SampleSource
+from megalong.data.samples.sample import Sample, SampleSource
 
 
 class SkippedSamples:

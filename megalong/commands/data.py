@@ -80,7 +80,7 @@ def _add_preprocess(family: Any) -> None:
 
 
 def _run_preprocess(options: argparse.Namespace) -> int:
-    from megalong.data.preprocess import preprocess
+    from megalong.data.corpus.preprocess import preprocess
 
     preprocess(
         inputs=options.input,

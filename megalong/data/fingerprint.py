@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megalong.data.corpus.sources import find_files
 from megalong.data.indexed import data_path, index_path, sidecar_path
-from megalong.data.sources import find_files
 from megalong.errors import UserError
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ import numpy as np
 from megalong.config.load import load_config
 from megalong.config.schema import Config
 from megalong.data.inspect import HEAD, TAIL, decoder_for, legend, printable, shown
-from megalong.data.sample import Sample
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sample import Sample
+from megalong.data.samples.sampler import PackedSamples
 from megalong.data.tokenizer import TextTokenizer
 from megalong.data.vocabulary import model_vocabulary
 

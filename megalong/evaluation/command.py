@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sampler import PackedSamples
 from megalong.errors import UserError
 from megalong.evaluation.fit import free_bytes, refuse_what_cannot_fit
 from megalong.evaluation.source import (

@@ -16,8 +16,8 @@ from megalong.attention.layout import TokenLayout
 from megalong.batches.context_shard import ContextShard
 from megalong.batches.micro_batch import make_micro_batch
 from megalong.checkpoint.store import load_weights
-from megalong.data.sample import Sample
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sample import Sample
+from megalong.data.samples.sampler import PackedSamples
 from megalong.evaluation.buckets import PositionLoss
 from megalong.evaluation.forward import forward_losses
 from megalong.evaluation.source import ModelSource, beyond_trained

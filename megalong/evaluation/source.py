@@ -22,7 +22,7 @@ from megalong.config.positions import covered_positions
 from megalong.config.rope import RopeSettings
 from megalong.config.text import parse_yaml
 from megalong.data.fingerprint import dataset_digest
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sampler import PackedSamples
 from megalong.data.tokenizer_check import check_tokenizers
 from megalong.errors import UserError
 from megalong.hf.config import read_architecture

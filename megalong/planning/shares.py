@@ -15,7 +15,7 @@ import numpy as np
 
 from megalong.attention.layout import Kind, Runs, TokenLayout, attended_pairs
 from megalong.config.schema import Config
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sampler import PackedSamples
 
 KINDS: tuple[Kind, ...] = ("zigzag", "per_document_zigzag", "balanced")
 

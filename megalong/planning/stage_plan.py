@@ -19,8 +19,8 @@ import numpy as np
 
 from megalong.config.schema import Config
 from megalong.data.lengths import LengthHistogram
-from megalong.data.rows import Rows
-from megalong.data.sampler import DomainShare, PackedSamples
+from megalong.data.samples.rows import Rows
+from megalong.data.samples.sampler import DomainShare, PackedSamples
 from megalong.data.tokenizer_check import ALLOW, check_tokenizers
 
 LOOKED_AT = 5000

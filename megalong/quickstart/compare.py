@@ -96,7 +96,7 @@ def _our_logits(source: ModelSource, sample: torch.Tensor) -> torch.Tensor:
         from megalong.attention.layout import TokenLayout
         from megalong.batches.context_shard import ContextShard
         from megalong.batches.micro_batch import make_micro_batch
-        from megalong.data.sample import Sample
+        from megalong.data.samples.sample import Sample
         from megalong.evaluation.measure import load_model
         from megalong.model.attention_inputs import AttentionInputs
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megalong.data.records import half_surrogate
+from megalong.data.corpus.records import half_surrogate
 from megalong.sft.errors import BadSampleError as BadSampleError
 from megalong.sft.keys import LEARNING, SYSTEM, WEIGHT, is_nothing, take_learnt, unread, unread_of_parts, without
 from megalong.sft.tool_calls import Message, read_calls, read_tools
@@ -206,7 +206,7 @@ def _answers(turn: Message) -> bool:
 
 
 def _refuse_half_surrogates(turns: list[Message], tools: list[Any] | None) -> None:
-    """JSON can spell half of a surrogate pair, which is no text: as in a document (data/records.py)."""
+    """JSON can spell half of a surrogate pair, which is no text: as in a document (data/corpus/records.py)."""
     left: list[Any] = [turns, tools]
     while left:
         value = left.pop()

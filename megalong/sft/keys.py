@@ -2,7 +2,7 @@
 
     read       messages, tools, system, role, content, weight, …              used
     speaking   documents, chat_template_kwargs, reasoning_content, mask, …    written by the chat template, or refused
-    harmless   id, source, model, score, … (data/keys.py)                     left alone
+    harmless   id, source, model, score, … (data/corpus/keys.py)                     left alone
     any other                                                                 counted, and told once a file
 
 What a template makes of a turn's keys is asked of the template itself: written.py.
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from megalong.data.keys import unknown, words
+from megalong.data.corpus.keys import unknown, words
 from megalong.sft.errors import BadSampleError
 
 SYSTEM = ("system", "system_prompt", "system_message")  # of a record: its first turn

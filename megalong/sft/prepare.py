@@ -31,9 +31,9 @@ import numpy as np
 import orjson
 
 from megalong.config.sft import ConversationSource, Sft
-from megalong.data.decontaminate import Benchmarks
-from megalong.data.keys import Unread, listed
-from megalong.data.sources import Source, find_files
+from megalong.data.corpus.decontaminate import Benchmarks
+from megalong.data.corpus.keys import Unread, listed
+from megalong.data.corpus.sources import Source, find_files
 from megalong.errors import UserError
 from megalong.sft.mask import Tokens
 from megalong.sft.reading import KEPT, Read, Reader, read_all

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalong.config.sft import ConversationSource, Sft
-from megalong.data.decontaminate import Benchmarks
-from megalong.data.keys import printable
+from megalong.data.corpus.decontaminate import Benchmarks
+from megalong.data.corpus.keys import printable
+from megalong.data.corpus.sources import Source
 from megalong.data.progress import Progress
-from megalong.data.sources import Source
 from megalong.data.workers import available_cores, map_in_order
 from megalong.errors import UserError
 from megalong.sft.formats import BadSampleError, Conversation, read_conversation

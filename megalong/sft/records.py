@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megalong.data import parquet
-from megalong.data.records import BadRecordError, parsed_unambiguous, raw_lines
-from megalong.data.sources import LINES, TABLE, Piece, Source
+from megalong.data.corpus import parquet
+from megalong.data.corpus.records import BadRecordError, parsed_unambiguous, raw_lines
+from megalong.data.corpus.sources import LINES, TABLE, Piece, Source
 from megalong.errors import UserError
 
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megalong.data.bins import best_fit
-from megalong.data.sample import Sample
-from megalong.data.splitting import documents_of_part
+from megalong.data.samples.bins import best_fit
+from megalong.data.samples.sample import Sample
+from megalong.data.samples.splitting import documents_of_part
 from megalong.sft.prepare import Prepared, prepare, told
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megalong.data.keys import HARMLESS
+from megalong.data.corpus.keys import HARMLESS
 from megalong.sft.errors import BadSampleError
 from megalong.sft.keys import HARMLESS_TURN, SPEAKING_TURN, is_nothing
 

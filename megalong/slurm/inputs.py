@@ -18,8 +18,8 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from megalong.config.schema import Config
+from megalong.data.corpus.sources import find_files
 from megalong.data.indexed import data_path, index_path
-from megalong.data.sources import find_files
 from megalong.errors import UserError
 
 Seen = Callable[[str], str | None]

@@ -21,7 +21,7 @@ from megalong.config.load import load_config
 from megalong.config.positions import check_positions
 from megalong.config.schema import Config
 from megalong.config.text import dump_config
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sampler import PackedSamples
 from megalong.errors import UserError
 from megalong.runtime import gpus
 from megalong.runtime.folders import refuse_unwritable

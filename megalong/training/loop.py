@@ -24,7 +24,7 @@ from megalong.batches.skipped_samples import remaining
 from megalong.checkpoint.folder import step_folder
 from megalong.checkpoint.saver import Saved
 from megalong.costs.flops import mean_flops_per_token
-from megalong.data.sample import SampleSource
+from megalong.data.samples.sample import SampleSource
 from megalong.errors import UserError
 from megalong.evaluation.buckets import PositionLoss
 from megalong.evaluation.forward import forward_losses

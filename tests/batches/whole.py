@@ -10,7 +10,7 @@ import torch
 from megalong.attention.layout import TokenLayout
 from megalong.batches.context_shard import ContextShard, read_spans
 from megalong.batches.micro_batch import MicroBatch, batch_of, sequences_of
-from megalong.data.sample import Sample
+from megalong.data.samples.sample import Sample
 
 
 def shard_samples(

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from megalong.checkpoint.folder import find_checkpoint, read_meta, verify
+from megalong.data.corpus.preprocess import preprocess
 from megalong.data.indexed import IndexedDataset
-from megalong.data.preprocess import preprocess
 from tests.ranks import finish, megalong, start_ranks
 
 WRITTEN = Path(__file__).parent / "written" / "d91ed3e.tar.xz"

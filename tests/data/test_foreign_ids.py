@@ -14,7 +14,7 @@ from megalong.config.schema import Config
 from megalong.data import indexed
 from megalong.data.indexed import IndexedDataset
 from megalong.data.indexed_writer import IndexedDatasetWriter
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sampler import PackedSamples
 from megalong.data.vocabulary import model_vocabulary
 from megalong.errors import UserError
 

@@ -16,10 +16,10 @@ import yaml
 from megalong import cli
 from megalong.attention.layout import TokenLayout
 from megalong.config.load import load_config
+from megalong.data.corpus.preprocess import preprocess
 from megalong.data.inspect_samples import describe, positions_of, targets_of
-from megalong.data.preprocess import preprocess
-from megalong.data.sample import Sample
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sample import Sample
+from megalong.data.samples.sampler import PackedSamples
 from tests.pool import WorkerPool
 
 NONE: dict[str, object] = {"ids": [], "text": ""}

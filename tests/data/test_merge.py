@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megalong.data.corpus.preprocess import preprocess
 from megalong.data.indexed import IndexedDataset
 from megalong.data.indexed_writer import IndexedDatasetWriter
 from megalong.data.merge import merge
-from megalong.data.preprocess import preprocess
 from megalong.errors import UserError
 from tests.data.swapped import with_two_ids_swapped
 from tests.data.test_indexed import cut, documents, whole, write_with_megatron
@@ -25,7 +25,7 @@ def test_shards_merge_to_what_one_run_writes(
 ) -> None:
     """Seven are more than there are parts: some shards are empty."""
     assert shards < 7 or corpus.stat().st_size < 6 * part
-    monkeypatch.setattr("megalong.data.preprocess.part_bytes", lambda files: part)
+    monkeypatch.setattr("megalong.data.corpus.preprocess.part_bytes", lambda files: part)
 
     def run(shard: str | None) -> list[str]:
         return preprocess(

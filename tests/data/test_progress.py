@@ -10,7 +10,7 @@ from megalong.data import progress
 from megalong.data.merge import merge
 from megalong.data.progress import Progress
 from tests.data.conftest import PROSE
-from tests.data.test_grouping import BUCKETS, code, run, small  # noqa: F401
+from tests.data.corpus.test_grouping import BUCKETS, code, run, small  # noqa: F401
 
 
 class Clock:

@@ -13,9 +13,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megalong.data.corpus.preprocess import preprocess
 from megalong.data.indexed import IndexedDataset
 from megalong.data.merge import merge
-from megalong.data.preprocess import preprocess
 from megalong.data.token_ids import ids_fingerprint, same_ids
 from megalong.data.tokenizer_check import Made, check_tokenizers
 from megalong.errors import UserError

@@ -123,7 +123,7 @@ def test_what_a_run_held_out_is_what_it_never_trained_on(sources, pool, tmp_path
     trained = open_text(given_text(str(sources / "data")), LENGTH, 1, models[1])
     kept = packed.streams[0].given
     assert 0 < len(kept) < len(trained.streams[0].given) / 5
-    from megalong.data.sampler import PackedSamples
+    from megalong.data.samples.sampler import PackedSamples
 
     config = yaml.safe_load((run / "config.yaml").read_text())
     learnt = PackedSamples(text.datasets, 64, 1, config["data"]["split"], "train").streams[0].given

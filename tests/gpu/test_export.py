@@ -13,7 +13,7 @@ import yaml
 from transformers import LlamaForCausalLM
 
 from megalong.config.schema import Config
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sampler import PackedSamples
 from tests.llama import make_dataset, make_llama, run_settings
 
 

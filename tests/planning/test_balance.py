@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from megalong.attention.layout import TokenLayout, tokens_of
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sampler import PackedSamples
 from megalong.errors import UserError
 from megalong.planning.balance import balance
 from megalong.planning.shares import KINDS

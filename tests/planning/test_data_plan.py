@@ -15,14 +15,14 @@ from megalong import cli
 from megalong.config.load import load_config
 from megalong.data.length_plot import plot_lengths
 from megalong.data.lengths import length_histogram
-from megalong.data.sampler import PackedSamples
-from megalong.data.splitting import documents_of_part
+from megalong.data.samples.sampler import PackedSamples
+from megalong.data.samples.splitting import documents_of_part
 from megalong.errors import UserError
 from megalong.hf.known import check_stages
 from megalong.planning.data_plan import plan
 from megalong.planning.data_plan_plot import plot_plan
 from megalong.planning.stage_plan import Lengths, plan_stage
-from tests.data.test_packed_samples import dataset
+from tests.data.samples.test_packed_samples import dataset
 from tests.llama import make_llama
 
 LENGTHS = {"a": [40] * 30 + [9] * 60 + [3] * 40 + [70] * 12, "b": [20] * 50 + [95] * 16}

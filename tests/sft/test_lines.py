@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megalong.config.sft import Sft
-from megalong.data.decontaminate import Benchmarks
-from megalong.data.records import BadRecordError, texts_of
-from megalong.data.sources import find_files
+from megalong.data.corpus.decontaminate import Benchmarks
+from megalong.data.corpus.records import BadRecordError, texts_of
+from megalong.data.corpus.sources import find_files
 from megalong.errors import UserError
 from megalong.sft.prepare import prepare
 from megalong.sft.records import Unreadable, records

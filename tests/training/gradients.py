@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from megalong.config.schema import Config
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sampler import PackedSamples
 from tests.training.workers import _session
 
 

@@ -10,7 +10,7 @@ from megalong.cli import main
 from megalong.config.schema import Config
 from megalong.data.indexed import IndexedDataset
 from megalong.data.indexed_writer import IndexedDatasetWriter
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sampler import PackedSamples
 from tests.llama import VOCABULARY, make_dataset, make_llama, run_settings
 from tests.ranks import finish, start_ranks
 

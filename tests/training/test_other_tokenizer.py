@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from megalong.batches.open_samples import check_tokenizer, open_samples
 from megalong.cli import main
 from megalong.config.schema import Config
-from megalong.data.preprocess import preprocess
+from megalong.data.corpus.preprocess import preprocess
 from megalong.errors import UserError
 from megalong.evaluation.source import find_model, open_held_out
 from megalong.training.start import find_start

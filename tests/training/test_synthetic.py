@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megalong.config.schema import Config
-from megalong.data.preprocess import preprocess
+from megalong.data.corpus.preprocess import preprocess
 from tests.data.conftest import PROSE, tokenizer_folder  # noqa: F401
 from tests.llama import make_llama, run_settings
 from tests.pool import WorkerPool

@@ -20,7 +20,7 @@ def train_steps(settings: dict[str, Any], steps: int, device: str = "cpu") -> di
     """Loss and gradient norm of the first `steps` steps, without saving anything."""
     with _session(settings, device) as session:
         from megalong.batches.loader import Batches
-        from megalong.data.sampler import PackedSamples
+        from megalong.data.samples.sampler import PackedSamples
         from megalong.training.step import TrainStep
 
         config = session.config

@@ -108,7 +108,7 @@ def _table(
 
 def _ours(prefix: Path, folder: Path, rules: bool) -> Callable[[], None]:
     from megalong.config.mixture import Domain, Lengths
-    from megalong.data.sampler import PackedSamples
+    from megalong.data.samples.sampler import PackedSamples
 
     mixture = [Domain(name="a", path=str(prefix), weight=1.0, lengths=Lengths(**RULES) if rules else None)]
     build = not folder.exists()

@@ -73,7 +73,7 @@ def _reading(prefix: Path, ranks: int) -> tuple[float, float]:
     from megalong.attention.layout import TokenLayout
     from megalong.batches.context_shard import ContextShard
     from megalong.config.mixture import Domain
-    from megalong.data.sampler import PackedSamples
+    from megalong.data.samples.sampler import PackedSamples
 
     packed = PackedSamples([Domain(name="a", path=str(prefix), weight=1.0)], SEQUENCE, 1, "99,1")
     tokens = packed.streams[0].dataset.read(0, packed.streams[0].dataset.num_tokens)

@@ -108,7 +108,7 @@ def _megalong_step(folder: str) -> Step:
     device = torch.device("cpu")
     distributed.start(device)
     from megalong.batches.loader import Batches
-    from megalong.data.sample import Sample
+    from megalong.data.samples.sample import Sample
     from megalong.training.setup import set_up
     from megalong.training.step import TrainStep
 

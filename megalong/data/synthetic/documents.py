@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megalong.data.stream import DomainStream
+from megalong.data.samples.stream import DomainStream
 from megalong.data.synthetic.planting import Planter, Span
 from megalong.data.synthetic.tasks import Task, TaskSettings, draw_task
 from megalong.data.synthetic.vocabulary import find_tokenizer

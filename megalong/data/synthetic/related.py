@@ -18,9 +18,9 @@ from functools import partial
 
 import numpy as np
 
+from megalong.data.samples.whole_documents import Packed, WholeDocuments, pieces
 from megalong.data.synthetic.joining import AT_ONCE, joined
 from megalong.data.synthetic.sketch import looked_at, sketches
-from megalong.data.whole_documents import Packed, WholeDocuments, pieces
 
 
 class RelatedDocuments(WholeDocuments):

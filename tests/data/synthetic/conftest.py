@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megalong.data.preprocess import preprocess
+from megalong.data.corpus.preprocess import preprocess
 from tests.data.conftest import PROSE
 
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from megalong.config.mixture import Domain
 from megalong.data.indexed_writer import IndexedDatasetWriter
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sampler import PackedSamples
 from megalong.data.synthetic import joining
 from megalong.data.synthetic.sketch import KINDS, LENGTH, READ, _kinds, looked_at, sketches
-from tests.data.test_packed_samples import dataset
-from tests.data.test_whole_documents import LENGTHS, epoch
+from tests.data.samples.test_packed_samples import dataset
+from tests.data.samples.test_whole_documents import LENGTHS, epoch
 
 S, TOPICS = 32, 5
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from megalong.config.mixture import Domain
-from megalong.data.sampler import PackedSamples
-from megalong.data.splitting import documents_of_part
+from megalong.data.samples.sampler import PackedSamples
+from megalong.data.samples.splitting import documents_of_part
 from megalong.data.synthetic.planting import Planter
 from megalong.data.synthetic.tasks import draw_task
 from megalong.data.tokenizer import TextTokenizer
@@ -158,7 +158,7 @@ FROZEN = (
 PRINTED = """
 import hashlib, json, sys
 from megalong.config.mixture import Domain
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sampler import PackedSamples
 settings = json.loads(sys.argv[2])
 packed = PackedSamples([Domain(name="a", path=sys.argv[1], weight=1.0, synthetic=settings)], 1000, 5, "80,20")
 print(hashlib.sha256(b"".join(packed.sample(k).tobytes() for k in (900, 3))).hexdigest())

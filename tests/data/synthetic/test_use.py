@@ -16,10 +16,10 @@ import yaml
 from megalong import cli
 from megalong.config.load import load_config
 from megalong.config.mixture import Domain
+from megalong.data.corpus.preprocess import preprocess
 from megalong.data.fingerprint import changes, fingerprint
 from megalong.data.indexed import sidecar_path
-from megalong.data.preprocess import preprocess
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.sampler import PackedSamples
 from megalong.data.tokenizer import TextTokenizer
 from megalong.errors import UserError
 from tests.data.swapped import with_two_ids_swapped

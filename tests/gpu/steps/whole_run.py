@@ -81,7 +81,7 @@ def _transformers_loss(folder: Path, tree: dict[str, Any], device: torch.device)
     from transformers import LlamaForCausalLM
 
     from megalong.config.schema import Config
-    from megalong.data.sampler import PackedSamples
+    from megalong.data.samples.sampler import PackedSamples
 
     config = Config.model_validate(tree)
     data = config.data

@@ -112,7 +112,7 @@ class RandomSamples:
 
     def read(self, k: int) -> Any:
         """Sample k."""
-        from megalong.data.sample import Sample
+        from megalong.data.samples.sample import Sample
 
         starts = np.zeros(1, np.int64) if self._documents is None else self._documents(k)
         return Sample(self._rows[k % len(self._rows)], starts, self.seq_length + 1)

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from megalong.data.bins import best_fit
-from megalong.data.stream import DomainStream
+from megalong.data.samples.bins import best_fit
+from megalong.data.samples.stream import DomainStream
 
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 

@@ -9,9 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megalong.data.decontaminate import Benchmarks
+from megalong.data.corpus.decontaminate import Benchmarks
+from megalong.data.corpus.preprocess import preprocess
 from megalong.data.indexed import IndexedDataset
-from megalong.data.preprocess import preprocess
 from megalong.errors import UserError
 
 WORDS = [f"w{number}" for number in range(6)]

@@ -9,8 +9,8 @@ from megalong import cli
 from megalong.config.load import load_config
 from megalong.config.mixture import Pose
 from megalong.data.fingerprint import changes, fingerprint
-from megalong.data.pose import skipped_positions
-from tests.data.test_packed_samples import dataset
+from megalong.data.samples.pose import skipped_positions
+from tests.data.samples.test_packed_samples import dataset
 
 RUN = """
 run: {{name: far, dir: {folder}/run}}

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from megalong.attention.layout import TokenLayout
 from megalong.config.mixture import Lengths
-from megalong.data.bins import best_fit
-from megalong.data.sampler import PackedSamples
+from megalong.data.samples.bins import best_fit
+from megalong.data.samples.sampler import PackedSamples
 from megalong.errors import UserError
 from tests.batches.whole import shard_samples
-from tests.data.test_packed_samples import dataset
+from tests.data.samples.test_packed_samples import dataset
 
 S = 32
 LENGTHS = [5, 33, 32, 1, 34, 0, 90, 65, 12, 17, 9, 9, 3, 28, 2, 40]
@@ -122,7 +122,7 @@ def test_other_ranks_read_what_one_has_packed(tmp_path: Path, monkeypatch: pytes
     def refuse(*what: object) -> None:
         raise AssertionError(f"{what} was packed again")
 
-    monkeypatch.setattr("megalong.data.whole_documents.best_fit", refuse)
+    monkeypatch.setattr("megalong.data.samples.whole_documents.best_fit", refuse)
     mapped = packed(path, "best_fit", index_folder=index)
     assert [(mapped.sample(k).tolist(), mapped.documents(k).tolist(), mapped.filled(k)) for k in range(60)] == expected
 

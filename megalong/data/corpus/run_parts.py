@@ -12,13 +12,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from megalong.data.assemble import Assembly, publish_rejected, unread_keys
-from megalong.data.grouping import dealt_bytes
+from megalong.data.corpus.assemble import Assembly, publish_rejected, unread_keys
+from megalong.data.corpus.grouping import dealt_bytes
+from megalong.data.corpus.part_files import Finished, PartFolder
+from megalong.data.corpus.sources import Part
+from megalong.data.corpus.tokenize_part import DealPart, Reading, TokenizeBucket, TokenizePart, Tokenizing
 from megalong.data.indexed_writer import IndexedDatasetWriter
-from megalong.data.part_files import Finished, PartFolder
 from megalong.data.progress import Progress
-from megalong.data.sources import Part
-from megalong.data.tokenize_part import DealPart, Reading, TokenizeBucket, TokenizePart, Tokenizing
 from megalong.data.workers import map_in_order
 from megalong.errors import UserError
 

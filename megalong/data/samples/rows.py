@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from megalong.data.stream import DomainStream
-from megalong.data.whole_documents import WholeDocuments
+from megalong.data.samples.stream import DomainStream
+from megalong.data.samples.whole_documents import WholeDocuments
 
 
 class Rows:

@@ -16,18 +16,18 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from megalong.config.schema import Config
-from megalong.data.blending import Blend
 from megalong.data.indexed import IndexedDataset
-from megalong.data.length_rules import LengthRules
-from megalong.data.pose import PoseSettings, skipped_positions
-from megalong.data.rows import Rows, inner_length
-from megalong.data.sample import Sample, StoredTokens
-from megalong.data.splitting import PARTS
-from megalong.data.stream import DomainStream
+from megalong.data.samples.blending import Blend
+from megalong.data.samples.length_rules import LengthRules
+from megalong.data.samples.pose import PoseSettings, skipped_positions
+from megalong.data.samples.rows import Rows, inner_length
+from megalong.data.samples.sample import Sample, StoredTokens
+from megalong.data.samples.splitting import PARTS
+from megalong.data.samples.stream import DomainStream
+from megalong.data.samples.whole_documents import WholeDocuments
 from megalong.data.synthetic.related import RelatedDocuments
 from megalong.data.token_ids import same_ids
 from megalong.data.tokenizer_check import Made
-from megalong.data.whole_documents import WholeDocuments
 from megalong.errors import UserError
 
 

@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 
-from megalong.data.decontaminate import ACTIONS, NGRAM, Benchmarks
-from megalong.data.encoder import ENCODERS, BatchEncoder, reference
-from megalong.data.grouping import bucket_count
+from megalong.data.corpus.decontaminate import ACTIONS, NGRAM, Benchmarks
+from megalong.data.corpus.encoder import ENCODERS, BatchEncoder, reference
+from megalong.data.corpus.grouping import bucket_count
+from megalong.data.corpus.records import read_records
+from megalong.data.corpus.run_parts import Run
+from megalong.data.corpus.separator import POSITIONS, Separator, find_separator
+from megalong.data.corpus.sources import LINES, TABLE, Part, Source, cut_into_parts, find_files, part_bytes
+from megalong.data.corpus.tokenize_part import Reading, Tokenizing
 from megalong.data.indexed import token_type
 from megalong.data.indexed_writer import IndexedDatasetWriter
-from megalong.data.records import read_records
-from megalong.data.run_parts import Run
-from megalong.data.separator import POSITIONS, Separator, find_separator
-from megalong.data.sources import LINES, TABLE, Part, Source, cut_into_parts, find_files, part_bytes
-from megalong.data.tokenize_part import Reading, Tokenizing
 from megalong.data.tokenizer import TextTokenizer
 from megalong.data.workers import available_cores, in_background
 from megalong.errors import UserError

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalong.data import assemble, part_files, run_parts, sources, tokenize_part
+from megalong.data.corpus import assemble, part_files, run_parts, sources, tokenize_part
+from megalong.data.corpus.preprocess import preprocess
 from megalong.data.indexed import IndexedDataset
 from megalong.data.indexed_writer import IndexedDatasetWriter
-from megalong.data.preprocess import preprocess
 from megalong.errors import UserError
 from tests.data.conftest import PROSE
 
@@ -41,7 +41,7 @@ def big(tmp_path: Path) -> Path:
 
 def run_in_process(big: Path, output: Path, tokenizer: Path, settle: int, options: str) -> subprocess.Popen[str]:
     code = (
-        "from megalong.data import assemble, preprocess as p, sources\n"
+        "from megalong.data.corpus import assemble, preprocess as p, sources\n"
         f"assemble.SETTLE_BYTES = {settle}\n"
         f"p.part_bytes = lambda files: {PART}\n"
         f"p.preprocess([{str(big)!r}], {str(output)!r}, {str(tokenizer)!r}, ('text', 'title'), workers=2, "
@@ -116,7 +116,7 @@ def test_a_run_killed_twenty_times_gives_the_same_output(
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megalong.data.preprocess.part_bytes", lambda files: PART)
+    monkeypatch.setattr("megalong.data.corpus.preprocess.part_bytes", lambda files: PART)
     monkeypatch.setattr(assemble, "SETTLE_BYTES", 100_000)
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from megalong.config.data import Data
 from megalong.config.mixture import Pose
 from megalong.data.inspect_samples import positions_of, targets_of
-from megalong.data.pose import skipped_positions
-from megalong.data.sampler import PackedSamples
-from tests.data.test_packed_samples import dataset, entry
+from megalong.data.samples.pose import skipped_positions
+from megalong.data.samples.sampler import PackedSamples
+from tests.data.samples.test_packed_samples import dataset, entry
 
 LENGTHS = [int(n) for n in np.random.default_rng(1).integers(1, 60, 64)]
 

@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megalong.data import preprocess as command
-from megalong.data import tokenize_part
-from megalong.data.keys import HARMLESS, Unread, listed
-from megalong.data.preprocess import preprocess
+from megalong.data.corpus import preprocess as command
+from megalong.data.corpus import tokenize_part
+from megalong.data.corpus.keys import HARMLESS, Unread, listed
+from megalong.data.corpus.preprocess import preprocess
 
 START, MIDDLE = "megalong: --input: ", ": keys that nothing reads: "
 

@@ -18,8 +18,8 @@ from operator import itemgetter
 import numpy as np
 import orjson
 
-from megalong.data.part_files import Finished, PartFolder, PartWriter
-from megalong.data.sources import Source
+from megalong.data.corpus.part_files import Finished, PartFolder, PartWriter
+from megalong.data.corpus.sources import Source
 
 BUCKET_BYTES = 32 << 20
 LARGEST_NUMBER = 1 << 14

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megalong.data import grouping
+from megalong.data.corpus import grouping
+from megalong.data.corpus.preprocess import preprocess
 from megalong.data.indexed import IndexedDataset
 from megalong.data.merge import merge
-from megalong.data.preprocess import preprocess
 from megalong.data.tokenizer import TextTokenizer
 from megalong.errors import UserError
 from tests.data.conftest import PROSE
@@ -21,8 +21,8 @@ BUCKETS = 7
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many parts, many buckets, many runs a part."""
-    monkeypatch.setattr("megalong.data.preprocess.part_bytes", lambda files: 30_000)
-    monkeypatch.setattr("megalong.data.preprocess.bucket_count", lambda files: BUCKETS)
+    monkeypatch.setattr("megalong.data.corpus.preprocess.part_bytes", lambda files: 30_000)
+    monkeypatch.setattr("megalong.data.corpus.preprocess.bucket_count", lambda files: BUCKETS)
     monkeypatch.setattr(grouping, "RUN_BYTES", 9_000)
 
 

@@ -10,7 +10,7 @@ import pytest
 from megalong.config.mixture import Domain, Lengths
 from megalong.data import IndexedDatasetWriter, PackedSamples
 from megalong.data.indexed import IndexedDataset
-from megalong.data.stream import DomainStream
+from megalong.data.samples.stream import DomainStream
 from megalong.errors import UserError
 
 

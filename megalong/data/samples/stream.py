@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megalong.data.epoch_index import EpochIndex
-from megalong.data.epochs import Epochs
 from megalong.data.indexed import IndexedDataset
-from megalong.data.length_rules import LengthClass, LengthRules, from_arrays, length_classes, to_arrays
-from megalong.data.splitting import documents_of_part
+from megalong.data.samples.epoch_index import EpochIndex
+from megalong.data.samples.epochs import Epochs
+from megalong.data.samples.length_rules import LengthClass, LengthRules, from_arrays, length_classes, to_arrays
+from megalong.data.samples.splitting import documents_of_part
 from megalong.errors import UserError
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from megalong.data import encoder as encoder_module
-from megalong.data.encoder import BatchEncoder, needs_guard, reference
-from megalong.data.preprocess import preprocess
+from megalong.data.corpus import encoder as encoder_module
+from megalong.data.corpus.encoder import BatchEncoder, needs_guard, reference
+from megalong.data.corpus.preprocess import preprocess
 from megalong.data.tokenizer import TextTokenizer
 from megalong.errors import UserError
 from tests.data.conftest import PROSE

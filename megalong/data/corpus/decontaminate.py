@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from megalong.data import parquet
-from megalong.data.records import BYTE_ORDER_MARK, BadRecordError, parsed
-from megalong.data.sources import LINES, TABLE, Source, find_files
-from megalong.data.unpack import unpacked
+from megalong.data.corpus import parquet
+from megalong.data.corpus.records import BYTE_ORDER_MARK, BadRecordError, parsed
+from megalong.data.corpus.sources import LINES, TABLE, Source, find_files
+from megalong.data.corpus.unpack import unpacked
 from megalong.errors import UserError
 
 NGRAM = 13

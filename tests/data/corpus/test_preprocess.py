@@ -14,10 +14,10 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer
 
+from megalong.data.corpus.preprocess import preprocess
+from megalong.data.corpus.sources import SMALLEST_PART
 from megalong.data.indexed import IndexedDataset
 from megalong.data.inspect import inspect
-from megalong.data.preprocess import preprocess
-from megalong.data.sources import SMALLEST_PART
 from megalong.errors import UserError
 from tests.data.conftest import PROSE
 
@@ -153,7 +153,7 @@ def test_append_eod_needs_an_end_token(tmp_path: Path, tokenizer_folder: Path, c
 def command(corpus: Path, output: Path, tokenizer: Path, encoder: str = "gigatoken") -> list[str]:
     words = f"[{str(corpus)!r}], {str(output)!r}, {str(tokenizer)!r}, workers=2, separator='<s>', encoder={encoder!r}"
     call = f"preprocess({words})"
-    return [sys.executable, "-c", f"from megalong.data.preprocess import preprocess; {call}"]
+    return [sys.executable, "-c", f"from megalong.data.corpus.preprocess import preprocess; {call}"]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
@@ -204,7 +204,7 @@ def alive(pid: int) -> bool:
 def test_a_killed_worker_is_told(tmp_path: Path, tokenizer_folder: Path, corpus: Path) -> None:
     call = "t.read_records = lambda *_: os.kill(os.getpid(), 9)"
     code = command(corpus, tmp_path / "out", tokenizer_folder)[2]
-    code = f"import os, megalong.data.tokenize_part as t; {call}; {code}"
+    code = f"import os, megalong.data.corpus.tokenize_part as t; {call}; {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "UserError: --workers 1: a worker was killed" in done.stderr
     assert not list(tmp_path.glob("out*"))

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalong.data.listing import Listing, Say
+from megalong.data.corpus.listing import Listing, Say
 from megalong.errors import UserError
 
 LINES = (".jsonl", ".json")
@@ -119,7 +119,7 @@ def cut_into_parts(files: Sequence[Source], size: int) -> list[Part]:
 def _pieces(file: Source, size: int) -> Iterator[tuple[Piece, int]]:
     """Pieces of a file that may stand alone, each with its bytes."""
     if file.kind == TABLE:
-        from megalong.data.parquet import row_group_sizes
+        from megalong.data.corpus.parquet import row_group_sizes
 
         for group, taken in enumerate(row_group_sizes(file.path)):
             yield Piece(file, group, group + 1), taken

@@ -21,10 +21,10 @@ from typing import IO, Any, NamedTuple
 
 import orjson
 
-from megalong.data import parquet
-from megalong.data.keys import printable
-from megalong.data.sources import LINES, TABLE, Part, Piece
-from megalong.data.unpack import unpacked
+from megalong.data.corpus import parquet
+from megalong.data.corpus.keys import printable
+from megalong.data.corpus.sources import LINES, TABLE, Part, Piece
+from megalong.data.corpus.unpack import unpacked
 from megalong.errors import UserError
 
 BLOCK = 1 << 20  # bytes of a file looked at once

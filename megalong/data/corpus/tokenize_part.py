@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megalong.data import grouping
-from megalong.data.decontaminate import Benchmarks
-from megalong.data.encoder import BatchEncoder
+from megalong.data.corpus import grouping
+from megalong.data.corpus.decontaminate import Benchmarks
+from megalong.data.corpus.encoder import BatchEncoder
+from megalong.data.corpus.keys import Unread, printable, unknown
+from megalong.data.corpus.part_files import REJECTED, UNREAD, Finished, PartFolder, PartWriter, described
+from megalong.data.corpus.records import Bad, Record, read_records, refuse
+from megalong.data.corpus.separator import Separator, with_separator
+from megalong.data.corpus.sources import LINES, Part, Piece
 from megalong.data.indexed_writer import refuse_too_long
-from megalong.data.keys import Unread, printable, unknown
-from megalong.data.part_files import REJECTED, UNREAD, Finished, PartFolder, PartWriter, described
-from megalong.data.records import Bad, Record, read_records, refuse
-from megalong.data.separator import Separator, with_separator
-from megalong.data.sources import LINES, Part, Piece
 
 FORMAT = 2  # of finished parts; another one makes those of an earlier version of this program be made again
 SHOWN = 1000  # characters of a contaminated document in the report

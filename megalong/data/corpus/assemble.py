@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import orjson
 
+from megalong.data.corpus.keys import Unread
+from megalong.data.corpus.part_files import REJECTED, UNREAD, Finished, PartFolder
+from megalong.data.corpus.records import lines_before
 from megalong.data.indexed_writer import IndexedDatasetWriter, State, holds
-from megalong.data.keys import Unread
-from megalong.data.part_files import REJECTED, UNREAD, Finished, PartFolder
-from megalong.data.records import lines_before
 from megalong.errors import UserError
 from megalong.runtime.folders import file_aside
 

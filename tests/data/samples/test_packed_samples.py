@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalong.data.blending import Blend
 from megalong.data.indexed import IndexedDataset
 from megalong.data.indexed_writer import IndexedDatasetWriter
-from megalong.data.sampler import PackedSamples
-from megalong.data.splitting import documents_of_part
-from megalong.data.stream import DomainStream
+from megalong.data.samples.blending import Blend
+from megalong.data.samples.sampler import PackedSamples
+from megalong.data.samples.splitting import documents_of_part
+from megalong.data.samples.stream import DomainStream
 from megalong.errors import UserError
 
 WEIGHTS = [[1.0], [0.7, 0.3], [1, 1, 1], [0.3, 0.3, 0.1, 0.1, 0.04, 0.04, 0.03, 0.03, 0.03, 0.03], [1e-4, 5]]

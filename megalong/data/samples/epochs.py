@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megalong.data.length_rules import LengthClass
+from megalong.data.samples.length_rules import LengthClass
 
 
 class Epochs:

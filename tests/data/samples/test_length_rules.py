@@ -11,13 +11,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megalong.config.mixture import Domain, Lengths
-from megalong.data.epochs import Epochs
 from megalong.data.indexed import IndexedDataset
-from megalong.data.length_rules import length_classes
-from megalong.data.sampler import PackedSamples
-from megalong.data.stream import DomainStream
+from megalong.data.samples.epochs import Epochs
+from megalong.data.samples.length_rules import length_classes
+from megalong.data.samples.sampler import PackedSamples
+from megalong.data.samples.stream import DomainStream
 from megalong.errors import UserError
-from tests.data.test_packed_samples import dataset
+from tests.data.samples.test_packed_samples import dataset
 
 RATIOS = st.sampled_from([0.1, 0.3, 1 / 3, 0.5, 1.0, 1.7, 2.0, 2.5, 3.0]) | st.floats(0.05, 4)
 

@@ -12,8 +12,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalong.data.records import Bad, line_number, read_records
-from megalong.data.sources import cut_into_parts, find_files, part_bytes
+from megalong.data.corpus.records import Bad, line_number, read_records
+from megalong.data.corpus.sources import cut_into_parts, find_files, part_bytes
 from megalong.errors import UserError
 
 TEXTS = ["one", "", "naïve 数学 🙂", "nul \0 and \r\n kept", " spaces \u2028 too "]
