@@ -42,22 +42,23 @@ def pytest_configure(config: pytest.Config) -> None:
 # The files that take longest (`--durations=0`), longest first: started last, one of them would keep a core alone at the
 # end. The others follow in their own order.
 LONGEST = (
-    "training/test_resume.py",
-    "data/corpus/test_restart.py",
-    "training/test_saving.py",
     "training/test_parity.py",
     "training/test_guard.py",
-    "network/test_cut.py",
-    "checkpoint/test_data_only.py",
-    "training/test_documents.py",
-    "training/test_resume_settings.py",
-    "attention/test_exchange.py",
-    "checkpoint/test_damage.py",
-    "checkpoint/test_damage_at_start.py",
-    "training/test_stages.py",
-    "training/test_signals.py",
-    "training/test_fp8.py",
+    "data/corpus/test_restart.py",
+    "training/test_lora.py",
+    "training/test_resume.py",
+    "training/test_saving.py",
+    "training/test_killed.py",
     "training/test_processes.py",
+    "training/test_documents.py",
+    "training/test_matrix.py",
+    "training/test_resume_layouts.py",
+    "checkpoint/test_optimizer_state.py",
+    "data/corpus/test_preprocess.py",
+    "data/corpus/test_encoder.py",
+    "network/test_cut.py",
+    "training/test_fp8.py",
+    "sft/test_training.py",
 )
 
 

@@ -23,11 +23,11 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megalong.attention.blockwise import Attention, blockwise_attention
-from megalong.attention.choice import heads_can_be_shared
 from megalong.attention.kernels import BlockKernel
 from megalong.attention.order import from_sequence_order, to_sequence_order
 from megalong.attention.plan import AttentionPlan
 from megalong.attention.transport import AllGather, Alone, Ring, Transport
+from megalong.config.exchange import heads_can_be_shared
 
 Keys = Literal["ring", "all_gather"]
 

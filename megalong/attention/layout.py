@@ -21,6 +21,8 @@ from typing import Literal
 
 import numpy as np
 
+from megalong.config.resolved import layout_multiple
+
 Kind = Literal["zigzag", "per_document_zigzag", "balanced"]
 Runs = np.ndarray  # int64 [r, 2]: first token and the one behind the last, ascending
 TILES = (2, 4, 8, 16, 32, 64)  # tiles a rank gets of a balanced sequence, fewest first
@@ -41,7 +43,7 @@ class TokenLayout:
     @property
     def multiple(self) -> int:
         """Sequences must be a multiple of this many tokens; shorter ones are padded (`batches.micro_batch`)."""
-        return 1 if self.context_parallel_size == 1 else 2 * self.context_parallel_size
+        return layout_multiple(self.context_parallel_size)
 
     def runs(self, seq_length: int, starts: np.ndarray) -> list[Runs]:
         """Every rank's runs of one sequence.

@@ -19,6 +19,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megalong.attention.layout import TokenLayout
 from megalong.attention.plan import AttentionPlan
@@ -28,10 +29,9 @@ from megalong.batches.micro_batch import MicroBatch, batch_of, read_tokens
 from megalong.batches.order import SampleOrder
 from megalong.batches.prefetcher import Prefetcher
 from megalong.batches.skipped_samples import Remaining
-from megalong.config.attention_checks import FP8_TOKENS
 from megalong.config.schema import Config
 from megalong.data.samples.sample import Sample, SampleSource
-from megalong.runtime.distributed import place
+from megalong.runtime import distributed
 from megalong.runtime.gpus import use
 
 Made = tuple[MicroBatch, int, int]  # (batch, bytes of tokens read, bytes of its whole samples)
@@ -61,9 +61,9 @@ class Batches:
         self.samples = samples()
         self.bytes_read = self.bytes_whole = 0
         self._open, self._config, self._device = samples, config, device
-        here = place()
+        here, grid = distributed.place(), distributed.grid()
         self._share = share_of(config, here.context, window)
-        self._reads = here.stage in (0, here.stages - 1)
+        self._reads = here.stage in (0, grid.pipeline - 1)
         # What a source does not store has no type of its own.
         self._dtype = np.dtype(getattr(self.samples, "token_type", np.int64))
         self._order = SampleOrder(
@@ -71,7 +71,7 @@ class Batches:
             config.training.global_batch_size,
             config.training.micro_batch_size,
             here.data,
-            here.data_size,
+            grid.replicas(dist.get_world_size()),
             period,
         )
         self._next: int | None = None
@@ -162,11 +162,5 @@ class Batches:
 
 def share_of(config: Config, context_rank: int, window: int | None = None) -> ContextShard:
     """The part of every sample that a context-parallel rank holds."""
-    parallel = config.parallel
-    # Sequence parallelism cuts a context-parallel shard over the tensor-parallel ranks, and FP8 matrices on a GPU
-    # need a rank's number of tokens to be a multiple of 8.
-    multiple = (FP8_TOKENS if config.precision.fp8 is not None else 1) * parallel.context_parallel_size
-    if parallel.sequence_parallel:
-        multiple *= parallel.tensor_model_parallel_size
-    layout = TokenLayout(parallel.context_parallel_size, config.token_layout, window)
-    return ContextShard(layout, context_rank, config.data.masked, multiple)
+    layout = TokenLayout(config.grid.context, config.token_layout, window)
+    return ContextShard(layout, context_rank, config.data.masked, config.length_multiple)

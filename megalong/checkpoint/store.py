@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,6 +31,7 @@ from megalong.checkpoint.writing import Begun, begin, complete, gathered
 from megalong.config.lora import is_adapter
 from megalong.errors import UserError
 from megalong.model.build import unwrap
+from megalong.runtime import distributed
 from megalong.runtime.megatron import version as megatron_version
 from megalong.runtime.random_states import random_states, restore
 
@@ -129,12 +130,13 @@ def load_training(
 
 def current_layout() -> SavedLayout:
     """The layout this world runs under."""
+    grid = distributed.grid()
     return SavedLayout(
         world_size=dist.get_world_size(),
-        tensor=parallel_state.get_tensor_model_parallel_world_size(),
-        context=parallel_state.get_context_parallel_world_size(),
-        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
-        virtual=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        tensor=grid.tensor,
+        context=grid.context,
+        pipeline=grid.pipeline,
+        virtual=grid.virtual,
     )
 
 

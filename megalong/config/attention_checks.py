@@ -14,7 +14,7 @@ from megalong.errors import UserError
 ENGINE = "transformer_engine"
 FP8_CAPABILITY, FP8_ATTENTION_CAPABILITY, FP8_CURRENT_ATTENTION_CAPABILITY = (8, 9), (9, 0), (10, 0)
 HOPPER_FP8_HEAD = 128  # channels
-FP8_TOKENS, FP8_WIDTH = 8, 16  # what Transformer Engine wants a rank's tokens and a matrix's sides to be multiples of
+FP8_WIDTH = 16  # what Transformer Engine needs a matrix's sides to be multiples of
 
 
 @dataclass(frozen=True)

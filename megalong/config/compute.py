@@ -7,6 +7,8 @@ from pydantic import model_validator
 from megalong.config.architecture import NO_WINDOW, LayerPattern, Positive
 from megalong.config.section import Section
 
+FP8_TOKENS = 8  # what Transformer Engine needs a rank's number of tokens to be a multiple of
+
 
 class Parallel(Section):
     """How the model and the sequence are cut; what is left of the world size is data parallel.

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from megalong.config.architecture import Architecture, Positive
-from megalong.config.compute import Attention, Memory, Parallel, Precision
+from megalong.config.compute import FP8_TOKENS, Attention, Memory, Parallel, Precision
 from megalong.config.data import Data
 from megalong.config.guard import Guard
 from megalong.config.lora import Lora
@@ -17,6 +17,7 @@ from megalong.config.rope import RopeSettings
 from megalong.config.section import Section
 from megalong.config.sft import Sft
 from megalong.config.slurm import Slurm
+from megalong.runtime.grid import Grid
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -210,12 +211,30 @@ class Sections(Section):
     slurm: Slurm = Slurm()
 
     @property
+    def grid(self) -> Grid:
+        """How ranks share the model; whether they share attention by heads depends on the model (`resolved.py`)."""
+        parallel = self.parallel
+        return Grid(
+            parallel.tensor_model_parallel_size,
+            parallel.context_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.virtual_pipeline_model_parallel_size,
+        )
+
+    @property
     def world_divisor(self) -> int:
         """TP * CP * PP: the number of processes one replica of the model takes."""
-        parallel = self.parallel
-        return (
-            parallel.tensor_model_parallel_size * parallel.context_parallel_size * parallel.pipeline_model_parallel_size
-        )
+        return self.grid.model_parallel_size
+
+    @property
+    def length_multiple(self) -> int:
+        """What the length of a padded sample must be a multiple of, besides what its layout asks for.
+
+        Sequence parallelism cuts a context-parallel shard over the tensor-parallel ranks, and FP8 matrices on a GPU
+        need a rank's number of tokens to be a multiple of 8.
+        """
+        multiple = (FP8_TOKENS if self.precision.fp8 is not None else 1) * self.parallel.context_parallel_size
+        return multiple * self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else multiple
 
     @property
     def token_layout(self) -> Literal["zigzag", "per_document_zigzag", "balanced"]:

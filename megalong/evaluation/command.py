@@ -35,6 +35,7 @@ from megalong.evaluation.source import (
 )
 from megalong.runtime import gpus
 from megalong.runtime.folders import refuse_overwriting, refuse_unwritable
+from megalong.runtime.grid import Grid
 from megalong.runtime.launch import run_local
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _measure(
             _refuse_what_cannot_fit(source, packed.seq_length, device)
         for note in notes if dist.get_rank() == 0 else ():
             log.warning("%s", note)
-        distributed.set_layout(distributed.Layout(context=dist.get_world_size()))
+        distributed.set_grid(Grid(context=dist.get_world_size()))
         for (source, packed), name in zip(opened, told_apart([source for source, _ in opened]), strict=True):
             positions = measure_losses(source, packed, samples, device)
             results.append(

@@ -22,6 +22,7 @@ from megalong.checkpoint.folder import ASSETS
 from megalong.errors import UserError
 from megalong.evaluation.source import ModelSource, beyond_trained, find_model
 from megalong.hf.config import read_json
+from megalong.runtime.grid import Grid
 
 if TYPE_CHECKING:
     import torch
@@ -174,7 +175,7 @@ def _answer(
         log = setup_logging()
         if (warning := beyond_trained(source, len(ids) + max_new_tokens, "prompt and --max-new-tokens")) is not None:
             log.warning(warning)
-        distributed.set_layout(distributed.Layout())
+        distributed.set_grid(Grid())
         model = unwrap(load_model(source)[0])
         return list(new_tokens(model, ids, max_new_tokens, sampling, prefill_chunk, ends))
     finally:

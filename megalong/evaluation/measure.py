@@ -25,7 +25,7 @@ from megalong.hf.load import load_into
 from megalong.hf.reader import HFReader
 from megalong.model.build import build_model
 from megalong.model.config import ModelSettings
-from megalong.runtime.distributed import Layout
+from megalong.runtime.grid import Grid
 
 REPORTS = 8  # progress lines of a measurement
 log = logging.getLogger("megalong")
@@ -35,7 +35,7 @@ def load_model(source: ModelSource, context_parallel: int = 1) -> list[torch.nn.
     """The whole model on this rank, in the type that `source` names."""
     dtype = getattr(torch, source.architecture.torch_dtype)
     log.info("%s computes in %s, %s", source, source.architecture.torch_dtype, source.why)
-    settings = ModelSettings(Layout(context=context_parallel), params_dtype=dtype, lora=source.lora)
+    settings = ModelSettings(Grid(context=context_parallel), params_dtype=dtype, lora=source.lora)
     chunks = build_model(source.architecture, settings)
     if source.checkpoint is not None:
         load_weights(source.checkpoint, chunks)

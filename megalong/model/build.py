@@ -30,7 +30,7 @@ def build_model(architecture: Architecture, settings: ModelSettings | None = Non
     """This rank's model chunks (one per virtual stage), bare and with unset weights, on the current device."""
     settings = settings or ModelSettings()
     config = transformer_config(architecture, settings)
-    virtual = settings.layout.virtual
+    virtual = settings.grid.virtual
     stages: list[int | None] = [None] if virtual == 1 else list(range(virtual))
     device = torch.device(torch.cuda.current_device())
     if device.type == "cpu":

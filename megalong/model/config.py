@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megalong.config.architecture import Architecture
 from megalong.config.lora import Lora
 from megalong.config.rope import RopeSettings
-from megalong.runtime.distributed import Layout
+from megalong.runtime.grid import Grid
 
 log = logging.getLogger("megalong")
 
@@ -45,11 +45,11 @@ class ModelSettings:
     """How one model is laid out and computed: everything that is not its architecture.
 
     `recompute` is `memory.recompute`, `kernel` is `attention.backend`, `exchange` is how keys reach the ranks that
-    `layout.heads` has left (`attention.choice`). `fp8` and what begins with it are `precision`'s. With `lora` (which
+    `grid.heads` has left (`attention.choice`). `fp8` and what begins with it are `precision`'s. With `lora` (which
     has a rank then) the model carries adapters, and nothing else of it learns.
     """
 
-    layout: Layout = field(default_factory=Layout)
+    grid: Grid = field(default_factory=Grid)
     sequence_parallel: bool = False
     params_dtype: torch.dtype = torch.float32
     recompute: str = "none"
@@ -66,7 +66,7 @@ def transformer_config(architecture: Architecture, settings: ModelSettings) -> L
 
     Weights are not initialised: they are always loaded or drawn by `model.build`.
     """
-    layout = settings.layout
+    grid = settings.grid
     return LlamaConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -87,12 +87,12 @@ def transformer_config(architecture: Architecture, settings: ModelSettings) -> L
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        overlap_p2p_comm=layout.virtual > 1,
-        batch_p2p_comm=layout.virtual == 1,
-        context_parallel_size=layout.context,
+        tensor_model_parallel_size=grid.tensor,
+        pipeline_model_parallel_size=grid.pipeline,
+        virtual_pipeline_model_parallel_size=grid.virtual if grid.virtual > 1 else None,
+        overlap_p2p_comm=grid.virtual > 1,
+        batch_p2p_comm=grid.virtual == 1,
+        context_parallel_size=grid.context,
         sequence_parallel=settings.sequence_parallel,
         params_dtype=settings.params_dtype,
         pipeline_dtype=settings.params_dtype,

@@ -16,7 +16,6 @@ import gc
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,9 @@ import torch.distributed as dist
 
 from megalong.errors import UserError
 from megalong.runtime import cpu, gpus, megatron, peers, signals
+from megalong.runtime.grid import ORDER, Grid, Place
 from megalong.runtime.rendezvous import store_of_this_life
 
-GRID_ORDER = "tp-cp-ep-dp-pp"
 # The world's time-out, for groups created later.
 _timeout = datetime.timedelta(minutes=60)
 _control: dist.ProcessGroup | None = None
@@ -36,48 +35,21 @@ _background: tuple[Any, dist.ProcessGroup | None] = (None, None)
 _context_levels: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] = (None, None)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How many ranks share each dimension of parallelism.
+def grid() -> Grid:
+    """The grid that `set_grid` has built, without `heads`."""
+    from megatron.core import parallel_state
 
-    `virtual` is the number of parts of the model each pipeline rank holds; above 1 the pipeline is interleaved.
-    `heads` neighbouring context-parallel ranks share attention by heads instead of by keys; 1 for none.
-    """
-
-    tensor: int = 1
-    context: int = 1
-    pipeline: int = 1
-    virtual: int = 1
-    heads: int = 1
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Ranks that hold one replica of the model and one copy of each sample."""
-        return self.tensor * self.context * self.pipeline
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this rank stands in the layout: its index in a dimension, and how many ranks share that."""
-
-    data: int
-    data_size: int
-    context: int
-    stage: int
-    stages: int
+    return Grid(
+        tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        context=parallel_state.get_context_parallel_world_size(),
+        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+    )
 
 
 def place() -> Place:
-    """This rank's, after `set_layout`; pipeline stages are counted without virtual ones."""
-    from megatron.core import parallel_state
-
-    return Place(
-        data=parallel_state.get_data_parallel_rank(),
-        data_size=parallel_state.get_data_parallel_world_size(),
-        context=parallel_state.get_context_parallel_rank(),
-        stage=parallel_state.get_pipeline_model_parallel_rank(),
-        stages=parallel_state.get_pipeline_model_parallel_world_size(),
-    )
+    """Where this rank stands in it."""
+    return grid().place(dist.get_rank(), dist.get_world_size())
 
 
 def environment_world() -> tuple[int, int]:
@@ -154,8 +126,8 @@ def _rendezvous(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
     return store, rank, world
 
 
-def set_layout(layout: Layout, seed: int = 1234, timeout_minutes: float = 60) -> None:
-    """Build the groups of `layout` and seed every generator.
+def set_grid(grid: Grid, seed: int = 1234, timeout_minutes: float = 60) -> None:
+    """Build the groups of `grid` and seed every generator.
 
     Raises:
         UserError: the world is not a multiple of TP × CP × PP.
@@ -164,27 +136,27 @@ def set_layout(layout: Layout, seed: int = 1234, timeout_minutes: float = 60) ->
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     world = dist.get_world_size()
-    if world % layout.model_parallel_size:
+    if world % grid.model_parallel_size:
         raise UserError(
-            f"{world} processes cannot be split into TP {layout.tensor} × CP {layout.context} × PP {layout.pipeline} "
-            f"= {layout.model_parallel_size}; start a multiple of {layout.model_parallel_size}"
+            f"{world} processes cannot be split into TP {grid.tensor} × CP {grid.context} × PP {grid.pipeline} "
+            f"= {grid.model_parallel_size}; start a multiple of {grid.model_parallel_size}"
         )
-    clear_layout()
+    clear_grid()
     gc.collect()
     if not gc.get_freeze_count():
         # Some 300,000 objects of imported modules: left out, each later collection takes milliseconds, not 0.2 s.
         gc.freeze()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        context_parallel_size=layout.context,
-        order=GRID_ORDER,
+        tensor_model_parallel_size=grid.tensor,
+        pipeline_model_parallel_size=grid.pipeline,
+        virtual_pipeline_model_parallel_size=grid.virtual if grid.virtual > 1 else None,
+        context_parallel_size=grid.context,
+        order=ORDER,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         # Only the NCCL world needs a second, CPU-side set of groups for checkpointing.
         create_gloo_process_groups=dist.get_backend() == "nccl",
     )
-    _make_context_levels(layout, datetime.timedelta(minutes=timeout_minutes))
+    _make_context_levels(grid, datetime.timedelta(minutes=timeout_minutes))
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -193,11 +165,7 @@ def set_layout(layout: Layout, seed: int = 1234, timeout_minutes: float = 60) ->
 
 def replica_of(rank: int) -> int:
     """The data-parallel rank of any rank of the world."""
-    from megatron.core import parallel_state
-
-    tensor = parallel_state.get_tensor_model_parallel_world_size()
-    context = parallel_state.get_context_parallel_world_size()
-    return rank // (tensor * context) % parallel_state.get_data_parallel_world_size()
+    return grid().place(rank, dist.get_world_size()).data
 
 
 def context_levels() -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
@@ -208,21 +176,21 @@ def context_levels() -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None
     return _context_levels
 
 
-def _make_context_levels(layout: Layout, timeout: datetime.timedelta) -> None:
+def _make_context_levels(grid: Grid, timeout: datetime.timedelta) -> None:
     """Cut every context-parallel group in two levels; all ranks of the world take part in making each group."""
     global _context_levels
     from megatron.core import parallel_state
 
-    whole = parallel_state.get_context_parallel_group() if layout.context > 1 else None
-    if layout.heads in (1, layout.context):
-        _context_levels = (None, whole) if layout.heads == 1 else (whole, None)
+    whole = parallel_state.get_context_parallel_group() if grid.context > 1 else None
+    if grid.heads in (1, grid.context):
+        _context_levels = (None, whole) if grid.heads == 1 else (whole, None)
         return
-    span, rank = layout.tensor * layout.context, dist.get_rank()
+    span, rank = grid.tensor * grid.context, dist.get_rank()
     mine: dict[str, dist.ProcessGroup] = {}
-    for first in (base + tensor for base in range(0, dist.get_world_size(), span) for tensor in range(layout.tensor)):
-        ranks = [first + layout.tensor * place for place in range(layout.context)]
-        near = [ranks[i : i + layout.heads] for i in range(0, layout.context, layout.heads)]
-        far = [ranks[i :: layout.heads] for i in range(layout.heads)]
+    for first in (base + tensor for base in range(0, dist.get_world_size(), span) for tensor in range(grid.tensor)):
+        ranks = [first + grid.tensor * place for place in range(grid.context)]
+        near = [ranks[i : i + grid.heads] for i in range(0, grid.context, grid.heads)]
+        far = [ranks[i :: grid.heads] for i in range(grid.heads)]
         for level, members in [*(("near", one) for one in near), *(("far", one) for one in far)]:
             group = dist.new_group(members, timeout=timeout)
             if rank in members:
@@ -267,7 +235,7 @@ def background_group(timeout_minutes: float) -> dist.ProcessGroup | None:
     return group
 
 
-def clear_layout() -> None:
+def clear_grid() -> None:
     """Close the groups of the last layout, if there was one.
 
     Megatron-Core closes the gloo ones beside NCCL's and only forgets the others, which would keep their threads and
@@ -296,7 +264,7 @@ def stop() -> None:
     _control, _background = None, (None, None)
     peers.leave()
     if dist.is_initialized():
-        clear_layout()
+        clear_grid()
         dist.destroy_process_group()
     signals.restore_handlers()
 
@@ -305,7 +273,7 @@ def stop() -> None:
 def single_process() -> Iterator[None]:
     """A world of one on the CPU, for work such as converting checkpoints; leaves nothing initialised behind."""
     start(torch.device("cpu"))
-    set_layout(Layout())
+    set_grid(Grid())
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from megalong.config.architecture import Architecture
 from megalong.config.checks import check_model, check_world
 from megalong.config.load import load_config
 from megalong.config.positions import check_positions
+from megalong.config.resolved import exchange_of
 from megalong.config.schema import Config
 from megalong.config.text import dump_config
 from megalong.data.samples.sampler import PackedSamples
@@ -28,7 +29,7 @@ from megalong.runtime.folders import refuse_unwritable
 from megalong.runtime.launch import run_local
 from megalong.runtime.requeue import clear
 from megalong.runtime.run_lock import held, refuse_held
-from megalong.training.start import as_configured, exchange_of, find_start
+from megalong.training.start import as_configured, find_start
 
 
 def train(config_path: str, overrides: list[str] | None = None, nproc: int | None = None) -> int:

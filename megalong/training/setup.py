@@ -20,15 +20,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megalong.attention.choice import Exchange
 from megalong.attention.transformer_engine import machine_of
 from megalong.checkpoint import folder, store
 from megalong.checkpoint.saver import Saved, Saver, set_aside
 from megalong.checkpoint.verification import Verification
 from megalong.config.architecture import Architecture
-from megalong.config.attention_checks import Machine, backend_of, check_fp8_model, check_machine
+from megalong.config.attention_checks import Machine, check_fp8_model, check_machine
 from megalong.config.checks import check_model, check_world
 from megalong.config.lora import Lora
+from megalong.config.resolved import Resolved, dump, resolve
 from megalong.config.schema import Config
 from megalong.data.fingerprint import Fingerprint, fingerprint
 from megalong.hf.adapter import AdapterReader
@@ -44,7 +44,7 @@ from megalong.training.activation_memory import refuse_without_memory
 from megalong.training.first_lines import model_line
 from megalong.training.guard import Guard
 from megalong.training.optimizer import build_optimizer, build_scheduler, changed, recorded
-from megalong.training.start import Start, exchange_of, find_start
+from megalong.training.start import Start, find_start
 
 log = logging.getLogger("megalong")
 
@@ -68,31 +68,20 @@ class Session:
     assets: Path | None
     guard: Guard
     saver: Saver
+    resolved: Resolved
     data: Fingerprint = field(default_factory=dict)
     base: str | None = None
 
 
-def layout_of(config: Config, exchange: Exchange) -> distributed.Layout:
-    """The configuration's layout of ranks."""
-    parallel = config.parallel
-    return distributed.Layout(
-        heads=exchange.heads_size,
-        tensor=parallel.tensor_model_parallel_size,
-        context=parallel.context_parallel_size,
-        pipeline=parallel.pipeline_model_parallel_size,
-        virtual=parallel.virtual_pipeline_model_parallel_size,
-    )
-
-
-def model_settings(config: Config, exchange: Exchange, machine: Machine) -> ModelSettings:
+def model_settings(config: Config, resolved: Resolved) -> ModelSettings:
     """The configured layout, precision, kernel, exchange, FP8 and LoRA settings of the model."""
     return ModelSettings(
-        layout=layout_of(config, exchange),
+        grid=resolved.grid,
         sequence_parallel=config.parallel.sequence_parallel,
         params_dtype=DTYPES[config.precision.params_dtype],
         recompute=config.memory.recompute,
-        kernel=backend_of(config, machine),
-        exchange=exchange.transport,
+        kernel=resolved.backend,
+        exchange=resolved.exchange.transport,
         fp8=config.precision.fp8,
         fp8_recipe=config.precision.fp8_recipe,
         fp8_dot_product_attention=config.precision.fp8_dot_product_attention,
@@ -171,12 +160,14 @@ def _session(config: Config, device: torch.device, machine: Machine, start: Star
     check_fp8_model(config, machine, start.architecture)
     log.info(model_line(config, start.architecture))
     refuse_without_memory(config, start.architecture, device)
-    exchange = exchange_of(config, start.architecture)
-    if config.parallel.context_parallel_size > 1:
-        log.info("context-parallel attention: %s (%s)", exchange.name, exchange.reason)
-    distributed.set_layout(layout_of(config, exchange), config.run.seed, config.runtime.timeout_minutes)
-    bare = build_model(start.architecture, model_settings(config, exchange, machine))
-    log.info("computes with %s", _implementations(config, device, machine, start.architecture))
+    resolved = resolve(config, start.architecture, machine, dist.get_world_size())
+    if distributed.is_main_rank():
+        dump(resolved, Path(config.run.dir))
+    if resolved.grid.context > 1:
+        log.info("context-parallel attention: %s (%s)", resolved.exchange.name, resolved.exchange.reason)
+    distributed.set_grid(resolved.grid, config.run.seed, config.runtime.timeout_minutes)
+    bare = build_model(start.architecture, model_settings(config, resolved))
+    log.info("computes with %s", _implementations(config, resolved, device, machine, start.architecture))
     if start.resume is None:
         _first_weights(start, config, bare)
     chunks = wrap_for_training(bare, config.parallel)
@@ -192,6 +183,7 @@ def _session(config: Config, device: torch.device, machine: Machine, start: Star
         consumed_samples=0,
         assets=start.assets,
         guard=Guard(config.guard),
+        resolved=resolved,
         saver=Saver(Path(config.run.dir), config.checkpoint, config.runtime.timeout_minutes),
         data=fingerprint(config),
         base=start.base,
@@ -202,7 +194,7 @@ def _session(config: Config, device: torch.device, machine: Machine, start: Star
 
 
 def _implementations(
-    config: Config, device: torch.device, machine: Machine, architecture: Architecture
+    config: Config, resolved: Resolved, device: torch.device, machine: Machine, architecture: Architecture
 ) -> Implementations:
     precision = config.precision
     return implementations(
@@ -210,7 +202,7 @@ def _implementations(
         machine,
         precision.params_dtype,
         architecture.kv_channels,
-        backend_of(config, machine),
+        resolved.backend,
         precision.fp8,
         precision.fp8_dot_product_attention,
     )

@@ -9,10 +9,8 @@ import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megalong.attention.choice import Exchange, choose_exchange
 from megalong.checkpoint.folder import ASSETS, Meta, find_checkpoint, newest_good, read_meta
 from megalong.config.architecture import Architecture
-from megalong.config.attention_checks import ENGINE
 from megalong.config.lora import Lora
 from megalong.config.positions import check_positions, refuse_uncovered, trained_architecture
 from megalong.config.schema import Config
@@ -221,21 +219,3 @@ def _windows(architecture: Architecture) -> str:
         return f"window_size {size}"
     shown = frequency if isinstance(frequency, int) else list(frequency)
     return f"window_size {size}, window_attn_skip_freq {shown}"
-
-
-def exchange_of(config: Config, architecture: Architecture) -> Exchange:
-    """How context-parallel ranks share attention.
-
-    Raises:
-        UserError: the model's heads cannot be shared as the configuration asks.
-    """
-    attention, parallel = config.attention, config.parallel
-    return choose_exchange(
-        attention.exchange,
-        attention.ulysses_size,
-        parallel.context_parallel_size,
-        config.data.seq_length // parallel.context_parallel_size,
-        architecture.num_attention_heads // parallel.tensor_model_parallel_size,
-        architecture.num_query_groups // parallel.tensor_model_parallel_size,
-        copies_keys=attention.backend != ENGINE,
-    )

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalong.attention.choice import heads_can_be_shared
+from megalong.config.exchange import heads_can_be_shared
 from tests.attention import workers
 from tests.attention.reference import TOLERANCE, assert_near, dense, whole
 from tests.attention.workers import Setting

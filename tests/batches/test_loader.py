@@ -174,6 +174,7 @@ def read_number(source: Any, k: int) -> np.ndarray:
     return np.full(4, source + k, np.int32)
 
 
+@pytest.mark.slow
 def test_dali_stays_off_the_gpu_and_a_batch_stays_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy to a GPU that is still queued must find the batch that it was queued for."""
     nvidia = pytest.importorskip("nvidia.dali", reason="DALI is not installed")

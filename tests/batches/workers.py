@@ -15,6 +15,7 @@ import torch
 
 from megalong.config.schema import Config
 from megalong.runtime import distributed
+from megalong.runtime.grid import Grid
 
 NAMES = ("tokens", "labels", "loss_mask", "positions")
 
@@ -29,19 +30,19 @@ def _batches(settings: dict[str, Any]) -> Iterator[Any]:
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     config = Config.model_validate(settings)
     parallel = config.parallel
-    layout = distributed.Layout(
+    layout = Grid(
         tensor=parallel.tensor_model_parallel_size,
         context=parallel.context_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
     )
-    distributed.set_layout(layout, config.run.seed, 5.0)
+    distributed.set_grid(layout, config.run.seed, 5.0)
     samples = partial(open_samples, config, "train", None, Path(config.run.dir) / "index")
     batches = Batches(config, samples, torch.device("cpu"))
     try:
         yield batches
     finally:
         batches.close()
-        distributed.clear_layout()
+        distributed.clear_grid()
 
 
 def against_whole_samples(settings: dict[str, Any], steps: int) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def starts(settings: dict[str, Any], seeds: list[int | None]) -> list[tuple[str,
             shutil.rmtree(newest, ignore_errors=True)
             kept.rename(newest)
         dist.barrier()
-    distributed.clear_layout()
+    distributed.clear_grid()
     return found
 
 

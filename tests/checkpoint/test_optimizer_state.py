@@ -28,10 +28,10 @@ LORA = {"lora": {"rank": 3, "target_modules": ["q_proj", "v_proj", "o_proj", "ga
 
 QUICK = [
     pytest.param("TP2xPP2 interleaved", "DP2xCP2", "untied", {}, id="all change"),
-    pytest.param("DP4", "TP2xPP2", "tied", BF16, id="DP to TP and PP, tied, bf16"),
-    pytest.param("DP2", "TP2xCP2", "untied", LORA, id="LoRA"),
 ]
 SLOW = [
+    pytest.param("DP4", "TP2xPP2", "tied", BF16, id="DP to TP and PP, tied, bf16"),
+    pytest.param("DP2", "TP2xCP2", "untied", LORA, id="LoRA"),
     pytest.param("DP2xTP2", "PP4", "tied", {}, id="DP and TP to PP, tied"),
     pytest.param("PP2xCP2", "DP2xTP2", "tied", BF16, id="PP and CP to DP and TP, tied, bf16"),
     pytest.param("TP4+SP", "one", "untied", BF16, id="TP to one, bf16"),

@@ -133,7 +133,7 @@ def compare(packing: str, run_file: Path) -> None:
             np.testing.assert_array_equal(batch.loss_mask[0].numpy() > 0, targets_of(sample, masked)[1:])
             np.testing.assert_array_equal(batch.positions[0].numpy(), positions_of(sample, masked))
     finally:
-        distributed.clear_layout()
+        distributed.clear_grid()
 
 
 def test_no_torch_is_imported(run_file: Path) -> None:

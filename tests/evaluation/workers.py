@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from megalong.runtime import distributed
+from megalong.runtime.grid import Grid
 
 
 def position_means(hf: Path, data: Path, seq_length: int, samples: int) -> list[float | None]:
@@ -20,11 +21,11 @@ def position_means(hf: Path, data: Path, seq_length: int, samples: int) -> list[
 
     source = find_model(hf=hf)
     packed = open_held_out(str(data), seq_length, samples, source)
-    distributed.set_layout(distributed.Layout(context=dist.get_world_size()))
+    distributed.set_grid(Grid(context=dist.get_world_size()))
     try:
         return measure_losses(source, packed, samples, device).means()
     finally:
-        distributed.clear_layout()
+        distributed.clear_grid()
 
 
 def continuations(
@@ -37,12 +38,12 @@ def continuations(
     from megalong.evaluation.source import find_model
     from megalong.model.build import unwrap
 
-    distributed.set_layout(distributed.Layout())
+    distributed.set_grid(Grid())
     try:
         model = unwrap(load_model(find_model(checkpoint, hf))[0])
         return [list(new_tokens(model, ids, count, prefill_chunk=chunk)) for ids, count, chunk in jobs]
     finally:
-        distributed.clear_layout()
+        distributed.clear_grid()
 
 
 def peak_bytes(hf: Path, seq_length: int) -> tuple[int, int]:
@@ -56,14 +57,14 @@ def peak_bytes(hf: Path, seq_length: int) -> tuple[int, int]:
     from megalong.evaluation.source import find_model
     from tests.batches.whole import shard_samples
 
-    distributed.set_layout(distributed.Layout())
+    distributed.set_grid(Grid())
     try:
         chunks = load_model(find_model(hf=hf))
         batch = shard_samples(torch.ones(1, seq_length + 1, dtype=torch.int64), TokenLayout(1), 0, device)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
             forward_losses(chunks, [batch], PositionLoss(seq_length))
     finally:
-        distributed.clear_layout()
+        distributed.clear_grid()
     events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
     taken = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -82,10 +83,10 @@ def next_logits(
     from megalong.model.build import unwrap
     from megalong.model.kv_cache import KVCache
 
-    distributed.set_layout(distributed.Layout())
+    distributed.set_grid(Grid())
     try:
         model = unwrap(load_model(find_model(checkpoint, hf, dtype))[0]).eval()
         with torch.no_grad():
             return model.next_logits(torch.tensor([ids]), KVCache(len(ids)))[0].float().tolist()
     finally:
-        distributed.clear_layout()
+        distributed.clear_grid()

@@ -9,7 +9,8 @@ from megalong.hf.config import read_architecture
 from megalong.hf.convert import export_hf, import_hf
 from megalong.hf.load import load_into
 from megalong.hf.reader import HFReader
-from megalong.runtime.distributed import Layout, clear_layout, set_layout, start
+from megalong.runtime.distributed import clear_grid, set_grid, start
+from megalong.runtime.grid import Grid
 
 
 def convert(jobs: list[tuple[str | None, str, str]], dtype: str | None = None) -> None:
@@ -24,18 +25,18 @@ def save_under_layouts(jobs: list[tuple[str, str, int, int]]) -> None:
     """For each (hf, run, TP, PP): every rank reads its own slices, and all save as step 7 of the run."""
     start(torch.device("cpu"))
     for hf, run, tensor, pipeline in jobs:
-        _save(Path(hf), Path(run), Layout(tensor=tensor, pipeline=pipeline))
-    clear_layout()
+        _save(Path(hf), Path(run), Grid(tensor=tensor, pipeline=pipeline))
+    clear_grid()
 
 
-def _save(hf: Path, run: Path, layout: Layout) -> None:
+def _save(hf: Path, run: Path, layout: Grid) -> None:
     from megatron.core import parallel_state
 
     from megalong.checkpoint.store import save_weights
     from megalong.model.build import build_model, unwrap
     from megalong.model.config import ModelSettings
 
-    set_layout(layout)
+    set_grid(layout)
     architecture = read_architecture(hf)
     chunks = build_model(architecture, ModelSettings(layout=layout, params_dtype=torch.float32))
     with HFReader(hf) as reader:

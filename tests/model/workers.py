@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from megalong.config.rope import RopeSettings
 from megalong.runtime import distributed
+from megalong.runtime.grid import Grid
 
 
 def logits(
@@ -42,8 +43,8 @@ def logits(
     from megalong.model.build import build_model
     from megalong.model.config import ModelSettings
 
-    layout = distributed.Layout(**parallel)
-    distributed.set_layout(layout)
+    layout = Grid(**parallel)
+    distributed.set_grid(layout)
     try:
         override = RopeSettings(**rope) if rope else None
         architecture = read_architecture(Path(hf)).with_rope(override).with_window(*window or (None,))
@@ -59,7 +60,7 @@ def logits(
             whole = gather_from_tensor_model_parallel_region(out)
         return whole[..., : architecture.vocab_size].double().numpy()
     finally:
-        distributed.clear_layout()
+        distributed.clear_grid()
 
 
 def fp8_linears(tensor_parallel: int, sequence_parallel: bool) -> dict[str, Any]:
@@ -72,8 +73,8 @@ def fp8_linears(tensor_parallel: int, sequence_parallel: bool) -> dict[str, Any]
     from megalong.model.config import ModelSettings, transformer_config
     from megalong.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 
-    layout = distributed.Layout(tensor=tensor_parallel)
-    distributed.set_layout(layout)
+    layout = Grid(tensor=tensor_parallel)
+    distributed.set_grid(layout)
     try:
         shape: dict[str, Any] = {"hidden_size": 16, "ffn_hidden_size": 32, "num_layers": 1, "num_attention_heads": 2}
         architecture = Architecture(
@@ -109,7 +110,7 @@ def fp8_linears(tensor_parallel: int, sequence_parallel: bool) -> dict[str, Any]
         marks = [(layer.weight.tensor_model_parallel, layer.weight.partition_dim) for layer in (up, down)]
         return {"outputs": outputs, "marks": marks, "scales": [layer.scaling.scales.tolist() for layer in (up, down)]}
     finally:
-        distributed.clear_layout()
+        distributed.clear_grid()
 
 
 def fake_step(tokens: int, vocabulary: int) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def fake_step(tokens: int, vocabulary: int) -> dict[str, Any]:
         kv_channels=128, vocab_size=vocabulary, max_position_embeddings=tokens, norm_epsilon=1e-5,
         tie_word_embeddings=False, rope=RopeSettings(rope_theta=500000.0),
     )  # fmt: skip
-    distributed.set_layout(distributed.Layout())
+    distributed.set_grid(Grid())
     # Tiles keep real temporaries in the cache; here they would only be thousands of calls.
     whole = patch.multiple(rotary, CPU_TILE_ELEMENTS=1 << 62), patch.multiple(swiglu, TILE_ELEMENTS={"cpu": 1 << 62})
     try:
@@ -150,7 +151,7 @@ def fake_step(tokens: int, vocabulary: int) -> dict[str, Any]:
             "narrow integers": watch.narrow,
         }
     finally:
-        distributed.clear_layout()
+        distributed.clear_grid()
 
 
 class _Watch(TorchDispatchMode):

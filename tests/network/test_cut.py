@@ -71,6 +71,7 @@ def test_a_link_cut_in_a_save(hosts: Hosts, sources: tuple[Path, Path], unbroken
     resumes(run, hosts, 2, unbroken)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed(hosts: Hosts, sources: tuple[Path, Path], unbroken: Run, tmp_path: Path) -> None:
     """Its host says so at once, and the other rank waits for no time-out."""
     run = Run(tmp_path, sources)

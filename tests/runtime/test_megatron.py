@@ -25,11 +25,12 @@ PACKAGES = [
 TRAINING = """
 import torch
 from megalong.runtime import distributed
+from megalong.runtime.grid import Grid
 from megalong.runtime.logs import setup_logging
 setup_logging()
 distributed.start(torch.device("cpu"))
 distributed.start(torch.device("cpu"))
-distributed.set_layout(distributed.Layout())
+distributed.set_grid(Grid())
 from megatron.core import optimizer, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megalong.runtime import distributed
+from megalong.runtime.grid import Grid
 
 
 def close_layouts_of_a_gpu_world() -> list[str]:
@@ -32,9 +33,9 @@ def close_layouts_of_a_gpu_world() -> list[str]:
     dist.new_group = share.__wrapped__
     parallel_state.initialize_model_parallel, dist.destroy_process_group = build_with_gloo, note_and_close
     try:
-        distributed.set_layout(distributed.Layout(tensor=2))
-        distributed.set_layout(distributed.Layout(context=2))
-        distributed.clear_layout()
+        distributed.set_grid(Grid(tensor=2))
+        distributed.set_grid(Grid(context=2))
+        distributed.clear_grid()
         closed += [f"left open: {name}" for name in dist.distributed_c10d._world.pg_names.values()]
         distributed.stop()
     finally:
@@ -65,7 +66,7 @@ def timeouts_of_a_gpu_world(minutes: float) -> list[tuple[str, float]]:
     dist.new_group = note
     parallel_state.initialize_model_parallel = build_with_gloo
     try:
-        distributed.set_layout(distributed.Layout(), timeout_minutes=minutes)
+        distributed.set_grid(Grid(), timeout_minutes=minutes)
         kind = "background"
         distributed.background_group(minutes)
         kind = "control"

@@ -221,6 +221,7 @@ def test_samples_are_shown_with_the_mask_over_them(tmp_path: Path, capsys: pytes
     )
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = sft_settings(tmp_path)
     settings["training"] = {"train_iters": 3, "global_batch_size": 2}

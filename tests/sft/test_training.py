@@ -49,7 +49,7 @@ def sft_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-@pytest.mark.parametrize("average", ["tokens", "conversations"])
+@pytest.mark.parametrize("average", [pytest.param("tokens", marks=pytest.mark.slow), "conversations"])
 @pytest.mark.parametrize("layout", ["TP2xCP2", *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW)])
 def test_a_packed_batch_is_its_conversations_one_by_one(
     layout: str, average: str, tmp_path: Path, pool: WorkerPool

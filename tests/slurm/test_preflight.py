@@ -63,7 +63,7 @@ def test_fit_nodes_pass_and_their_speed_is_told(config: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("versions", "lambda: {'torch': '1.0'}", "node n1: "),
+        pytest.param("versions", "lambda: {'torch': '1.0'}", "node n1: ", marks=pytest.mark.slow),
         pytest.param(
             "probe",
             "lambda device: (0.1, False)",

@@ -23,4 +23,4 @@ def first_losses(size: str, length: int, steps: int, **sections: Any) -> list[fl
         return [training.step(length, 2) for _ in range(steps)]
     finally:
         training.close()
-        distributed.clear_layout()
+        distributed.clear_grid()

@@ -79,7 +79,7 @@ def faulty_run(
             outcome = run_until_finished(config, device, lambda session, world_size: records)  # type: ignore[arg-type,return-value]
     finally:
         signals.restore_handlers()
-        distributed.clear_layout()
+        distributed.clear_grid()
     return {
         "outcome": outcome,
         "digests": digests,

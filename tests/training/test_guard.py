@@ -64,8 +64,8 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(
             2, {}, {"checkpoint": {"optimizer": "dp_reshardable"}}, id="dp_reshardable", marks=pytest.mark.slow
         ),
         pytest.param(1, {}, {"parallel": {"use_distributed_optimizer": False}}, id="whole"),
-        pytest.param(2, {}, {"lora": {"rank": 2, "target_modules": ["q_proj"]}}, id="adapters"),
-        pytest.param(1, {}, {"precision": {"params_dtype": "bf16"}}, id="bf16"),
+        pytest.param(2, {}, {"lora": {"rank": 2, "target_modules": ["q_proj"]}}, id="adapters", marks=pytest.mark.slow),
+        pytest.param(1, {}, {"precision": {"params_dtype": "bf16"}}, id="bf16", marks=pytest.mark.slow),
     ],
 )
 def test_a_save_before_any_step_was_learnt_can_be_gone_on_from(

@@ -100,7 +100,7 @@ def trial(folder: Path, unbroken: tuple[dict[str, torch.Tensor], float], seed: i
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == [], told
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0])
 def test_a_killed_run_ends_as_the_unbroken_one(
     seed: int, folder: Path, unbroken: tuple[dict[str, torch.Tensor], float]
 ) -> None:
@@ -108,6 +108,6 @@ def test_a_killed_run_ends_as_the_unbroken_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 30))
-def test_killed_at_28_more_moments(seed: int, folder: Path, unbroken: tuple[dict[str, torch.Tensor], float]) -> None:
+@pytest.mark.parametrize("seed", range(1, 30))
+def test_killed_at_29_more_moments(seed: int, folder: Path, unbroken: tuple[dict[str, torch.Tensor], float]) -> None:
     trial(folder, unbroken, seed)

@@ -25,7 +25,7 @@ LAYOUTS = {
 }
 
 # The quick tests take the layouts in which several things change; each by itself is slow.
-SLOW = ("TP2", "TP2+SP", "PP2", "CP2", "CP4", "DP2")
+SLOW = ("TP2", "TP2+SP", "PP2", "CP2", "CP4", "DP2", "DP2 overlapped", "TP2xPP2")
 
 # Tied weights are a matter of who holds them: one stage, or two, and all of them or a part. `test_matrix` ties them
 # under the other layouts.
@@ -74,7 +74,7 @@ def test_layout_gives_the_losses_and_norms_of_one_process(
         assert result["norm"] == pytest.approx(references[model]["norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("recompute", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_recompute_changes_nothing(recompute: str, sources: dict[str, Path], references: Any, pool: WorkerPool) -> None:
     settings = settings_of(
         sources, recompute, "untied", memory={"recompute": recompute}, parallel={"context_parallel_size": 2}

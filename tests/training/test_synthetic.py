@@ -19,7 +19,7 @@ from tests.training.comparison import TOLERANCE, deviation
 from tests.training.gradients import plain_llama, samples_of
 
 
-@pytest.mark.parametrize("packing", ["naive", "masked"])
+@pytest.mark.parametrize("packing", [pytest.param("naive", marks=pytest.mark.slow), "masked"])
 def test_two_ranks_train_on_what_one_process_does(
     packing: str,
     tokenizer_folder: Path,  # noqa: F811

@@ -171,7 +171,7 @@ class _session:
         return set_up(self.config, self.device)
 
     def __exit__(self, *exception: object) -> None:
-        distributed.clear_layout()
+        distributed.clear_grid()
 
 
 def export_both(run: str, adapter: str, merged: str) -> None:

@@ -90,7 +90,7 @@ def _figures(best: dict[Job, float]) -> dict[str, float]:
 
 
 def _auto() -> str:
-    from megalong.attention.choice import choose_exchange
+    from megalong.config.exchange import choose_exchange
 
     return choose_exchange("auto", None, RANKS, LENGTHS["16k"] // RANKS, HEADS, GROUPS).name
 

@@ -57,18 +57,18 @@ class OurTraining:
     def _built(self) -> tuple[Any, Any]:
         from megalong.attention.transformer_engine import machine_of
         from megalong.config.attention_checks import check_fp8_model, check_machine
+        from megalong.config.resolved import resolve
         from megalong.model.build import build_model, wrap_for_training
         from megalong.training.optimizer import build_optimizer, build_scheduler
-        from megalong.training.setup import layout_of, model_settings
-        from megalong.training.start import exchange_of
+        from megalong.training.setup import model_settings
         from megalong.training.step import TrainStep
 
         config, machine = self._config(1024, 1), machine_of(self.device)
         check_machine(config, machine)
         check_fp8_model(config, machine, self.architecture)
-        exchange = exchange_of(config, self.architecture)
-        distributed.set_layout(layout_of(config, exchange), config.run.seed)
-        bare = build_model(self.architecture, model_settings(config, exchange, machine))
+        resolved = resolve(config, self.architecture, machine, 1)
+        distributed.set_grid(resolved.grid, config.run.seed)
+        bare = build_model(self.architecture, model_settings(config, resolved))
         for parameter in (parameter for chunk in bare for parameter in chunk.parameters()):
             torch.nn.init.normal_(parameter, 0, 0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
         chunks = wrap_for_training(bare, config.parallel)

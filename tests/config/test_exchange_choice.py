@@ -2,7 +2,7 @@
 
 import pytest
 
-from megalong.attention.choice import choose_exchange
+from megalong.config.exchange import choose_exchange
 from megalong.errors import UserError
 
 

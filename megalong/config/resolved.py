@@ -1,0 +1,106 @@
+"""What a configuration comes to for one model, on one machine, on so many processes: every `auto` decided, once.
+
+Training, its checks before any process starts, and whatever reports on a run use this one answer. `RUN/resolved.json`
+keeps it beside `config.yaml`. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from megalong.config.architecture import Architecture
+from megalong.config.attention_checks import ENGINE, Machine, backend_of
+from megalong.config.exchange import Exchange, choose_exchange
+from megalong.config.schema import Config
+from megalong.runtime.folders import file_aside
+from megalong.runtime.grid import Grid
+
+FILE = "resolved.json"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration without `auto`.
+
+    Attributes:
+        world: processes.
+        grid: how they share the model; its `heads` are the exchange's.
+        exchange: how context-parallel ranks share attention, and why.
+        backend: of attention, torch or transformer_engine.
+        token_layout: how tokens lie on context-parallel ranks.
+        padded_length: tokens of a sample as ranks share it.
+        replicas: data-parallel size.
+        micro_batches: that each rank runs for one step.
+    """
+
+    world: int
+    grid: Grid
+    exchange: Exchange
+    backend: str
+    token_layout: str
+    padded_length: int
+    replicas: int
+    micro_batches: int
+
+
+def resolve(config: Config, architecture: Architecture, machine: Machine, world: int) -> Resolved:
+    """Decide what `config` leaves open.
+
+    Args:
+        architecture: of the model as it is trained.
+        machine: what a process finds.
+        world: processes.
+
+    Raises:
+        UserError: they do not hold whole replicas, or the model's heads cannot be shared as the configuration asks.
+    """
+    exchange, training = exchange_of(config, architecture), config.training
+    replicas = config.data_parallel_size(world)
+    return Resolved(
+        world=world,
+        grid=replace(config.grid, heads=exchange.heads_size),
+        exchange=exchange,
+        backend=backend_of(config, machine),
+        token_layout=config.token_layout,
+        padded_length=padded_length(config),
+        replicas=replicas,
+        micro_batches=training.global_batch_size // (training.micro_batch_size * replicas),
+    )
+
+
+def dump(resolved: Resolved, run: Path) -> None:
+    """Write `RUN/resolved.json`."""
+    with file_aside(run / FILE) as aside:
+        aside.write_text(json.dumps(asdict(resolved), indent=2) + "\n", encoding="utf-8")
+
+
+def exchange_of(config: Config, architecture: Architecture) -> Exchange:
+    """How context-parallel ranks share attention, whatever the machine and the number of replicas.
+
+    Raises:
+        UserError: the model's heads cannot be shared as the configuration asks.
+    """
+    attention, grid = config.attention, config.grid
+    return choose_exchange(
+        attention.exchange,
+        attention.ulysses_size,
+        grid.context,
+        config.data.seq_length // grid.context,
+        architecture.num_attention_heads // grid.tensor,
+        architecture.num_query_groups // grid.tensor,
+        copies_keys=attention.backend != ENGINE,
+    )
+
+
+def padded_length(config: Config) -> int:
+    """`data.seq_length`, rounded up to what context parallelism, sequence parallelism and FP8 can share evenly."""
+    whole = math.lcm(layout_multiple(config.grid.context), config.length_multiple)
+    return -(-config.data.seq_length // whole) * whole
+
+
+def layout_multiple(ranks: int) -> int:
+    """What tokens of a sequence on `ranks` context-parallel ranks are a multiple of: two chunks for each."""
+    return 1 if ranks == 1 else 2 * ranks
