@@ -45,7 +45,7 @@ class ModelSettings:
     """How one model is laid out and computed: everything that is not its architecture.
 
     `recompute` is `memory.recompute`, `kernel` is `attention.backend`, `exchange` is how keys reach the ranks that
-    `grid.heads` has left (`attention.choice`). `fp8` and what begins with it are `precision`'s. With `lora` (which
+    `grid.heads` has left (`config.exchange`). `fp8` and what begins with it are `precision`'s. With `lora` (which
     has a rank then) the model carries adapters, and nothing else of it learns.
     """
 
