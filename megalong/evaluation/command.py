@@ -14,6 +14,7 @@ measures a model under other positions than its own, without training.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ from megalong.runtime import gpus
 from megalong.runtime.folders import refuse_overwriting, refuse_unwritable
 from megalong.runtime.grid import Grid
 from megalong.runtime.launch import run_local
+
+log = logging.getLogger("megalong")
 
 if TYPE_CHECKING:
     import torch
@@ -125,22 +128,20 @@ def _measure(
     import torch.distributed as dist
 
     from megalong.evaluation.perplexity import PerplexityResult
-    from megalong.runtime import distributed
-    from megalong.runtime.logs import close_logging, setup_logging
+    from megalong.runtime.distributed import choose_device
+    from megalong.runtime.world import logged, world
 
-    device = distributed.choose_device()
-    distributed.start(device)
-    results = []
-    try:
+    device, results = choose_device(), []
+    with logged(), world(device):
         # Imports the model, and with it Megatron-Core: only now is the process prepared for that.
         from megalong.evaluation.measure import measure_losses
+        from megalong.runtime.distributed import set_grid
 
-        log = setup_logging(dist.get_rank())
         for source, packed in opened:
             _refuse_what_cannot_fit(source, packed.seq_length, device)
         for note in notes if dist.get_rank() == 0 else ():
             log.warning("%s", note)
-        distributed.set_grid(Grid(context=dist.get_world_size()))
+        set_grid(Grid(context=dist.get_world_size()))
         for (source, packed), name in zip(opened, told_apart([source for source, _ in opened]), strict=True):
             positions = measure_losses(source, packed, samples, device)
             results.append(
@@ -156,9 +157,6 @@ def _measure(
                     text=text.name,
                 )
             )
-    finally:
-        distributed.stop()
-        close_logging()
     return results
 
 

@@ -12,6 +12,7 @@ arXiv 1904.09751).
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from megalong.errors import UserError
 from megalong.evaluation.source import ModelSource, beyond_trained, find_model
 from megalong.hf.config import read_json
 from megalong.runtime.grid import Grid
+
+log = logging.getLogger("megalong")
 
 if TYPE_CHECKING:
     import torch
@@ -162,25 +165,18 @@ def _answer(
     source: ModelSource, ids: list[int], max_new_tokens: int, sampling: Sampling, prefill_chunk: int, ends: set[int]
 ) -> list[int]:
     """Join a world of one, load, generate, leave."""
-    from megalong.runtime import distributed
-    from megalong.runtime.logs import close_logging, setup_logging
+    from megalong.runtime.distributed import choose_device
+    from megalong.runtime.world import logged, world
 
-    device = distributed.choose_device()
-    distributed.start(device)
-    try:
+    with logged(), world(choose_device(), Grid()):
         # Imports the model, and with it Megatron-Core: only now is the process prepared for that.
         from megalong.evaluation.measure import load_model
         from megalong.model.build import unwrap
 
-        log = setup_logging()
         if (warning := beyond_trained(source, len(ids) + max_new_tokens, "prompt and --max-new-tokens")) is not None:
             log.warning(warning)
-        distributed.set_grid(Grid())
         model = unwrap(load_model(source)[0])
         return list(new_tokens(model, ids, max_new_tokens, sampling, prefill_chunk, ends))
-    finally:
-        distributed.stop()
-        close_logging()
 
 
 def new_tokens(

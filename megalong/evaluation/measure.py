@@ -21,7 +21,7 @@ from megalong.data.samples.sampler import PackedSamples
 from megalong.evaluation.buckets import PositionLoss
 from megalong.evaluation.forward import forward_losses
 from megalong.evaluation.source import ModelSource, beyond_trained
-from megalong.hf.load import load_into
+from megalong.hf.load import fill
 from megalong.hf.reader import HFReader
 from megalong.model.build import build_model
 from megalong.model.config import ModelSettings
@@ -42,7 +42,7 @@ def load_model(source: ModelSource, context_parallel: int = 1) -> list[torch.nn.
         return chunks
     assert source.hf is not None
     with HFReader(source.hf) as reader:
-        load_into(chunks[0], reader, source.architecture)
+        fill(chunks, reader, source.architecture)
     return chunks
 
 

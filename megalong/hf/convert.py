@@ -36,15 +36,16 @@ from megalong.hf.adapter import tensor_names, write_adapter
 from megalong.hf.base import named, whole_path
 from megalong.hf.config import CONFIG_FILE, read_architecture, read_json, write_config
 from megalong.hf.lengths import raise_lengths
-from megalong.hf.load import load_into
+from megalong.hf.load import fill
 from megalong.hf.reader import HFReader
 from megalong.hf.weight_map import hf_shapes, hf_sources
 from megalong.hf.writer import MAX_SHARD_BYTES, check_target, write_folder
-from megalong.runtime.distributed import single_process
 from megalong.runtime.folders import refuse_unwritable
-from megalong.runtime.logs import close_logging, setup_logging
+from megalong.runtime.grid import Grid
+from megalong.runtime.world import logged, world
 
 log = logging.getLogger("megalong")
+CPU = torch.device("cpu")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -65,7 +66,7 @@ def import_hf(hf: str | Path, output: str | Path) -> Path:
         reader.check(architecture)
         dtype = reader.widest_dtype(hf_shapes(architecture))
         architecture = _in_dtype(architecture, dtype)
-        with _world_of_one():
+        with logged(), world(CPU, Grid()):
             log.info("importing %s: %s", hf, _summary(architecture))
             if not any((hf / name).is_file() for name in _TOKENIZERS):
                 log.warning("%s holds no tokenizer: the checkpoint, and exports from it, will have none", hf)
@@ -97,7 +98,7 @@ def export_hf(
     torch_dtype = _dtype(dtype or meta.dtype)
     architecture = _in_dtype(meta.architecture, torch_dtype)
     check_target(output)
-    with tempfile.TemporaryDirectory() as assets, _world_of_one():
+    with tempfile.TemporaryDirectory() as assets, logged(), world(CPU, Grid()):
         log.info("exporting %s: %s", folder, _summary(architecture))
         log.info("%s", _about_dtype(meta, dtype))
         config = _prepare_config(architecture, folder / ASSETS, Path(assets))
@@ -110,17 +111,6 @@ def export_hf(
     return output
 
 
-@contextlib.contextmanager
-def _world_of_one() -> Iterator[None]:
-    """Megatron-Core ready in this process alone, log lines on the terminal."""
-    setup_logging()
-    try:
-        with single_process():
-            yield
-    finally:
-        close_logging()
-
-
 def _import_weights(reader: HFReader, architecture: Architecture, dtype: torch.dtype, target: Path) -> None:
     """Fill a one-process model from the reader and save it with the folder's tokenizer and config files."""
     # Megatron-Core may only be imported once the process has been prepared for it.
@@ -129,7 +119,7 @@ def _import_weights(reader: HFReader, architecture: Architecture, dtype: torch.d
     from megalong.model.config import ModelSettings
 
     chunks = build_model(architecture, ModelSettings(params_dtype=dtype))
-    load_into(chunks[0], reader, architecture)
+    fill(chunks, reader, architecture)
     meta = Meta(step=0, architecture=architecture, base=whole_path(reader.folder), versions=versions())
     save_weights(target, chunks, meta, reader.folder)
 
@@ -155,7 +145,7 @@ def export_adapter(
         raise UserError(f"--adapter: {folder} has no adapters; leave --adapter out to export its weights")
     torch_dtype = _dtype(dtype or meta.dtype)
     check_target(output)
-    with _world_of_one():
+    with logged(), world(CPU, Grid()):
         from megalong.checkpoint.store import load_weights
         from megalong.model.build import build_model
         from megalong.model.config import ModelSettings

@@ -5,7 +5,7 @@ the model is. `copy_` casts to the parameter's dtype and moves to its device. Wh
 parameter of the module was filled exactly once, and rows that pad the vocabulary are zero.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from megalong.config.architecture import Architecture
 from megalong.config.lora import is_adapter
 from megalong.errors import UserError
 from megalong.hf.weight_map import LocalParameter, Piece, layer_parameter_names, local_layer, local_parameter
+from megalong.runtime.distributed import grid, place
 
 
 class WeightSource(Protocol):
@@ -27,6 +28,20 @@ class WeightSource(Protocol):
 
     def read(self, name: str, dim: int = 0, start: int = 0, length: int | None = None) -> torch.Tensor:
         """`length` rows (`dim` 0) or columns (`dim` 1) of the Hugging Face tensor `name` from `start` on."""
+
+
+def fill(chunks: Sequence[nn.Module], source: WeightSource, architecture: Architecture) -> None:
+    """Fill this rank's part of a model from `source`, under any TP × PP × CP.
+
+    Args:
+        chunks: as `model.build.build_model` returns them.
+
+    Raises:
+        UserError: see `load_into`.
+    """
+    tensor, ranks = place().tensor, grid().tensor
+    for chunk in chunks:
+        load_into(chunk, source, architecture, tensor, ranks, chunk.first_layer)  # type: ignore[arg-type]
 
 
 def load_into(

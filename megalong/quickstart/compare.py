@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megalong.evaluation.source import ModelSource, find_model, open_held_out
-from megalong.runtime.distributed import single_process
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +90,12 @@ def _exact_rotary(rotary: Any, hidden: torch.Tensor, position_ids: torch.Tensor)
 
 
 def _our_logits(source: ModelSource, sample: torch.Tensor) -> torch.Tensor:
-    with single_process():
+    import torch
+
+    from megalong.runtime.grid import Grid
+    from megalong.runtime.world import world
+
+    with world(torch.device("cpu"), Grid()):
         # Imports Megatron-Core, for which the process is prepared only now.
         from megalong.attention.layout import TokenLayout
         from megalong.batches.context_shard import ContextShard

@@ -10,12 +10,11 @@ environment; a process started by hand is a world of one.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import gc
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -267,17 +266,6 @@ def stop() -> None:
         clear_grid()
         dist.destroy_process_group()
     signals.restore_handlers()
-
-
-@contextlib.contextmanager
-def single_process() -> Iterator[None]:
-    """A world of one on the CPU, for work such as converting checkpoints; leaves nothing initialised behind."""
-    start(torch.device("cpu"))
-    set_grid(Grid())
-    try:
-        yield
-    finally:
-        stop()
 
 
 def is_main_rank() -> bool:

@@ -134,25 +134,24 @@ def _run_here(stages: list[Config]) -> None:
 
 
 def _join_and_run(stages: list[Config]) -> None:
-    from megalong.runtime import distributed, peers
+    from megalong.runtime import peers
+    from megalong.runtime.distributed import choose_device
     from megalong.runtime.flight_recorder import record_collectives
-    from megalong.runtime.logs import close_logging, setup_logging
+    from megalong.runtime.world import logged, world
 
-    setup_logging(distributed.environment_world()[0])
-    device = distributed.choose_device(stages[0].runtime.device)
-    if device.type == "cuda":
-        record_collectives(Path(stages[0].run.dir), stages[0].runtime.flight_recorder_events)
-    distributed.start(device, stages[0].runtime.timeout_minutes)
-    try:
-        for config in stages:
-            if _run_stage(config, device) == "interrupted":
-                break
-    except BaseException as error:  # torch passes what failed in a save on as no Exception
-        peers.end_if_lost(error)
-        raise
-    finally:
-        distributed.stop()
-        close_logging()
+    with logged():
+        runtime = stages[0].runtime
+        device = choose_device(runtime.device)
+        if device.type == "cuda":
+            record_collectives(Path(stages[0].run.dir), runtime.flight_recorder_events)
+        with world(device, timeout_minutes=runtime.timeout_minutes):
+            try:
+                for config in stages:
+                    if _run_stage(config, device) == "interrupted":
+                        break
+            except BaseException as error:  # torch passes what failed in a save on as no Exception
+                peers.end_if_lost(error)
+                raise
 
 
 def _run_stage(config: Config, device: object) -> str:

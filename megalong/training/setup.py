@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megalong.attention.transformer_engine import machine_of
 from megalong.checkpoint import folder, store
@@ -32,7 +31,7 @@ from megalong.config.resolved import Resolved, dump, resolve
 from megalong.config.schema import Config
 from megalong.data.fingerprint import Fingerprint, fingerprint
 from megalong.hf.adapter import AdapterReader
-from megalong.hf.load import WeightSource, load_into
+from megalong.hf.load import fill
 from megalong.hf.random_weights import RandomWeights
 from megalong.hf.reader import HFReader
 from megalong.model.build import build_model, unwrap, wrap_for_training
@@ -255,12 +254,12 @@ def _first_weights(start: Start, config: Config, chunks: list[torch.nn.Module]) 
         log.info("weights from %s; step, optimizer, schedule and data position start fresh", start.checkpoint)
         return
     if start.hf is None:
-        _fill(chunks, RandomWeights(start.architecture, config.run.seed), start.architecture)
+        fill(chunks, RandomWeights(start.architecture, config.run.seed), start.architecture)
         log.info("random weights from seed %d; everything else starts fresh", config.run.seed)
         return
     with HFReader(start.hf) as reader:
         reader.check(start.architecture)
-        _fill(chunks, reader, start.architecture)
+        fill(chunks, reader, start.architecture)
     log.info("weights from %s; step, optimizer, schedule and data position start fresh", start.hf)
 
 
@@ -274,18 +273,6 @@ def _first_adapters(start: Start, config: Config, chunks: list[torch.nn.Module])
         for adapter in adapters(chunk):
             adapter.fill(source)
     log.info("adapters: %s; %s", lora, f"from {lora.load}" if lora.load else "fresh")
-
-
-def _fill(chunks: list[torch.nn.Module], source: WeightSource, architecture: Architecture) -> None:
-    for chunk in chunks:
-        load_into(
-            chunk,
-            source,
-            architecture,
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-            layer_offset=unwrap(chunk).first_layer,
-        )
 
 
 def save(session: Session) -> Saved | None:

@@ -150,15 +150,15 @@ def layers_counted_from_zero() -> Iterator[None]:
 
 @contextmanager
 def _loaded_with(**wrong: int) -> Iterator[None]:
-    from megalong.training import setup
+    from megalong.hf import load
 
-    right = setup.load_into
+    right = load.load_into
 
-    def load_into(*arguments: Any, **options: Any) -> None:
-        assert options.keys() >= wrong.keys()
-        right(*arguments, **{**options, **wrong})
+    def load_into(module: Any, source: Any, architecture: Any, tp_rank: int, tp_size: int, layer_offset: int) -> None:
+        options = {"tp_rank": tp_rank, "tp_size": tp_size, "layer_offset": layer_offset}
+        right(module, source, architecture, **{**options, **wrong})
 
-    with patch.object(setup, "load_into", load_into):
+    with patch.object(load, "load_into", load_into):
         yield
 
 
