@@ -77,7 +77,15 @@ def preflight(config_path: str, overrides: Sequence[str] = (), report_seconds: f
         UserError: the configuration is wrong or does not fit the world, or no node can hold it.
     """
     here = place()
-    os.environ.update(RANK=str(here.rank), LOCAL_RANK=str(here.local_rank))  # who speaks of a user's mistake
+    try:
+        return _preflight(here, config_path, overrides, report_seconds)
+    except UserError as error:
+        if {"world": here.rank, "node": here.local_rank}.get(error.speaker, 0):
+            return 2  # another process prints it
+        raise UserError(str(error), speaker="rank") from None
+
+
+def _preflight(here: Place, config_path: str, overrides: Sequence[str], report_seconds: float) -> int:
     config = load_config(config_path, list(overrides))[0]
     check_world(config, here.world)
     store = _store(here, report_seconds)
