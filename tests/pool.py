@@ -137,7 +137,7 @@ class WorkerPool:
             # plain pickle: multiprocessing's own would pass tensors as shared memory that dies with the worker
             succeeded, moment, answer = pickle.loads(connection.recv_bytes())
             return succeeded, moment, answer
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             process = self._workers[rank].process
             process.join()
             # it fell silent before it could note the time, and before any rank that missed it
@@ -166,7 +166,7 @@ def _serve(connection: Connection) -> None:
     while True:
         try:
             task = pickle.loads(connection.recv_bytes())
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return
         try:
             with open(task.stood, "w") as file:

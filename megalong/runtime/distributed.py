@@ -141,7 +141,7 @@ def set_grid(grid: Grid, seed: int = 1234, timeout_minutes: float = 60) -> None:
             f"= {grid.model_parallel_size}; start a multiple of {grid.model_parallel_size}"
         )
     clear_grid()
-    gc.collect()
+    free_cycles()
     if not gc.get_freeze_count():
         # Some 300,000 objects of imported modules: left out, each later collection takes milliseconds, not 0.2 s.
         gc.freeze()
@@ -234,6 +234,15 @@ def background_group(timeout_minutes: float) -> dist.ProcessGroup | None:
     return group
 
 
+def free_cycles() -> None:
+    """Free models that nothing uses any more, and the groups that they hold.
+
+    They lie in reference cycles, which lead through autograd's nodes: what one collection frees lets the next free more.
+    """
+    for _ in range(3):
+        gc.collect()
+
+
 def clear_grid() -> None:
     """Close the groups of the last layout, if there was one.
 
@@ -250,8 +259,7 @@ def clear_grid() -> None:
     _context_levels = (None, None)
     parallel_state.destroy_model_parallel()
     cpu.forget_groups()
-    # A model holds its groups in reference cycles: without a collection the groups would stay alive.
-    gc.collect()
+    free_cycles()
     for group in reversed(groups):
         if group is not dist.group.WORLD and group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)

@@ -10,8 +10,9 @@ rejected step leaves weights and optimizer unchanged.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,11 +128,6 @@ class TrainStep:
         self.guard, self.interrupt = guard or Guard(GuardSettings()), interrupt
         self._own_norm = torch.zeros(())
         self.clock = StepClock()
-        # Megatron-Core's schedule calls these at the places where gradients are complete.
-        config: Any = chunks[0].config
-        config.finalize_model_grads_func = self._finalize
-        no_sync = [chunk.no_sync for chunk in chunks]
-        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
 
     def run(
         self, batches: Batches, consumed_samples: int, positions: PositionLoss | None = None, number: int = 0
@@ -215,12 +211,13 @@ class TrainStep:
             chunk.train()
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
-        own = run_microbatches(
-            self.chunks,
-            micro_batches,
-            observe=adding_to(positions) if positions is not None else None,
-            before_each=interrupt.reached if interrupt is not None else None,
-        )
+        with self._called_by_schedule():
+            own = run_microbatches(
+                self.chunks,
+                micro_batches,
+                observe=adding_to(positions) if positions is not None else None,
+                before_each=interrupt.reached if interrupt is not None else None,
+            )
         return Gradients(reduce_losses(own), own[0], self._own_norm, started)
 
     def report(self, gradients: Gradients) -> RankReports:
@@ -237,6 +234,23 @@ class TrainStep:
         """Clip the gradients, whose norm is `norm`, and update the weights; after `report`."""
         clip_gradients(self.optimizer, norm)
         self.optimizer.step_with_ready_grads()
+
+    @contextlib.contextmanager
+    def _called_by_schedule(self) -> Iterator[None]:
+        """What Megatron-Core's schedule calls where gradients are complete, while it runs.
+
+        Not for longer: every module refers to the configuration, so a function there that refers to the model closes a
+        cycle. It leads through autograd's nodes, which the garbage collector cannot see through, and the model would
+        stay in memory for as long as the process lives.
+        """
+        config: Any = self.chunks[0].config
+        no_sync = [chunk.no_sync for chunk in self.chunks]
+        config.finalize_model_grads_func = self._finalize
+        config.no_sync_func = no_sync if len(self.chunks) > 1 else no_sync[0]
+        try:
+            yield
+        finally:
+            config.finalize_model_grads_func = config.no_sync_func = None
 
     def _finalize(self, *arguments: Any, **options: Any) -> None:
         """Measure this rank's own gradient norm, then reduce with Megatron-Core's `finalize_model_grads`.

@@ -38,7 +38,7 @@ def _save(hf: Path, run: Path, layout: Grid) -> None:
 
     set_grid(layout)
     architecture = read_architecture(hf)
-    chunks = build_model(architecture, ModelSettings(layout=layout, params_dtype=torch.float32))
+    chunks = build_model(architecture, ModelSettings(grid=layout, params_dtype=torch.float32))
     with HFReader(hf) as reader:
         rank = parallel_state.get_tensor_model_parallel_rank()
         load_into(chunks[0], reader, architecture, rank, layout.tensor, unwrap(chunks[0]).first_layer)

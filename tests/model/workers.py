@@ -48,7 +48,7 @@ def logits(
     try:
         override = RopeSettings(**rope) if rope else None
         architecture = read_architecture(Path(hf)).with_rope(override).with_window(*window or (None,))
-        (model,) = build_model(architecture, ModelSettings(layout=layout, params_dtype=torch.float32))
+        (model,) = build_model(architecture, ModelSettings(grid=layout, params_dtype=torch.float32))
         load_into(
             model, HFReader(Path(hf)), architecture, parallel_state.get_tensor_model_parallel_rank(), layout.tensor
         )

@@ -193,3 +193,17 @@ def command(words: list[str]) -> tuple[int, str, str]:
     except SystemExit as end:
         status = int(end.code or 0)
     return status, out.getvalue(), errors.getvalue()
+
+
+def models_left(many: list[dict[str, Any]]) -> list[int]:
+    """How many models this process still holds after each of several runs, once Python has collected its garbage."""
+    import gc
+
+    from megalong.model.llama import LlamaModel
+
+    left = []
+    for settings in many:
+        train_run(settings)
+        distributed.free_cycles()
+        left.append(sum(type(one) is LlamaModel for one in gc.get_objects()))
+    return left
