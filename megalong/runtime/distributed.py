@@ -237,7 +237,7 @@ def background_group(timeout_minutes: float) -> dist.ProcessGroup | None:
 def free_cycles() -> None:
     """Free models that nothing uses any more, and the groups that they hold.
 
-    They lie in reference cycles, which lead through autograd's nodes: what one collection frees lets the next free more.
+    They lie in reference cycles that lead through autograd's nodes: what one collection frees lets the next free more.
     """
     for _ in range(3):
         gc.collect()
