@@ -132,7 +132,7 @@ def _measure(
     from megalong.runtime.world import logged, world
 
     device, results = choose_device(), []
-    with logged(), world(device):
+    with world(device), logged():
         # Imports the model, and with it Megatron-Core: only now is the process prepared for that.
         from megalong.evaluation.measure import measure_losses
         from megalong.runtime.distributed import set_grid

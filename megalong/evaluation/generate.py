@@ -168,7 +168,7 @@ def _answer(
     from megalong.runtime.distributed import choose_device
     from megalong.runtime.world import logged, world
 
-    with logged(), world(choose_device(), Grid()):
+    with world(choose_device(), Grid()), logged():
         # Imports the model, and with it Megatron-Core: only now is the process prepared for that.
         from megalong.evaluation.measure import load_model
         from megalong.model.build import unwrap
