@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from megalong.config.architecture import Architecture
 from megalong.config.checks import check_model, check_world
 from megalong.config.load import load_config
 from megalong.config.rope import RopeSettings
 from megalong.config.schema import Config
+from tests.architectures import LLAMA_8B
 
 RECIPES = Path(__file__).parents[1] / "examples" / "ultralong"
 WORLD = 256
@@ -19,15 +19,8 @@ PUBLISHED = {
     "2m": (2097152, 256, 16, 2, 1.5545),
     "4m": (4194304, 512, 16, 2, 1.6238),
 }
-LLAMA_31_8B = Architecture(
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_layers=32,
-    num_attention_heads=32,
-    num_query_groups=8,
-    vocab_size=128256,
-    max_position_embeddings=131072,
-    rope=RopeSettings(type="llama3", rope_theta=500000.0, factor=8.0, original_max_position_embeddings=8192),
+LLAMA_31_8B = LLAMA_8B.model_copy(
+    update={"rope": RopeSettings(type="llama3", rope_theta=500000.0, factor=8.0, original_max_position_embeddings=8192)}
 )
 
 

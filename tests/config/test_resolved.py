@@ -10,24 +10,13 @@ from typing import Any
 
 import pytest
 
-from megalong.config.architecture import Architecture
 from megalong.config.attention_checks import Machine
 from megalong.config.resolved import Resolved, dump, padded_length, resolve
-from megalong.config.rope import RopeSettings
 from megalong.config.schema import Config
 from megalong.errors import UserError
+from tests.architectures import LLAMA_8B
 
 HOPPER = Machine((9, 0), True)
-LLAMA_8B = Architecture(
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_layers=32,
-    num_attention_heads=32,
-    num_query_groups=8,
-    vocab_size=128256,
-    max_position_embeddings=131072,
-    rope=RopeSettings(rope_theta=500000.0),
-)
 
 
 def config(length: int, batch: int = 8, **sections: dict[str, Any]) -> Config:

@@ -7,40 +7,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megalong.config.architecture import Architecture
-from megalong.config.rope import RopeSettings
 from megalong.costs.flops import flops_per_token, matrix_entries, mean_flops_per_token
-
-ARCHITECTURE = Architecture(
-    hidden_size=64,
-    ffn_hidden_size=96,
-    num_layers=2,
-    num_attention_heads=4,
-    num_query_groups=2,
-    vocab_size=300,
-    max_position_embeddings=128,
-    rope=RopeSettings(rope_theta=10000.0),
-)
-LLAMA_8B = Architecture(
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_layers=32,
-    num_attention_heads=32,
-    num_query_groups=8,
-    vocab_size=128256,
-    max_position_embeddings=131072,
-    rope=RopeSettings(rope_theta=500000.0),
-)
+from tests.architectures import LLAMA_8B, TINY
 
 
 def test_masked_documents_cost_what_each_costs_alone():
-    alone = (100 * flops_per_token(ARCHITECTURE, 100) + 28 * flops_per_token(ARCHITECTURE, 28)) / 128
-    assert mean_flops_per_token(ARCHITECTURE, [100, 28, 100, 28]) == pytest.approx(alone)
+    alone = (100 * flops_per_token(TINY, 100) + 28 * flops_per_token(TINY, 28)) / 128
+    assert mean_flops_per_token(TINY, [100, 28, 100, 28]) == pytest.approx(alone)
 
 
 def test_flops_equal_torchs_own_count():
     """torch counts the full attention square; ours counts the causal half."""
-    a = ARCHITECTURE
+    a = TINY
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=300, attn_implementation="eager"))
     tokens = torch.randint(300, (1, 128))
@@ -54,13 +32,13 @@ def test_flops_equal_torchs_own_count():
 @pytest.mark.parametrize(("window", "frequency"), [(7, None), (100, 2), (128, None), (500, None), (16, (0, 1))])
 def test_windowed_layers_attend_to_fewer_pairs(window, frequency):
     """Counted pair by pair in the mask; ours leaves half a key of the diagonal out, in every layer."""
-    a, place = ARCHITECTURE.with_window(window, frequency), torch.arange(128)
+    a, place = TINY.with_window(window, frequency), torch.arange(128)
     distance = place[:, None] - place
     pairs = sum(int(((distance >= 0) & (distance < (w or 128))).sum()) for w in a.layer_windows)
     expected = 6 * matrix_entries(a) + 12 * a.num_attention_heads * a.kv_channels * pairs / 128
     half_a_key = 12 * a.num_attention_heads * a.kv_channels * a.num_layers / 2
     assert abs(expected - flops_per_token(a, 128)) <= half_a_key
-    assert flops_per_token(a, 128) < flops_per_token(ARCHITECTURE, 128) or window >= 128
+    assert flops_per_token(a, 128) < flops_per_token(TINY, 128) or window >= 128
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megalong.config.architecture import Architecture
-from megalong.config.rope import RopeSettings
 from megalong.config.schema import Config
 from megalong.costs.hardware import Peak
 from megalong.runtime import json_lines
@@ -16,17 +14,7 @@ from megalong.training.metrics.console import RemainingTime
 from megalong.training.metrics.record import StepRecord
 from megalong.training.metrics.recorder import Recorder, open_recorder
 from megalong.training.metrics.sinks import Console
-
-ARCHITECTURE = Architecture(
-    hidden_size=64,
-    ffn_hidden_size=96,
-    num_layers=2,
-    num_attention_heads=4,
-    num_query_groups=2,
-    vocab_size=300,
-    max_position_embeddings=128,
-    rope=RopeSettings(rope_theta=10000.0),
-)
+from tests.architectures import TINY
 
 
 @pytest.fixture
@@ -34,7 +22,7 @@ def config(tmp_path):
     return Config.model_validate(
         {
             "run": {"name": "t", "dir": str(tmp_path)},
-            "model": {"architecture": ARCHITECTURE.model_dump()},
+            "model": {"architecture": TINY.model_dump()},
             "data": {"seq_length": 128, "mixture": [{"name": "a", "path": "a", "weight": 1.0}]},
             "optimizer": {"lr": 1e-3},
             "training": {"train_iters": 10, "global_batch_size": 2},
