@@ -125,7 +125,7 @@ def test_the_configurations_agree_with_the_story():
     rope = extend.model.rope
     assert rope.type == "yarn"
     assert extend.data.seq_length == rope.factor * pretrain.data.seq_length == 16 * story.model.ORIGINAL_LENGTH
-    assert extend.parallel.context_parallel_size == int(story.PROCESSES) == extend.world_divisor
+    assert extend.parallel.context_parallel_size == int(story.PROCESSES) == extend.grid.model_parallel_size
     assert tune.model.load.checkpoint == extend.run.dir
     assert (tune.task, tune.sft.sources[0].path) == ("sft", f"chats/{chats.CHATS}")
     assert pretrain.data.separator == extend.data.separator == story.model.SEPARATOR

@@ -10,7 +10,6 @@ A rank reads S/CP tokens and one more for each of its runs.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from megalong.attention.layout import Runs, TokenLayout
 from megalong.attention.plan import AttentionPlan, SequencePlan, make_plan
+from megalong.config.resolved import padded
 from megalong.data.samples.sample import Sample, SampleSource
 
 
@@ -39,8 +39,7 @@ class ContextShard:
 
     def padded(self, length: int) -> int:
         """Tokens of a padded sample that trains on `length`."""
-        whole = math.lcm(self.layout.multiple, self.multiple)
-        return -(-length // whole) * whole
+        return padded(length, self.layout.multiple, self.multiple)
 
     def plan(self, rows: list[Sample]) -> AttentionPlan:
         """Where the tokens of a micro-batch of `rows` lie, and what they see."""

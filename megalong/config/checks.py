@@ -123,7 +123,7 @@ def _check_pipeline(config: Sections) -> None:
 
 def check_replicas(config: Sections, world_size: int) -> None:
     """Refuse a number of processes that does not hold a whole number of replicas (world = TP * CP * PP * DP)."""
-    parallel, divisor = config.parallel, config.world_divisor
+    parallel, divisor = config.parallel, config.grid.model_parallel_size
     if world_size >= 1 and world_size % divisor == 0:
         return
     below, above = world_size // divisor * divisor, (max(world_size, 0) // divisor + 1) * divisor
@@ -148,14 +148,14 @@ def _listed(sizes: list[int]) -> str:
 def check_world(config: Sections, world_size: int) -> None:
     """Refuse a configuration that `world_size` processes cannot run: whole replicas, and batches that come out even."""
     check_replicas(config, world_size)
-    replicas, training = world_size // config.world_divisor, config.training
+    replicas, training = config.grid.replicas(world_size), config.training
     step = training.micro_batch_size * replicas
     if training.global_batch_size % step:
         above = (training.global_batch_size // step + 1) * step
         raise UserError(
             f"training.global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
             f"{training.micro_batch_size} * data parallel {replicas} = {step} (data parallel = {world_size} processes "
-            f"/ {config.world_divisor}): write {above}, or use fewer processes"
+            f"/ {config.grid.model_parallel_size}): write {above}, or use fewer processes"
         )
     pipeline, micro_batches = config.parallel.pipeline_model_parallel_size, training.global_batch_size // step
     if config.parallel.virtual_pipeline_model_parallel_size > 1 and micro_batches % pipeline:
@@ -202,5 +202,5 @@ def _processes(config: Sections, key: str, sizes: list[int]) -> str:
     own = getattr(config.parallel, key.removeprefix("parallel."), None)
     if own is None:  # of a product: the number of processes depends on how it is shared
         return ""
-    others = config.world_divisor // own
+    others = config.grid.model_parallel_size // own
     return f" (on multiples of {_listed([size * others for size in sizes])} processes)"

@@ -97,8 +97,13 @@ def exchange_of(config: Config, architecture: Architecture) -> Exchange:
 
 def padded_length(config: Config) -> int:
     """`data.seq_length`, rounded up to what context parallelism, sequence parallelism and FP8 can share evenly."""
-    whole = math.lcm(layout_multiple(config.grid.context), config.length_multiple)
-    return -(-config.data.seq_length // whole) * whole
+    return padded(config.data.seq_length, layout_multiple(config.grid.context), config.length_multiple)
+
+
+def padded(length: int, *multiples: int) -> int:
+    """`length` rounded up to a multiple of all of `multiples`."""
+    whole = math.lcm(*multiples)
+    return -(-length // whole) * whole
 
 
 def layout_multiple(ranks: int) -> int:

@@ -21,7 +21,7 @@ class Config(Sections):
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model on `world_size` processes; `UserError` if the layout does not divide it."""
         checks.check_replicas(self, world_size)
-        return world_size // self.world_divisor
+        return self.grid.replicas(world_size)
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

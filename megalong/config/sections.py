@@ -222,11 +222,6 @@ class Sections(Section):
         )
 
     @property
-    def world_divisor(self) -> int:
-        """TP * CP * PP: the number of processes one replica of the model takes."""
-        return self.grid.model_parallel_size
-
-    @property
     def length_multiple(self) -> int:
         """What the length of a padded sample must be a multiple of, besides what its layout asks for.
 

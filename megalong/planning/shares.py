@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megalong.attention.layout import Kind, Runs, TokenLayout, attended_pairs
+from megalong.config.resolved import layout_multiple, padded
 from megalong.config.schema import Config
 from megalong.data.samples.sampler import PackedSamples
 
@@ -44,7 +45,7 @@ def shares(config: Config, samples: int) -> tuple[list[Shared], list[np.ndarray]
     """
     ranks = config.parallel.context_parallel_size
     rows = _documents(config, samples)
-    length = -(-config.data.seq_length // (2 * ranks)) * 2 * ranks
+    length = padded(config.data.seq_length, layout_multiple(ranks))
     return [_shared(TokenLayout(ranks, kind, window(config)), length, rows) for kind in KINDS], rows, length
 
 

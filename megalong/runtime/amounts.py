@@ -1,4 +1,6 @@
-"""Seconds and large numbers as people read them."""
+"""Seconds, large numbers and moments as text."""
+
+import datetime
 
 
 def duration(seconds: float) -> str:
@@ -20,3 +22,8 @@ def amount(value: float) -> str:
             scaled = value / limit
             return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f}{letter}"
     return f"{value:.0f}"
+
+
+def utc_now(timespec: str = "milliseconds") -> str:
+    """This moment in ISO 8601, UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec=timespec)

@@ -141,8 +141,10 @@ def set_grid(grid: Grid, seed: int = 1234, timeout_minutes: float = 60) -> None:
             f"= {grid.model_parallel_size}; start a multiple of {grid.model_parallel_size}"
         )
     clear_grid()
-    free_cycles()
-    if not gc.get_freeze_count():
+    if gc.get_freeze_count():
+        free_cycles()  # also of a world that has been left since
+    else:
+        gc.collect()
         # Some 300,000 objects of imported modules: left out, each later collection takes milliseconds, not 0.2 s.
         gc.freeze()
     parallel_state.initialize_model_parallel(

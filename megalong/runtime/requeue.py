@@ -8,10 +8,10 @@ Batch scripts test for it; the next start takes it away first, so that a start w
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 from pathlib import Path
 
+from megalong.runtime.amounts import utc_now
 from megalong.runtime.folders import file_aside
 
 FILE = "REQUEUE"
@@ -19,7 +19,7 @@ FILE = "REQUEUE"
 
 def mark(run: Path, step: int, signal: str) -> None:
     """Leave the marker of a run whose last saved step is `step`."""
-    told = {"step": step, "signal": signal, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    told = {"step": step, "signal": signal, "time": utc_now("seconds")}
     with file_aside(run / FILE, durable=True) as aside:
         aside.write_text(json.dumps(told) + "\n")
 

@@ -21,7 +21,6 @@ file was deleted makes it again.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
 import json
 import os
@@ -35,6 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megalong.errors import UserError
+from megalong.runtime.amounts import utc_now
 
 FILE = "lock"
 BEAT_SECONDS, STALE_SECONDS = 10.0, 90.0
@@ -76,7 +76,7 @@ def this_process() -> Holder:
     return Holder(
         host=socket.gethostname(),
         process=os.getpid(),
-        since=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        since=utc_now("seconds"),
         machine=_machine(),
         started=_start_of(os.getpid()) or 0,
         job=os.environ.get("SLURM_JOB_ID", ""),

@@ -8,12 +8,12 @@ in the log.
 
 from __future__ import annotations
 
-import datetime
 import logging
 from pathlib import Path
 from typing import Any
 
 from megalong.runtime import json_lines
+from megalong.runtime.amounts import utc_now
 from megalong.runtime.distributed import is_main_rank
 
 log = logging.getLogger("megalong")
@@ -31,8 +31,7 @@ def record(run: Path | str, step: int, kind: str, **details: Any) -> None:
     """
     if not is_main_rank():
         return
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-    file, event = Path(run) / FILE, {"time": now, "step": step, "kind": kind, **details}
+    file, event = Path(run) / FILE, {"time": utc_now(), "step": step, "kind": kind, **details}
     try:
         json_lines.append(file, event)
     except OSError as error:

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from megalong.runtime.amounts import duration
-from megalong.runtime.distributed import from_all_ranks, is_main_rank
+from megalong.runtime.distributed import from_all_ranks, is_main_rank, place
 from megalong.runtime.network import node_name
 from megalong.training.ledger import Ledger
 
@@ -93,7 +93,7 @@ class HealthWatch:
     def __init__(self, run: Path, step: int) -> None:
         """A run that goes on from `step`."""
         ranks: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
-        dist.all_gather_object(ranks, (node_name(), _pipeline_stage()))
+        dist.all_gather_object(ranks, (node_name(), place().stage))
         self._nodes, self._stages = [node for node, _ in ranks], [stage for _, stage in ranks]
         self._in_a_row = [0] * len(ranks)
         self._since = [0.0] * len(ranks)
@@ -196,9 +196,3 @@ def stragglers(seconds: Sequence[float], stages: Sequence[int]) -> list[int]:
         sigma = 1.4826 * median_low([abs(seconds[rank] - middle) for rank in ranks])
         slow += [rank for rank in ranks if seconds[rank] > max(SHARE * middle, middle + SIGMAS * sigma)]
     return sorted(slow)
-
-
-def _pipeline_stage() -> int:
-    from megatron.core import parallel_state
-
-    return int(parallel_state.get_pipeline_model_parallel_rank())

@@ -76,13 +76,18 @@ class StepRecord:
         return self.tokens / max(own, 1e-9)
 
     @property
+    def tokens_per_second_per_gpu(self) -> float:
+        """Of one process."""
+        return self.tokens_per_second / self.world_size
+
+    @property
     def learnt_per_second(self) -> float:
         """Tokens learnt from, over the whole world."""
         return self.tokens_per_second * self.learnt / max(self.tokens, 1)
 
     def utilization(self, peak: Peak) -> float:
         """Model FLOPs utilization (MFU) of devices with this peak, 0 to 1."""
-        return self.tokens_per_second / self.world_size * self.flops_per_token / peak.flops_per_second
+        return self.tokens_per_second_per_gpu * self.flops_per_token / peak.flops_per_second
 
     @property
     def seconds_each(self) -> dict[str, float]:
@@ -102,7 +107,7 @@ class StepRecord:
             "learnt_tokens": self.learnt,
             "padding_tokens": self.padding_tokens,
             "tokens_per_s": self.tokens_per_second,
-            "tokens_per_s_per_gpu": self.tokens_per_second / self.world_size,
+            "tokens_per_s_per_gpu": self.tokens_per_second_per_gpu,
             "mfu": self.utilization(peak),
             "peak_gib": self.peak_memory / 2**30,
             "seconds": self.seconds_each,

@@ -14,7 +14,7 @@ from megalong.training.metrics.record import StepRecord
 from megalong.training.metrics.sinks import Console, MetricsFile, Sink, TensorBoard
 
 
-class Recorder:
+class Recorder(Sink):
     """A sink that passes everything on to others; without any it does nothing, as on all ranks but one."""
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:

@@ -8,15 +8,15 @@ Recording must never end a run: what the disk does not take is a warning in the 
 
 from __future__ import annotations
 
-import datetime
 import logging
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from megalong.costs.hardware import Peak
 from megalong.runtime import json_lines
+from megalong.runtime.amounts import utc_now
 from megalong.training.health import Health
 from megalong.training.metrics.console import RemainingTime, step_line
 from megalong.training.metrics.record import StepRecord
@@ -26,42 +26,26 @@ FLUSH_SECONDS = 10
 HEALTH = "z_health"
 
 
-class Sink(Protocol):
-    """Takes what rank 0 records of a run."""
+class Sink:
+    """Takes what rank 0 records of a run; what a sink has no use for it ignores."""
 
     def step(self, record: StepRecord) -> None:
-        """A logged step."""
+        """Record a logged step."""
 
     def health(self, step: int, health: Health) -> None:
-        """How the run was at a logged step."""
+        """Record how the run was at a logged step."""
 
     def event(self, step: int, kind: str, told: str) -> None:
-        """The guard was against a step."""
+        """Record a step that the guard reacts to."""
 
     def flush(self) -> None:
         """Put everything on disk."""
 
     def close(self) -> None:
-        """No more comes."""
+        """Flush, and release what is open; nothing is recorded afterwards."""
 
 
-class _Silent:
-    """A sink of steps alone; one that does not write asynchronously has nothing to flush."""
-
-    def health(self, step: int, health: Health) -> None:
-        """See `Sink`."""
-
-    def event(self, step: int, kind: str, told: str) -> None:
-        """See `Sink`."""
-
-    def flush(self) -> None:
-        """See `Sink`."""
-
-    def close(self) -> None:
-        """See `Sink`."""
-
-
-class Console(_Silent):
+class Console(Sink):
     """A line a step (console.py)."""
 
     def __init__(self, remaining: RemainingTime, peak: Peak) -> None:
@@ -73,7 +57,7 @@ class Console(_Silent):
         LOG.info("%s", step_line(record, self._remaining.total_steps, self._peak, left))
 
 
-class MetricsFile(_Silent):
+class MetricsFile(Sink):
     """`RUN/metrics.jsonl`: one JSON object a logged step (docs/training.md lists its keys)."""
 
     NAME = "metrics.jsonl"
@@ -90,9 +74,8 @@ class MetricsFile(_Silent):
         """See `Sink`."""
         if self._failed:
             return
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         try:
-            json_lines.append(self._file, {"time": now, **record.numbers(self._peak)})
+            json_lines.append(self._file, {"time": utc_now(), **record.numbers(self._peak)})
         except OSError as error:
             self._give_up(error)
 
@@ -101,7 +84,7 @@ class MetricsFile(_Silent):
         LOG.warning("%s: %s; steps are not recorded there until the next start", self._file, error.strerror)
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """Curves named `group/name`, so that TensorBoard shows one panel a subject.
 
     It orders groups by name: loss comes first, and what is looked at only when something is wrong, z_health, last (a
@@ -128,7 +111,7 @@ class TensorBoard:
             "schedule/learning_rate": record.learning_rate,
             "schedule/gradient_norm": record.gradient_norm,
             "speed/tokens_per_s": record.tokens_per_second,
-            "speed/tokens_per_s_per_gpu": record.tokens_per_second / record.world_size,
+            "speed/tokens_per_s_per_gpu": record.tokens_per_second_per_gpu,
             "speed/learnt_tokens_per_s": record.learnt_per_second,
             "speed/padding_share": record.padding,
             "speed/mfu": record.utilization(self._peak),
