@@ -43,6 +43,21 @@ Entries = tuple[np.ndarray, np.ndarray, np.ndarray]
 NOTHING: State = {"tokens": 0, "sequences": 0, "documents": 0, "histogram": None}
 
 
+@contextlib.contextmanager
+def written(where: Path | str) -> Iterator[None]:
+    """Turn a disk's error while `where` is written into one line.
+
+    Raises:
+        UserError: the write failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{where}: cannot be written ({error.strerror}); make room, or give another output prefix"
+        ) from error
+
+
 class IndexedDatasetWriter:
     """Writes the dataset `prefix`; a context manager that removes what it wrote unless `finish` was reached.
 
@@ -107,14 +122,14 @@ class IndexedDatasetWriter:
             self.num_tokens += int(np.sum(lengths, dtype=np.int64))
             self._write_index_entries(np.asarray(sequences, np.int64), counts, lengths)
         size = (self.num_tokens - before) * self.dtype.itemsize
-        with self._told():
+        with written(self.prefix):
             if tokens.stat().st_size != size:
                 raise UserError(f"{tokens}: {tokens.stat().st_size} bytes found, {size} expected; it changed meanwhile")
             _append(self._data, tokens)
 
     def settle(self) -> State:
         """Wait until everything added is on disk; what to give a later writer that shall go on from here."""
-        with self._told():
+        with written(self.prefix):
             for file in (self._data, self._lengths, self._bounds):
                 file.flush()
                 os.fsync(file.fileno())
@@ -123,7 +138,7 @@ class IndexedDatasetWriter:
 
     def finish(self, sidecar: dict[str, Any] | None = None) -> None:
         """Publish the dataset; `sidecar` describes it beside the counts, without one an old description is removed."""
-        with self._told():
+        with written(self.prefix):
             self._publish(sidecar)
 
     def abandon(self) -> None:
@@ -166,16 +181,6 @@ class IndexedDatasetWriter:
             self._aside(target.suffix).replace(target)
         sync(index.parent)
 
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Turn what the disk says into one line."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.prefix}: cannot be written ({error.strerror}); make room, or give another output prefix"
-            ) from error
-
     def _counts(self) -> dict[str, Any]:
         return {
             "format": SIDECAR_FORMAT,
@@ -188,14 +193,14 @@ class IndexedDatasetWriter:
         limits = np.iinfo(self.dtype)
         if len(tokens) and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
             raise ValueError(f"tokens from {tokens.min()} to {tokens.max()} do not fit {self.dtype}")
-        with self._told():
+        with written(self.prefix):
             self._data.write(tokens.astype(self.dtype, copy=False).tobytes())
         self.num_tokens += len(tokens)
 
     def _write_index_entries(self, sequences: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> None:
         refuse_too_long(sequences)
         bounds = self.num_sequences + np.cumsum(counts, dtype=np.int64)
-        with self._told():
+        with written(self.prefix):
             self._lengths.write(sequences.astype("<i4").tobytes())
             self._bounds.write(bounds.astype("<i8").tobytes())
         self.num_sequences += len(sequences)

@@ -19,12 +19,13 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from megalong.data.indexed_writer import written
 from megalong.errors import UserError
 from megalong.runtime.folders import file_aside
 
@@ -138,7 +139,7 @@ class PartWriter:
         Raises:
             UserError: the disk is full.
         """
-        with self._told():
+        with written(self._folder.path):
             if ending not in self._open:
                 self._open[ending] = self._folder.file(self._number, ending).open("wb", buffering=BLOCK)
                 self._files[ending] = [0, 0]
@@ -149,7 +150,7 @@ class PartWriter:
     def finish(self, fingerprint: str, counts: dict[str, int]) -> Finished:
         """Describe the part: from here on it is kept."""
         done = Finished(self._number, fingerprint, counts, self._files)
-        with self._told():
+        with written(self._folder.path):
             for file in self._open.values():
                 file.close()
             with file_aside(self._folder.file(self._number, "json")) as aside:
@@ -165,15 +166,6 @@ class PartWriter:
         for file in self._open.values():
             with contextlib.suppress(OSError):
                 file.close()
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self._folder.path}: cannot be written ({error.strerror}); make room, or give another output prefix"
-            ) from None
 
 
 def _checked(path: Path) -> list[int] | None:
