@@ -66,7 +66,7 @@ class OurTraining:
         config, machine = self._config(1024, 1), machine_of(self.device)
         check_machine(config, machine)
         check_fp8_model(config, machine, self.architecture)
-        resolved = resolve(config, self.architecture, machine, 1)
+        resolved = resolve(config, self.architecture, machine, torch.distributed.get_world_size())
         distributed.set_grid(resolved.grid, config.run.seed)
         bare = build_model(self.architecture, model_settings(config, resolved))
         for parameter in (parameter for chunk in bare for parameter in chunk.parameters()):
