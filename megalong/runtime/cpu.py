@@ -186,9 +186,9 @@ def _patch_random_state() -> None:
 def _share_equal_groups() -> None:
     """Share one process group among all groups of the same ranks.
 
-    Megatron-Core makes some fifty groups for a layout, most of them of ranks that have a group already, and each gloo
+    Megatron-Core makes some fifty groups for a grid, most of them of ranks that have a group already, and each gloo
     group keeps two threads that wake a hundred times a second: on two cores they would cost more than training. Sharing
-    is safe because every rank issues the operations of a layout in the same order. Making a group takes all ranks, so
+    is safe because every rank issues the operations of a grid in the same order. Making a group takes all ranks, so
     ranks outside of it remember it too.
     """
     new_group = dist.new_group
@@ -207,7 +207,7 @@ def _share_equal_groups() -> None:
 
 
 def forget_groups() -> None:
-    """Clear the cache of groups, because a layout's groups are about to be destroyed."""
+    """Clear the cache of groups, because a grid's groups are about to be destroyed."""
     _groups.clear()
 
 

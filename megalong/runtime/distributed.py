@@ -1,8 +1,4 @@
-"""Where this process runs: its device, its rank, and the groups it belongs to.
-
-Ranks are laid out tensor-parallel fastest, then context, data and pipeline (`tp-cp-dp-pp`), so that the group that
-communicates most is closest together. With TP=2, CP=2, DP=1, PP=2 rank 5 = 1 + 2·0 + 4·1 is tensor rank 1, context
-rank 0, pipeline stage 1.
+"""Where this process runs: its device, its rank, and the groups it belongs to (grid.py says which ranks share one).
 
 A process started by torchrun (or by `--nproc`) finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its
 environment; a process started by hand is a world of one.
@@ -246,7 +242,7 @@ def free_cycles() -> None:
 
 
 def clear_grid() -> None:
-    """Close the groups of the last layout, if there was one.
+    """Close the groups of the last grid, if there was one.
 
     Megatron-Core closes the gloo ones beside NCCL's and only forgets the others, which would keep their threads and
     sockets, or their communicators, for as long as the process lives. Closing a communicator may wait for its other

@@ -41,7 +41,7 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class Endpoint:
     """Where one rank is.
 
     Attributes:
@@ -72,16 +72,16 @@ class Route:
     peer: str
 
 
-def meet(store: Store, rank: int, world: int, route: Route, port: int) -> tuple[Place, ...]:
-    """Exchange places with all ranks, all of which call this; the places by rank.
+def meet(store: Store, rank: int, world: int, route: Route, port: int) -> tuple[Endpoint, ...]:
+    """Exchange endpoints with all ranks, all of which call this; the endpoints by rank.
 
     Args:
         route: to the host of the store.
     """
-    mine = Place(rank, node_name(), route.address, route.interface, port)
-    store.set(f"place/{rank}", json.dumps(dataclasses.asdict(mine)))
-    told = store.multi_get([f"place/{other}" for other in range(world)])
-    return tuple(Place(**json.loads(bytes(text))) for text in told)
+    mine = Endpoint(rank, node_name(), route.address, route.interface, port)
+    store.set(f"endpoint/{rank}", json.dumps(dataclasses.asdict(mine)))
+    told = store.multi_get([f"endpoint/{other}" for other in range(world)])
+    return tuple(Endpoint(**json.loads(bytes(text))) for text in told)
 
 
 def master() -> str:
@@ -110,14 +110,14 @@ def route_to(host: str) -> Route:
     return Route("", "", LOOPBACK)
 
 
-def choose(places: Sequence[Place], mine: Place) -> str | None:
+def choose(endpoints: Sequence[Endpoint], mine: Endpoint) -> str | None:
     """The interface towards the other hosts; None where there is no other, empty where it cannot be found."""
-    if len({(place.host, place.address) for place in places}) == 1:
+    if len({(endpoint.host, endpoint.address) for endpoint in endpoints}) == 1:
         return None
     if mine.address:
         return mine.interface
     # The store is on this host. Where nobody has an address, all are on this machine, whatever they call it.
-    return next((route_to(place.address).interface for place in places if place.address), None)
+    return next((route_to(endpoint.address).interface for endpoint in endpoints if endpoint.address), None)
 
 
 def tell_backends(interface: str | None, environment: MutableMapping[str, str]) -> None:
@@ -132,7 +132,7 @@ def tell_backends(interface: str | None, environment: MutableMapping[str, str]) 
         environment.setdefault(NCCL, f"={interface}")
 
 
-def describe(places: Sequence[Place], interface: str | None, users: Mapping[str, str]) -> str:
+def describe(endpoints: Sequence[Endpoint], interface: str | None, users: Mapping[str, str]) -> str:
     """One line: which hosts talk over which interface.
 
     Args:
@@ -140,11 +140,11 @@ def describe(places: Sequence[Place], interface: str | None, users: Mapping[str,
         users: variables that were set by the user.
     """
     by_interface: dict[str, list[str]] = {}
-    for place in places:
-        name = (place.interface or interface) if place.address else interface
+    for endpoint in endpoints:
+        name = (endpoint.interface or interface) if endpoint.address else interface
         hosts = by_interface.setdefault(name or "an interface of their own choice", [])
-        if place.host not in hosts:
-            hosts.append(place.host)
+        if endpoint.host not in hosts:
+            hosts.append(endpoint.host)
     chosen = "; ".join(f"{name} on {_listed(hosts)}" for name, hosts in by_interface.items())
     kept = "".join(f"; {name}={value} is kept" for name, value in users.items())
     return f"network: the way to the other hosts is {chosen}{kept}"

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 from megalong.errors import UserError
 from megalong.runtime import network
-from megalong.runtime.network import Place
+from megalong.runtime.network import Endpoint
 
 log = logging.getLogger("megalong")
 
@@ -33,7 +33,7 @@ STATUS = 1
 
 _ALIVE, _ENDED, _SILENT = "alive", "ended", "silent"
 _listener: socket.socket | None = None
-_places: tuple[Place, ...] = ()
+_endpoints: tuple[Endpoint, ...] = ()
 _rank = 0
 _master = network.LOOPBACK
 _said: str | None = None
@@ -41,25 +41,25 @@ _said: str | None = None
 
 def meet(store: network.Store, rank: int, world: int) -> None:
     """Get to know all ranks, and tell gloo and NCCL which interface leads to them; all ranks call this."""
-    global _listener, _places, _rank, _master, _said
+    global _listener, _endpoints, _rank, _master, _said
     leave()
     _listener = _listen()
     route = network.route_to(network.master())
     # An address, because names may need the network that is gone.
     _rank, _master = rank, route.peer
-    _places = network.meet(store, rank, world, route, _listener.getsockname()[1])
-    interface = network.choose(_places, _places[rank])
+    _endpoints = network.meet(store, rank, world, route, _listener.getsockname()[1])
+    interface = network.choose(_endpoints, _endpoints[rank])
     users = {name: os.environ[name] for name in (network.GLOO, network.NCCL) if name in os.environ}
     network.tell_backends(interface, os.environ)
-    _said = None if interface is None else network.describe(_places, interface, users)
+    _said = None if interface is None else network.describe(_endpoints, interface, users)
 
 
 def leave() -> None:
     """Be found by nobody any more; to be called before the groups are left, so that who misses them finds out why."""
-    global _listener, _places, _said
+    global _listener, _endpoints, _said
     if _listener is not None:
         _listener.close()
-    _listener, _places, _said = None, (), None
+    _listener, _endpoints, _said = None, (), None
 
 
 def way() -> str | None:
@@ -69,17 +69,17 @@ def way() -> str | None:
 
 def lost(seconds: float = SECONDS) -> str | None:
     """Which hosts, or which ranks, are gone; None where all of them answer. Takes up to `seconds`, for any thread."""
-    others = [place for place in _places if place.rank != _rank]
+    others = [endpoint for endpoint in _endpoints if endpoint.rank != _rank]
     if not others:
         return None
-    return verdict(others, asyncio.run(_ask_all(others, seconds)), _places[_rank].host)
+    return verdict(others, asyncio.run(_ask_all(others, seconds)), _endpoints[_rank].host)
 
 
-def verdict(others: Sequence[Place], found: Sequence[str], here: str) -> str | None:
+def verdict(others: Sequence[Endpoint], found: Sequence[str], here: str) -> str | None:
     """What these answers of the `others` say, in words; None where there is nothing to say."""
     by_host: dict[str, list[tuple[int, str]]] = {}
-    for place, answer in zip(others, found, strict=True):
-        by_host.setdefault(place.host, []).append((place.rank, answer))
+    for endpoint, answer in zip(others, found, strict=True):
+        by_host.setdefault(endpoint.host, []).append((endpoint.rank, answer))
     silent = {host: pairs for host, pairs in by_host.items() if all(answer == _SILENT for _, answer in pairs)}
     if len(silent) > 1 and len(silent) == len(by_host.keys() - {here}):
         return f"host {here} reaches none of the {len(silent)} other hosts: it is the one without a network"
@@ -119,15 +119,15 @@ def _listen() -> socket.socket:
     return socket.create_server(("", 0), backlog=_BACKLOG)
 
 
-async def _ask_all(others: Sequence[Place], seconds: float) -> list[str]:
-    return await asyncio.gather(*(_ask(place, seconds) for place in others))
+async def _ask_all(others: Sequence[Endpoint], seconds: float) -> list[str]:
+    return await asyncio.gather(*(_ask(endpoint, seconds) for endpoint in others))
 
 
-async def _ask(place: Place, seconds: float) -> str:
+async def _ask(endpoint: Endpoint, seconds: float) -> str:
     try:
         async with asyncio.timeout(seconds):
             # Who is seen at no address of its own is on the host of the store.
-            _, writer = await asyncio.open_connection(place.address or _master, place.port)
+            _, writer = await asyncio.open_connection(endpoint.address or _master, endpoint.port)
     except ConnectionRefusedError:
         return _ENDED
     except OSError:  # a time-out is one

@@ -41,7 +41,7 @@ _MEGABYTES = {"cuda": 256, "cpu": 8}
 
 
 @dataclass(frozen=True)
-class Place:
+class Process:
     """Where this process stands among the run's."""
 
     rank: int
@@ -51,7 +51,7 @@ class Place:
     nodes: tuple[str, ...]
 
 
-def place() -> Place:
+def process_of_environment() -> Process:
     """From srun's or torchrun's environment; a single process where neither is there.
 
     Raises:
@@ -63,7 +63,7 @@ def place() -> Place:
     nodes = tuple(os.environ.get("MEGALONG_NODES", "").split()) or (node_name(),)
     if world % len(nodes):
         raise UserError(f"{world} processes on {len(nodes)} nodes ({', '.join(nodes)}): start as many on each")
-    return Place(rank, world, local_rank, world // len(nodes), nodes)
+    return Process(rank, world, local_rank, world // len(nodes), nodes)
 
 
 def _first(*names: str, default: str) -> str:
@@ -76,7 +76,7 @@ def preflight(config_path: str, overrides: Sequence[str] = (), report_seconds: f
     Raises:
         UserError: the configuration is wrong or does not fit the world, or no node can hold it.
     """
-    here = place()
+    here = process_of_environment()
     try:
         return _preflight(here, config_path, overrides, report_seconds)
     except UserError as error:
@@ -85,7 +85,7 @@ def preflight(config_path: str, overrides: Sequence[str] = (), report_seconds: f
         raise UserError(str(error), speaker="rank") from None
 
 
-def _preflight(here: Place, config_path: str, overrides: Sequence[str], report_seconds: float) -> int:
+def _preflight(here: Process, config_path: str, overrides: Sequence[str], report_seconds: float) -> int:
     config = load_config(config_path, list(overrides))[0]
     check_world(config, here.world)
     store = _store(here, report_seconds)
@@ -101,7 +101,7 @@ def _preflight(here: Place, config_path: str, overrides: Sequence[str], report_s
         _leave(store, here)
 
 
-def _store(here: Place, seconds: float) -> dist.TCPStore:
+def _store(here: Process, seconds: float) -> dist.TCPStore:
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "0"))
     timeout = datetime.timedelta(seconds=seconds)
     try:
@@ -115,19 +115,17 @@ def _silent(what: str) -> UserError:
     return UserError(f"preflight: {node_name()}: {what}", speaker="node")
 
 
-def _agree(store: dist.Store, here: Place, key: str, judge: Callable[[], list[str]], seconds: float) -> list[str]:
+def _agree(store: dist.Store, here: Process, key: str, judge: Callable[[], list[str]], seconds: float) -> list[str]:
     """What rank 0 finds wrong, on every rank; it tells before the others learn of it and leave."""
     if here.rank == 0:
-        lines, mistake = [], ""
         try:
             lines = judge()
         except UserError as error:
-            mistake = str(error)
-        for line in [*lines, *([mistake] if mistake else [])]:
+            lines = [str(error)]
+        for line in lines:
             print(f"megalong: error: preflight: {line}", flush=True)
-        told = [*lines, *([mistake] if mistake else [])]
-        store.set(key, json.dumps(told))
-        return told
+        store.set(key, json.dumps(lines))
+        return lines
     judge()
     try:
         store.wait([key], datetime.timedelta(seconds=2 * seconds))
@@ -136,7 +134,7 @@ def _agree(store: dist.Store, here: Place, key: str, judge: Callable[[], list[st
         raise _silent(f"the first node {here.nodes[0]} has gone silent") from None
 
 
-def _look(store: dist.Store, here: Place, config: Config, seconds: float) -> list[str]:
+def _look(store: dist.Store, here: Process, config: Config, seconds: float) -> list[str]:
     """Report on this node; rank 0 judges all reports."""
     token = _token(config, here)
     if here.rank == 0:
@@ -160,11 +158,11 @@ def _look(store: dist.Store, here: Place, config: Config, seconds: float) -> lis
         token.unlink(missing_ok=True)
 
 
-def _token(config: Config, here: Place) -> Path:
+def _token(config: Config, here: Process) -> Path:
     return Path(config.run.dir) / f".preflight-{os.environ.get('SLURM_JOB_ID', 'here')}"
 
 
-def _gpus_expected(here: Place) -> bool:
+def _gpus_expected(here: Process) -> bool:
     """With `runtime.device: auto`: what the job asked for where a job says so, else what is here."""
     asked = os.environ.get("GPUS_PER_NODE")
     return int(asked) > 0 if asked else torch.cuda.is_available()
@@ -182,7 +180,7 @@ def _collect(store: dist.Store, world: int, seconds: float) -> dict[int, NodeRep
     return reports
 
 
-def _judge(found: dict[int, NodeReport], here: Place, config: Config, seconds: float) -> list[str]:
+def _judge(found: dict[int, NodeReport], here: Process, config: Config, seconds: float) -> list[str]:
     reports = list(found.values())
     lines = silent_nodes(found, here.world, here.nodes, seconds) + node_faults(reports)
     if lines:
@@ -194,7 +192,7 @@ def _judge(found: dict[int, NodeReport], here: Place, config: Config, seconds: f
     return [*lines, *([full] if full else [])]
 
 
-def _measure(store: dist.Store, here: Place, config: Config) -> Bandwidth:
+def _measure(store: dist.Store, here: Process, config: Config) -> Bandwidth:
     cuda = torch.cuda.is_available() and config.runtime.device != "cpu" and _gpus_expected(here)
     device = torch.device("cuda", here.local_rank) if cuda else torch.device("cpu")
     done = threading.Event()
@@ -215,7 +213,7 @@ def _measure(store: dist.Store, here: Place, config: Config) -> Bandwidth:
     return measured
 
 
-def _watch(store: dist.Store, here: Place, done: threading.Event) -> None:
+def _watch(store: dist.Store, here: Process, done: threading.Event) -> None:
     """End a process that hangs in a collective, which nothing in its main thread could."""
     if done.wait(MEASURE_SECONDS):
         return
@@ -230,7 +228,7 @@ def _watch(store: dist.Store, here: Place, done: threading.Event) -> None:
     os._exit(2)
 
 
-def _slow(store: dist.Store, here: Place, config: Config, mine: Bandwidth) -> list[str]:
+def _slow(store: dist.Store, here: Process, config: Config, mine: Bandwidth) -> list[str]:
     if here.rank:
         return []
     by_node: dict[str, list[Bandwidth]] = {}
@@ -261,7 +259,7 @@ def _slowest(speeds: Sequence[Bandwidth]) -> Bandwidth:
     )
 
 
-def _leave(store: dist.Store, here: Place) -> None:
+def _leave(store: dist.Store, here: Process) -> None:
     """Rank 0 holds the store: it goes last, or after a moment."""
     try:
         if here.rank:
