@@ -23,7 +23,6 @@ import torch
 from megalong.attention import cpu_kernel, cudnn_kernel, flash_kernel, tiled
 from megalong.attention.limits import Gradients
 from megalong.attention.varlen import FLASH_VARLEN, VarlenKernel
-from megalong.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,8 @@ class Choice:
     reason: str
 
 
-def choose_kernel(q: torch.Tensor, backend: str = "auto") -> BlockKernel:
-    """The kernel for tensors like `q`. `backend`: auto or torch."""
-    if backend not in ("auto", "torch"):
-        raise UserError(f"attention.backend: {backend!r} is not known; write auto or torch")
+def choose_kernel(q: torch.Tensor) -> BlockKernel:
+    """The kernel for tensors like `q`."""
     return kernel_of(q).kernel
 
 

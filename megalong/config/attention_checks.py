@@ -11,7 +11,7 @@ from megalong.config.architecture import Architecture
 from megalong.config.sections import Sections
 from megalong.errors import UserError
 
-ENGINE = "transformer_engine"
+TORCH, ENGINE = "torch", "transformer_engine"
 FP8_CAPABILITY, FP8_ATTENTION_CAPABILITY, FP8_CURRENT_ATTENTION_CAPABILITY = (8, 9), (9, 0), (10, 0)
 HOPPER_FP8_HEAD = 128  # channels
 FP8_WIDTH = 16  # what Transformer Engine needs a matrix's sides to be multiples of
@@ -80,7 +80,7 @@ def backend_of(config: Sections, machine: Machine) -> str:
     """`attention.backend` with `auto` decided: Transformer Engine for what only it can do, which is FP8 on a GPU."""
     if config.attention.backend != "auto":
         return config.attention.backend
-    return ENGINE if config.precision.fp8_dot_product_attention and machine.capability is not None else "torch"
+    return ENGINE if config.precision.fp8_dot_product_attention and machine.capability is not None else TORCH
 
 
 def _engine_needs(what: str) -> UserError:

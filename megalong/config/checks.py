@@ -21,11 +21,6 @@ def check_config(config: Sections) -> None:
     _check_sequence(config)
     _check_pipeline(config)
     check_attention(config)
-    if config.lora.rank is not None and config.precision.fp8 is not None:
-        raise UserError(
-            f"lora.rank {config.lora.rank} with precision.fp8 {config.precision.fp8}: adapters stand beside bf16 and "
-            "fp32 layers only; write fp8: null"
-        )
     _check_faults(config)
     optimizer, training = config.optimizer, config.training
     if optimizer.warmup_iters >= training.train_iters:

@@ -22,7 +22,6 @@ from megalong.config.compute import Parallel
 from megalong.model.config import ModelSettings, transformer_config
 from megalong.model.llama import LlamaModel
 from megalong.model.lora import freeze_base
-from megalong.runtime import cpu_bf16
 from megalong.runtime.megatron import mark_as_slice
 
 
@@ -33,17 +32,15 @@ def build_model(architecture: Architecture, settings: ModelSettings | None = Non
     virtual = settings.grid.virtual
     stages: list[int | None] = [None] if virtual == 1 else list(range(virtual))
     device = torch.device(torch.cuda.current_device())
-    if device.type == "cpu":
-        cpu_bf16.serve(settings.params_dtype)
     chunks = [LlamaModel(config, architecture, stage).to(device) for stage in stages]
     for chunk in chunks:
-        _mark_tensor_parallel(chunk)
+        mark_tensor_parallel(chunk)
         if settings.lora is not None:
             freeze_base(chunk)
     return list(chunks)
 
 
-def _mark_tensor_parallel(model: torch.nn.Module) -> None:
+def mark_tensor_parallel(model: torch.nn.Module) -> None:
     """Say which weights are slices and along which dimension.
 
     Megatron-Core does so when it initialises them, which we have switched off. Unmarked, they would count as
@@ -51,9 +48,9 @@ def _mark_tensor_parallel(model: torch.nn.Module) -> None:
     """
     cut = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
     for module in model.modules():
-        weight, dim = getattr(module, "weight", None), cut.get(type(module))
-        if weight is not None and dim is not None:
-            mark_as_slice(weight, dim)
+        for kind, dim in cut.items():
+            if isinstance(module, kind) and module.weight is not None:
+                mark_as_slice(module.weight, dim)
 
 
 def wrap_for_training(chunks: list[torch.nn.Module], parallel: Parallel) -> list[torch.nn.Module]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megalong.config.architecture import Architecture
+from megalong.config.attention_checks import TORCH
 from megalong.config.lora import Lora
 from megalong.config.rope import RopeSettings
 from megalong.runtime.grid import Grid
@@ -33,8 +34,8 @@ class LlamaConfig(TransformerConfig):
     """
 
     rope: RopeSettings = field(default_factory=RopeSettings)
-    kernel: str = "auto"
-    exchange: Literal["ring", "all_gather"] = "ring"
+    attention: str = TORCH
+    transport: Literal["ring", "all_gather"] = "ring"
     layer_windows: tuple[int | None, ...] = ()
     emulated_fp8: str | None = None
     lora: Lora | None = None
@@ -44,7 +45,7 @@ class LlamaConfig(TransformerConfig):
 class ModelSettings:
     """How one model is laid out and computed: everything that is not its architecture.
 
-    `recompute` is `memory.recompute`, `kernel` is `attention.backend`, `exchange` is how keys reach the ranks that
+    `recompute` is `memory.recompute`, `attention` is `Resolved.backend`, `transport` is how keys reach the ranks that
     `grid.heads` has left (`config.exchange`). `fp8` and what begins with it are `precision`'s. With `lora` (which
     has a rank then) the model carries adapters, and nothing else of it learns.
     """
@@ -53,8 +54,8 @@ class ModelSettings:
     sequence_parallel: bool = False
     params_dtype: torch.dtype = torch.float32
     recompute: str = "none"
-    kernel: str = "auto"
-    exchange: Literal["ring", "all_gather"] = "ring"
+    attention: str = TORCH
+    transport: Literal["ring", "all_gather"] = "ring"
     fp8: str | None = None
     fp8_recipe: str = "delayed"
     fp8_dot_product_attention: bool = False
@@ -75,8 +76,8 @@ def transformer_config(architecture: Architecture, settings: ModelSettings) -> L
         num_query_groups=architecture.num_query_groups,
         kv_channels=architecture.kv_channels,
         rope=architecture.rope,
-        kernel=settings.kernel,
-        exchange=settings.exchange,
+        attention=settings.attention,
+        transport=settings.transport,
         layer_windows=architecture.layer_windows,
         lora=settings.lora,
         normalization="RMSNorm",

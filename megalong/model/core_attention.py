@@ -46,8 +46,7 @@ class CoreAttention(torch.nn.Module):
         assert attn_mask_type == AttnMaskType.causal
         self.softmax_scale = (softmax_scale or 1 / math.sqrt(head_dim)) * temperature(config.rope) ** 2
         self.inverse_frequencies = inverse_frequencies(config.rope, head_dim).to(torch.cuda.current_device())
-        self.kernel = config.kernel
-        self.groups = ContextGroups(*context_levels(), transport=config.exchange)
+        self.groups = ContextGroups(*context_levels(), transport=config.transport)
         self.window = config.layer_windows[layer_number - 1]
         self.layer_number = layer_number
 
@@ -78,7 +77,7 @@ class CoreAttention(torch.nn.Module):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         """Attention of rotated queries to rotated keys: `[s, b, heads/TP, d]`."""
-        kernel = choose_kernel(query, self.kernel)
+        kernel = choose_kernel(query)
         return context_attention(query, key, value, plan, self.groups, kernel, self.softmax_scale, self.window)
 
     def attend_cached(
@@ -86,5 +85,5 @@ class CoreAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """Attention to these keys and all cached ones, without gradients."""
         keys, values, mask = cache.extend(self.layer_number, key, value, self.window)
-        out, _ = choose_kernel(query, self.kernel).forward(query, keys, values, mask, self.softmax_scale)
+        out, _ = choose_kernel(query).forward(query, keys, values, mask, self.softmax_scale)
         return out

@@ -13,31 +13,27 @@ are. The recipe says where a tensor's scale comes from:
     tensorwise   from the tensor itself, on each rank
     delayed      from its largest magnitude in the step before, on any tensor, context or data parallel rank
 
-Delayed scales start at 1. They change between steps only, so that the cut of a batch into micro-batches does not
-matter and recomputation rounds as the first pass did; TE changes them after each micro-batch. A checkpoint holds them
-where Megatron-Core keeps TE's (`_extra_state`).
+Delayed scales start at 1. They change only after a step that was applied (`refresh_scales`), so that the number of
+micro-batches does not matter, and recomputation and a replay round as the first pass did; TE changes them after each
+micro-batch. A checkpoint holds them where Megatron-Core keeps TE's (`_extra_state`).
 
 Everything is computed in float32, slower than bf16 on the same CPU: this shows what FP8 does to a loss, not to time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch.autograd.function import once_differentiable
 
 from megalong.attention.fp8 import FORMATS, Formats, largest_magnitude, scale_for, to_fp8
 from megalong.model.config import LlamaConfig
-from megalong.runtime.megatron import mark_as_slice
+from megalong.model.own_product import OwnProduct
 
 INPUT, WEIGHT, GRADIENT = range(3)
 
@@ -56,15 +52,16 @@ class TensorwiseScaling:
 class DelayedScaling:
     """Scales of a layer's input, weight and gradient, each from its largest magnitude in the step before.
 
-    `group`: ranks that share the scales. Between steps all of them must call `refresh`.
+    Attributes:
+        scales: of this step.
+        amax: largest magnitudes in this step so far, on this rank.
+        observed: whether what is rounded counts for the next step's scales.
     """
 
-    def __init__(self, formats: Formats, group: dist.ProcessGroup | None) -> None:
-        self.formats, self._group = formats, group
-        self.scales = torch.ones(3)
+    def __init__(self, formats: Formats) -> None:
+        self.formats = formats
+        self.scales, self.amax = torch.ones(3), torch.zeros(3)
         self.observed = True
-        self._amax = torch.zeros(3)
-        self._pending = False
 
     def scale(self, operand: int, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """This step's factor for `operand`, float32 scalar; while `observed`, `tensor` counts for the next step's.
@@ -72,75 +69,64 @@ class DelayedScaling:
         What recomputation sees a second time changes nothing, because only the largest magnitude counts.
         """
         if self.observed:
-            self._amax[operand] = torch.maximum(self._amax[operand], largest_magnitude(tensor))
-            self._pending = True
+            self.amax[operand] = torch.maximum(self.amax[operand], largest_magnitude(tensor))
         return self.scales[operand]
 
     def refresh(self) -> None:
-        """Make next step's scales of what this step has seen; does nothing if that was nothing."""
-        if not self._pending:
-            return
-        if self._group is not None:
-            dist.all_reduce(self._amax, dist.ReduceOp.MAX, self._group)
+        """Make the next step's scales of `amax`; a magnitude that was not seen, or is 0, leaves its scale as it is."""
         # Never in place: backward of what was computed with the old scales may still need them.
         types = (self.formats.forward, self.formats.forward, self.formats.backward)
-        self.scales = torch.stack([scale_for(a, t, s) for a, t, s in zip(self._amax, types, self.scales, strict=True)])
-        self._amax = torch.zeros(3)
-        self._pending = False
+        self.scales = torch.stack([scale_for(a, t, s) for a, t, s in zip(self.amax, types, self.scales, strict=True)])
+        self.forget()
 
     def forget(self) -> None:
-        """What this step has seen does not count: it is dropped."""
-        self._amax = torch.zeros(3)
-        self._pending = False
+        """Let this step not count."""
+        self.amax = torch.zeros(3)
 
 
 Scaling = TensorwiseScaling | DelayedScaling
 
 
-def forget_step(chunk: torch.nn.Module) -> None:
-    """Let a model's delayed scales be as before the step that is at work; on all ranks alike."""
-    for module in chunk.modules():
+def refresh_scales(chunks: list[torch.nn.Module]) -> None:
+    """Make the next step's scales, from what all ranks have seen in this step; on all ranks alike."""
+    found = list(_delayed(chunks))
+    if not found:
+        return
+    amax = torch.stack([scaling.amax for scaling in found])
+    dist.all_reduce(amax, dist.ReduceOp.MAX, parallel_state.get_amax_reduction_group(with_context_parallel=True))
+    for scaling, seen in zip(found, amax, strict=True):
+        scaling.amax = seen
+        scaling.refresh()
+
+
+def forget_step(chunks: list[torch.nn.Module]) -> None:
+    """Let the scales be as before this step, which was dropped or rejected; on all ranks alike."""
+    for scaling in _delayed(chunks):
+        scaling.forget()
+
+
+def _delayed(chunks: list[torch.nn.Module]) -> Iterator[DelayedScaling]:
+    for module in (module for chunk in chunks for module in chunk.modules()):
         if isinstance(module, _Rounded) and isinstance(module.scaling, DelayedScaling):
-            module.scaling.forget()
+            yield module.scaling
 
 
-class _Rounded(torch.nn.Module):
+class _Rounded(OwnProduct):
     """What both parallel linear layers share; mixed in before Megatron-Core's."""
-
-    cut: int  # the dimension of the weight that lies on tensor-parallel ranks
 
     def __init__(self, *arguments: Any, config: LlamaConfig, **options: Any) -> None:
         super().__init__(*arguments, config=config, **options)
         assert config.emulated_fp8 is not None
         formats = FORMATS[config.emulated_fp8]
-        self.scaling: Scaling = TensorwiseScaling(formats)
-        if config.fp8_recipe == "delayed":
-            self.scaling = DelayedScaling(formats, parallel_state.get_amax_reduction_group(with_context_parallel=True))
-        assert isinstance(self.weight, torch.Tensor)
-        mark_as_slice(self.weight, self.cut)
+        self.scaling: Scaling = (
+            DelayedScaling(formats) if config.fp8_recipe == "delayed" else TensorwiseScaling(formats)
+        )
 
-    def _forward_impl(
-        self, input: torch.Tensor, weight: torch.Tensor, *, tp_group: dist.ProcessGroup | None, **options: Any
-    ) -> torch.Tensor:
-        if options["sequence_parallel"]:
-            input = gather_from_sequence_parallel_region(input, group=tp_group)
-        elif options["allreduce_dgrad"]:
-            input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+    def product(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See `fp8_linear`. What is rounded while evaluating does not change the scales."""
+        if isinstance(self.scaling, DelayedScaling):
+            self.scaling.observed = self.training
         return fp8_linear(input, weight, self.scaling)
-
-    def train(self, mode: bool = True) -> _Rounded:
-        """Learn or evaluate from here on: a step, or a batch of held-out data, begins. On all ranks alike."""
-        if isinstance(self.scaling, DelayedScaling):
-            self.scaling.refresh()
-            self.scaling.observed = mode
-        super().train(mode)
-        return self
-
-    def sharded_state_dict(self, *arguments: Any, **options: Any) -> Any:
-        """On all ranks alike."""
-        if isinstance(self.scaling, DelayedScaling):
-            self.scaling.refresh()  # what ranks have seen on their own is not saved
-        return super().sharded_state_dict(*arguments, **options)  # type: ignore[misc]
 
     def get_extra_state(self) -> dict[str, torch.Tensor] | None:
         """The scales, if there is anything to remember."""
@@ -155,13 +141,9 @@ class _Rounded(torch.nn.Module):
 class Fp8ColumnParallelLinear(_Rounded, ColumnParallelLinear):
     """Outputs cut over tensor-parallel ranks; the input is gathered first under sequence parallelism."""
 
-    cut = 0
-
 
 class Fp8RowParallelLinear(_Rounded, RowParallelLinear):
     """Inputs cut over tensor-parallel ranks, which add their results up unrounded."""
-
-    cut = 1
 
 
 def fp8_linear(input: torch.Tensor, weight: torch.Tensor, scaling: Scaling) -> torch.Tensor:
@@ -179,9 +161,12 @@ class _Product(torch.autograd.Function):
         dtype = scaling.formats.forward
         input_scale, weight_scale = scaling.scale(INPUT, input, dtype), scaling.scale(WEIGHT, weight, dtype)
         input8, weight8 = to_fp8(input, input_scale, dtype), to_fp8(weight, weight_scale, dtype)
-        ctx.save_for_backward(input8, weight8, input_scale, weight_scale)
-        ctx.scaling, ctx.input_type, ctx.weight_type = scaling, input.dtype, weight.dtype
-        return (input8.float() @ weight8.float().t()).div_(input_scale * weight_scale).to(input.dtype)
+        ctx.save_for_backward(input8 if ctx.needs_input_grad[1] else None, weight8, input_scale, weight_scale)
+        ctx.scaling, ctx.shape = scaling, input.shape
+        ctx.input_type, ctx.weight_type = input.dtype, weight.dtype
+        # Flat: torch may multiply [s, b, k] as s small matrices.
+        flat = (input8.flatten(0, -2).float() @ weight8.float().t()).div_(input_scale * weight_scale)
+        return flat.to(input.dtype).view(*input.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
@@ -189,13 +174,12 @@ class _Product(torch.autograd.Function):
         input8, weight8, input_scale, weight_scale = ctx.saved_tensors
         dtype = ctx.scaling.formats.backward
         scale = ctx.scaling.scale(GRADIENT, grad, dtype)
-        rounded = to_fp8(grad, scale, dtype).float()
+        rounded = to_fp8(grad, scale, dtype).flatten(0, -2).float()
         grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_input = (rounded @ weight8.float()).div_(scale * weight_scale).to(ctx.input_type)
+            grad_input = (rounded @ weight8.float()).div_(scale * weight_scale).to(ctx.input_type).view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            flat, inputs = rounded.flatten(0, -2), input8.float().flatten(0, -2)
-            grad_weight = (flat.t() @ inputs).div_(scale * input_scale).to(ctx.weight_type)
+            grad_weight = (rounded.t() @ input8.flatten(0, -2).float()).div_(scale * input_scale).to(ctx.weight_type)
         return grad_input, grad_weight, None
 
 

@@ -7,6 +7,8 @@ RoPE is applied in `core_attention.py` (`position_embedding_type="none"`), the l
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -14,6 +16,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megalong.config.architecture import Architecture
 from megalong.model.attention_inputs import AttentionInputs
+from megalong.model.backend import backend_of
 from megalong.model.config import LlamaConfig
 from megalong.model.head import Head
 from megalong.model.kv_cache import KVCache
@@ -32,12 +35,15 @@ class LlamaModel(GPTModel):
         first_layer: index, in the whole model, of this stage's first layer.
     """
 
+    output_layer: Any
+
     def __init__(self, config: LlamaConfig, architecture: Architecture, virtual_stage: int | None = None) -> None:
+        self._backend = backend_of(config)
         parts = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
         where = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
         super().__init__(
             config=config,
-            transformer_layer_spec=llama_block(config.num_layers // parts, config),
+            transformer_layer_spec=llama_block(config.num_layers // parts, config, self._backend),
             vocab_size=architecture.padded_vocab_size,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(**where),
@@ -49,6 +55,21 @@ class LlamaModel(GPTModel):
         self.first_layer: int = get_transformer_layer_offset(config, virtual_stage)
         self.architecture = architecture
         self._head = Head(self.output_layer, architecture.vocab_size) if self.post_process else None
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Megatron-Core calls this once all modules are there. It builds `output_layer` of its own class only."""
+        if self.post_process and type(self.output_layer) is not self._backend.output:
+            self.output_layer = self._backend.output(
+                self.config.hidden_size,
+                self.vocab_size,
+                config=self.config,
+                init_method=self.config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+            )
+        super().setup_embeddings_and_output_layer()
 
     def forward(
         self, tokens: torch.Tensor, labels: torch.Tensor | None, attention_inputs: AttentionInputs

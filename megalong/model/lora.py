@@ -17,6 +17,7 @@ over the tensor-parallel group by Megatron-Core, as the norms' are.
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator
@@ -31,14 +32,24 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from megalong.config.lora import ATTENTION, is_adapter
+from megalong.config.lora import ATTENTION, Module, is_adapter
 from megalong.model.config import LlamaConfig
+from megalong.model.cpu_bf16 import linear
 from megalong.runtime.megatron import mark_as_slice
 
 Weights = tuple[torch.Tensor, torch.Tensor]
+
+
+# Hugging Face modules whose weights a fused layer is made of, in its order.
+MODULES_OF: dict[str, tuple[Module, ...]] = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
 
 
 def module_rows(place: str, config: LlamaConfig) -> tuple[int, dict[str, int]]:
@@ -55,52 +66,103 @@ def module_rows(place: str, config: LlamaConfig) -> tuple[int, dict[str, int]]:
     return groups // ranks, {"q_proj": queries, "k_proj": head, "v_proj": head}
 
 
-class LoraColumnParallelLinear(ColumnParallelLinear):
-    """`linear_qkv` or `linear_fc1` with adapters.
+def with_adapters(base: type, place: str, config: LlamaConfig) -> type | ModuleSpec:
+    """The linear layer at `place`: `base`, with adapters beside it if `config.lora` targets a module of it.
+
+    Args:
+        base: a column-parallel class for linear_qkv and linear_fc1, a row-parallel one for linear_proj and linear_fc2:
+            Megatron-Core's, Transformer Engine's, or one of ours.
+    """
+    if config.lora is None or not set(config.lora.target_modules) & set(MODULES_OF[place]):
+        return base
+    kind = LoraColumnParallel if place in ("linear_qkv", "linear_fc1") else LoraRowParallel
+    return ModuleSpec(module=_composed(kind, base), params={"place": place})
+
+
+@functools.cache
+def _composed(kind: type[LoraLinear], base: type) -> type:
+    return type(f"Lora{base.__name__}", (kind, base), {"__doc__": f"{base.__name__} with adapters."})
+
+
+class LoraLinear(torch.nn.Module):
+    """Adapters of one linear layer, mixed in before its class. They compute in their own type, also beside FP8.
+
+    Attributes:
+        lora_A, lora_B: by the Hugging Face name of the module.
+    """
+
+    columns: bool  # whether the input is cut over tensor-parallel ranks (A's columns), else the output is (B's rows)
+    weight: torch.Tensor
+
+    def merged(self) -> torch.Tensor:
+        """The weight with its adapters added, computed in float32."""
+        raise NotImplementedError
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> Any:
+        """The layer's own, and the adapters' as they are cut."""
+        own = {
+            f"{table}.{name}": weights
+            for table in ("lora_A", "lora_B")
+            for name, weights in getattr(self, table).items()
+        }
+        adapters = make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            {name: 1 if self.columns else 0 for name in own if name.startswith("lora_A") == self.columns},
+            sharded_offsets,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )
+        return {**super().sharded_state_dict(prefix, sharded_offsets, metadata), **adapters}  # type: ignore[misc]
+
+    def _add(self, config: LlamaConfig, inputs: int, outputs: dict[str, int]) -> None:
+        """Make A [rank, inputs] and B [outputs, rank] of each module; sizes are this rank's."""
+        assert config.lora is not None
+        assert config.lora.rank is not None
+        rank, self.scale = config.lora.rank, config.lora.scale
+        self._gathers = config.sequence_parallel
+        self.lora_A = torch.nn.ParameterDict({name: _empty(config, rank, inputs) for name in outputs})
+        self.lora_B = torch.nn.ParameterDict({name: _empty(config, rows, rank) for name, rows in outputs.items()})
+        cut, whole = (self.lora_A, self.lora_B) if self.columns else (self.lora_B, self.lora_A)
+        for name in outputs:
+            mark_as_slice(cut[name], 1 if self.columns else 0)
+            whole[name].sequence_parallel = config.sequence_parallel
+
+
+class LoraColumnParallel(LoraLinear):
+    """Adapters of `linear_qkv` or `linear_fc1`.
 
     Args:
         place: which of the two it is.
     """
 
+    columns = False
+
     def __init__(self, input_size: int, output_size: int, *, config: LlamaConfig, place: str, **options: Any) -> None:
         super().__init__(input_size, output_size, config=config, **options)
-        lora = config.lora
-        assert lora is not None
-        assert lora.rank is not None
+        assert config.lora is not None
         self.blocks, self.rows = module_rows(place, config)
-        self.scale = lora.scale
-        self.targets = [name for name in self.rows if name in lora.target_modules]
-        self.lora_A = torch.nn.ParameterDict({name: _empty(config, lora.rank, input_size) for name in self.targets})
-        self.lora_B = torch.nn.ParameterDict(
-            {name: _empty(config, self.blocks * self.rows[name], lora.rank) for name in self.targets}
-        )
-        for name in self.targets:
-            self.lora_A[name].sequence_parallel = self.sequence_parallel
-            mark_as_slice(self.lora_B[name], 0)
+        self.targets = [name for name in self.rows if name in config.lora.target_modules]
+        self._add(config, input_size, {name: self.blocks * self.rows[name] for name in self.targets})
 
     def forward(self, input_: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, Any]:
-        """See the parent; [s, b, in] (s a rank's tokens with sequence parallelism) to [s, b, out/TP]."""
+        """See the layer's class; [s, b, in] (s a rank's tokens with sequence parallelism) to [s, b, out/TP]."""
         out, bias = super().forward(input_, *arguments, **options)
-        down = torch.matmul(input_, torch.cat([self.lora_A[name] for name in self.targets]).t()) * self.scale
-        if self.sequence_parallel:
-            down = gather_from_sequence_parallel_region(down, group=self.tp_group)
+        down = linear(input_, torch.cat([self.lora_A[name] for name in self.targets])) * self.scale
+        if self._gathers:
+            down = gather_from_sequence_parallel_region(down)
         else:
-            down = copy_to_tensor_model_parallel_region(down, group=self.tp_group)
+            down = copy_to_tensor_model_parallel_region(down)
         narrow = dict(zip(self.targets, down.chunk(len(self.targets), -1), strict=True))
         parts = [
-            torch.matmul(narrow[name], self.lora_B[name].t()).unflatten(-1, (self.blocks, rows))
+            linear(narrow[name], self.lora_B[name]).unflatten(-1, (self.blocks, rows))
             if name in narrow
             else out.new_zeros(*out.shape[:-1], self.blocks, rows)
             for name, rows in self.rows.items()
         ]
         return out + torch.cat(parts, -1).flatten(-2), bias
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> Any:
-        """Weight and every B are cut along their rows."""
-        cut = {"weight": 0, **{f"lora_B.{name}": 0 for name in self.targets}}
-        return _sharded(self, prefix, cut, sharded_offsets, metadata)
 
     def merged(self) -> torch.Tensor:
         """The weight with its adapters added, computed in float32."""
@@ -115,39 +177,29 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         return total
 
 
-class LoraRowParallelLinear(RowParallelLinear):
-    """`linear_proj` (o_proj) or `linear_fc2` (down_proj) with an adapter.
+class LoraRowParallel(LoraLinear):
+    """The adapter of `linear_proj` (o_proj) or `linear_fc2` (down_proj).
 
     Args:
-        target: the Hugging Face name.
+        place: which of the two it is.
     """
 
-    def __init__(self, input_size: int, output_size: int, *, config: LlamaConfig, target: str, **options: Any) -> None:
+    columns = True
+
+    def __init__(self, input_size: int, output_size: int, *, config: LlamaConfig, place: str, **options: Any) -> None:
         super().__init__(input_size, output_size, config=config, **options)
-        lora = config.lora
-        assert lora is not None
-        assert lora.rank is not None
-        self.target, self.scale = target, lora.scale
-        self.lora_A = torch.nn.ParameterDict({target: _empty(config, lora.rank, self.input_size_per_partition)})
-        self.lora_B = torch.nn.ParameterDict({target: _empty(config, output_size, lora.rank)})
-        mark_as_slice(self.lora_A[target], 1)
-        self.lora_B[target].sequence_parallel = self.sequence_parallel
+        (self.target,) = MODULES_OF[place]
+        self._add(config, input_size // config.tensor_model_parallel_size, {self.target: output_size})
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """See the parent; [s, b, in/TP] to [s, b, out] (s a rank's tokens with sequence parallelism)."""
+        """See the layer's class; [s, b, in/TP] to [s, b, out] (s a rank's tokens with sequence parallelism)."""
         out, bias = super().forward(input_)
-        down = torch.matmul(input_, self.lora_A[self.target].t()) * self.scale
-        if self.sequence_parallel:
-            down = reduce_scatter_to_sequence_parallel_region(down, group=self.tp_group)
+        down = linear(input_, self.lora_A[self.target]) * self.scale
+        if self._gathers:
+            down = reduce_scatter_to_sequence_parallel_region(down)
         else:
-            down = reduce_from_tensor_model_parallel_region(down, group=self.tp_group)
-        return out + torch.matmul(down, self.lora_B[self.target].t()), bias
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> Any:
-        """Weight and A are cut along their columns."""
-        return _sharded(self, prefix, {"weight": 1, f"lora_A.{self.target}": 1}, sharded_offsets, metadata)
+            down = reduce_from_tensor_model_parallel_region(down)
+        return out + linear(down, self.lora_B[self.target]), bias
 
     def merged(self) -> torch.Tensor:
         """The weight with its adapter added, computed in float32."""
@@ -183,14 +235,13 @@ class Adapter:
 def adapters(chunk: Any) -> Iterator[Adapter]:
     """Every adapter of a `LlamaModel`, in the order of the forward pass."""
     for number, layer in enumerate(chunk.decoder.layers):
-        for linear in layer.modules():
-            if not isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear):
+        for adapted in layer.modules():
+            if not isinstance(adapted, LoraLinear):
                 continue
-            columns = isinstance(linear, LoraRowParallelLinear)
-            for name, a in linear.lora_A.items():
+            for name, a in adapted.lora_A.items():
                 part = "self_attn" if name in ATTENTION else "mlp"
                 module = f"model.layers.{chunk.first_layer + number}.{part}.{name}"
-                yield Adapter(module, a, linear.lora_B[name], columns)
+                yield Adapter(module, a, adapted.lora_B[name], adapted.columns)
 
 
 def random_adapters(seed: int) -> Callable[[str, tuple[int, int], tuple[int, int]], Weights]:
@@ -221,7 +272,7 @@ def merged_parameters(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All weights of a model by their local names, adapters added to what they stand beside; in the weights' type."""
     found = {name: parameter.detach() for name, parameter in chunk.named_parameters() if not is_adapter(name)}
     for name, module in chunk.named_modules():
-        if isinstance(module, LoraColumnParallelLinear | LoraRowParallelLinear):
+        if isinstance(module, LoraLinear):
             weight = found[f"{name}.weight"]
             found[f"{name}.weight"] = module.merged().to(weight.dtype)
     return found
@@ -233,16 +284,3 @@ def _ask_for_gradient(module: torch.nn.Module, arguments: Any, output: torch.Ten
 
 def _empty(config: LlamaConfig, rows: int, columns: int) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.empty(rows, columns, dtype=config.params_dtype, device=torch.cuda.current_device()))
-
-
-def _sharded(
-    linear: Any, prefix: str, cut: dict[str, int], offsets: tuple[Any, ...], metadata: dict[str, Any] | None
-) -> Any:
-    return make_sharded_tensors_for_checkpoint(
-        linear.state_dict(prefix="", keep_vars=True),
-        prefix,
-        cut,
-        offsets,
-        tp_group=linear.tp_group,
-        dp_cp_group=(metadata or {})["dp_cp_group"],
-    )

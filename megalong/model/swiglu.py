@@ -38,8 +38,14 @@ class SwiGLU(MegatronModule):
 
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(first half) · second half of the last dimension."""
-        if gate_up.device.type == "cpu" or why_not_compiled(gate_up.device) is not None:
-            return swiglu(gate_up)
+        return swiglu(gate_up)
+
+
+class CompiledSwiGLU(SwiGLU):
+    """Megatron-Core's compiled kernel, where `why_not_compiled` is None."""
+
+    def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(first half) · second half of the last dimension."""
         result: torch.Tensor = bias_swiglu_impl(gate_up, None)
         return result
 

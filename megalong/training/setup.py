@@ -73,14 +73,14 @@ class Session:
 
 
 def model_settings(config: Config, resolved: Resolved) -> ModelSettings:
-    """The configured layout, precision, kernel, exchange, FP8 and LoRA settings of the model."""
+    """The configured grid, precision, attention, FP8 and LoRA settings of the model."""
     return ModelSettings(
         grid=resolved.grid,
         sequence_parallel=config.parallel.sequence_parallel,
         params_dtype=DTYPES[config.precision.params_dtype],
         recompute=config.memory.recompute,
-        kernel=resolved.backend,
-        exchange=resolved.exchange.transport,
+        attention=resolved.backend,
+        transport=resolved.exchange.transport,
         fp8=config.precision.fp8,
         fp8_recipe=config.precision.fp8_recipe,
         fp8_dot_product_attention=config.precision.fp8_dot_product_attention,

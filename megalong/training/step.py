@@ -2,10 +2,10 @@
 
     gradients   forward and backward of the micro-batches; gradients summed over ranks, divided by the global count
     report      all-gather loss, gradient norm and signal of every rank; here the host waits for the device
-    apply       clip by the norm, AdamW
+    apply       clip by the norm, AdamW, FP8 scales of the next step
 
 The guard decides between `report` and `apply`. All ranks see the same numbers, so all of them apply or none does. A
-rejected step leaves weights and optimizer unchanged.
+rejected step leaves weights, optimizer and FP8 scales unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megalong.batches.micro_batch import MicroBatch
 from megalong.config.guard import Guard as GuardSettings
 from megalong.evaluation.buckets import PositionLoss
 from megalong.evaluation.forward import adding_to
-from megalong.model.fp8 import forget_step
+from megalong.model.fp8 import forget_step, refresh_scales
 from megalong.model.schedule import reduce_losses, run_microbatches
 from megalong.runtime import signals
 from megalong.runtime.distributed import from_all_ranks, replica_of
@@ -155,8 +155,7 @@ class TrainStep:
             told = self.report(self.gradients(micro_batches, found, self.interrupt))
         except StepDropped:
             restore(states)
-            for chunk in self.chunks:
-                forget_step(chunk)
+            forget_step(self.chunks)
             raise
         computed, own_seconds = time.perf_counter(), self.clock.seconds
         if self.interrupt is not None:
@@ -171,6 +170,8 @@ class TrainStep:
             self.apply(told.norms[0])
             if positions is not None and found is not None:
                 positions.merge(found)
+        else:
+            forget_step(self.chunks)
         self.scheduler.step(1)
         stepped = time.perf_counter()
         return StepResult(
@@ -231,9 +232,10 @@ class TrainStep:
         return RankReports(units, tokens, filled, *zip(*from_all_ranks(mine), strict=True))
 
     def apply(self, norm: float) -> None:
-        """Clip the gradients, whose norm is `norm`, and update the weights; after `report`."""
+        """Clip the gradients, whose norm is `norm`, and update weights and FP8 scales; after `report`."""
         clip_gradients(self.optimizer, norm)
         self.optimizer.step_with_ready_grads()
+        refresh_scales(self.chunks)
 
     @contextlib.contextmanager
     def _called_by_schedule(self) -> Iterator[None]:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from megalong.attention import cudnn_kernel, tiled
 from megalong.attention.kernels import CPU, CUDNN, FLASH, TILED, BlockKernel, choose_kernel, kernel_of
 from megalong.attention.mask import CAUSAL, FULL, BlockMask
-from megalong.errors import UserError
 from tests.attention.reference import Case, assert_near, dense, random_case
 
 KERNELS = pytest.mark.parametrize("kernel", [CPU, TILED], ids=lambda kernel: kernel.name)
@@ -100,11 +99,6 @@ def test_the_kernel_follows_device_type_and_head_dimension(monkeypatch: pytest.M
     assert chosen(torch.bfloat16, 128) is FLASH
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert chosen(torch.bfloat16, 128) is TILED
-
-
-def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(UserError, match=r"attention.backend: 'flash3' .* write auto or torch"):
-        choose_kernel(torch.empty(1, 1, 1, 8), "flash3")
 
 
 def test_cudnn_that_cannot_is_left_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -31,7 +31,7 @@ def test_products_of_rounded_operands(recipe: str, name: str) -> None:
     from megalong.model.fp8 import DelayedScaling, TensorwiseScaling, fp8_linear
 
     formats = FORMATS[name]
-    scaling: Any = DelayedScaling(formats, None) if recipe == "delayed" else TensorwiseScaling(formats)
+    scaling: Any = DelayedScaling(formats) if recipe == "delayed" else TensorwiseScaling(formats)
     generator = torch.Generator().manual_seed(3)
     before = [1.0 * LIMITS[t] for t in (formats.forward, formats.forward, formats.backward)]  # a scale of 1
     for step in range(3):
@@ -58,7 +58,7 @@ def test_scales_change_only_between_steps_and_only_while_learning() -> None:
     from megalong.attention.fp8 import FORMATS
     from megalong.model.fp8 import DelayedScaling, fp8_linear
 
-    scaling = DelayedScaling(FORMATS["hybrid"], None)
+    scaling = DelayedScaling(FORMATS["hybrid"])
     input, weight = torch.full((2, 4), 2.0), torch.full((3, 4), 7.0)
     first = fp8_linear(input, weight, scaling)
     assert torch.equal(fp8_linear(input, weight, scaling), first)  # as recomputation does
@@ -74,13 +74,43 @@ def test_a_dropped_step_leaves_the_scales_as_they_were() -> None:
     from megalong.attention.fp8 import FORMATS
     from megalong.model.fp8 import DelayedScaling
 
-    scaling = DelayedScaling(FORMATS["hybrid"], None)
+    scaling = DelayedScaling(FORMATS["hybrid"])
     for largest, dropped in ((3.0, False), (700.0, True)):
         scaling.scale(0, torch.tensor([largest]), FORMATS["hybrid"].forward)
         if dropped:
             scaling.forget()
         scaling.refresh()
     assert scaling.scales[0] == torch.finfo(FORMATS["hybrid"].forward).max / 3
+
+
+# The rows of each module in a fused layer of two query groups of two heads of four channels, and 32 MLP channels.
+ROWS: dict[str, dict[str, list[int]]] = {
+    "linear_qkv": {"q_proj": [*range(8), *range(16, 24)], "v_proj": [*range(12, 16), *range(28, 32)]},
+    "linear_proj": {"o_proj": list(range(16))},
+    "linear_fc1": {"gate_proj": list(range(32)), "up_proj": list(range(32, 64))},
+    "linear_fc2": {"down_proj": list(range(16))},
+}
+
+
+@pytest.mark.parametrize("place", ROWS)
+def test_adapters_beside_a_rounded_product_are_not_rounded(place: str, pool: WorkerPool) -> None:
+    (found,) = pool.run(1, "tests.model.workers:fp8_lora_layer", place, tuple(ROWS[place]))
+    scale = 6.0 / 3
+    input, weight = (by_hand(found[n], torch.float8_e4m3fn, *magnitudes(found[n])) for n in ("input", "weight"))
+    rounded = by_hand(found["grad"], torch.float8_e5m2, *magnitudes(found["grad"]))
+    x, grad = found["input"].double().requires_grad_(), found["grad"].double()
+    merged = found["weight"].float()
+    output, truth = input @ weight.t(), {"d input": rounded @ weight}
+    for name, rows in ROWS[place].items():
+        a, b = (found[f"{letter}.{name}"].double().requires_grad_() for letter in "AB")
+        update = scale * (x @ a.t() @ b.t())
+        output[..., rows] += update.detach()
+        d_x, truth[f"d A.{name}"], truth[f"d B.{name}"] = torch.autograd.grad(update, (x, a, b), grad[..., rows])
+        truth["d input"] += d_x
+        merged[rows] += (scale * (b @ a)).float().detach()
+    for name, theirs in {**truth, "output": output}.items():
+        torch.testing.assert_close(found[name].double(), theirs, rtol=2**-6, atol=2**-6 * float(theirs.abs().max()))
+    torch.testing.assert_close(found["merged"], merged, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

@@ -63,6 +63,49 @@ def logits(
         distributed.clear_grid()
 
 
+def bf16_losses(hf: str, tokens: list[list[int]], parallel: dict[str, int], capability: str) -> dict[str, Any]:
+    """Forward and backward of a bf16 model on a CPU that is said to have `capability`.
+
+    Returns:
+        losses: float32 [b, s], of every token but the first.
+        gradients: of all weights, by their local names; with sequence parallelism where there is tensor parallelism.
+        classes: of the linear layers.
+    """
+    distributed.start(torch.device("cpu"))
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    from megalong.attention.layout import TokenLayout
+    from megalong.attention.plan import make_plan
+    from megalong.hf.config import read_architecture
+    from megalong.hf.load import load_into
+    from megalong.hf.reader import HFReader
+    from megalong.model.attention_inputs import AttentionInputs
+    from megalong.model.build import build_model
+    from megalong.model.config import ModelSettings
+
+    layout = Grid(**parallel)
+    distributed.set_grid(layout)
+    try:
+        architecture = read_architecture(Path(hf))
+        settings = ModelSettings(layout, sequence_parallel=layout.tensor > 1, params_dtype=torch.bfloat16)
+        with patch.object(torch.backends.cpu, "get_cpu_capability", lambda: capability):
+            (model,) = build_model(architecture, settings)
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            load_into(model, HFReader(Path(hf)), architecture, rank, layout.tensor)
+            samples = torch.tensor(tokens)
+            length = samples.shape[1] - 1
+            inputs = AttentionInputs(positions=torch.arange(length)[None], plan=make_plan(TokenLayout(1), length))
+            losses = model(samples[:, :-1], samples[:, 1:], inputs)
+            losses.mean().backward()
+        linears = (ColumnParallelLinear, RowParallelLinear)
+        classes = {type(module).__name__ for module in model.modules() if isinstance(module, linears)}
+        gradients = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+        return {"losses": losses.detach(), "gradients": gradients, "classes": sorted(classes)}
+    finally:
+        distributed.clear_grid()
+
+
 def fp8_linears(tensor_parallel: int, sequence_parallel: bool) -> dict[str, Any]:
     """Two steps of a column- and a row-parallel FP8 layer, one feeding the other: outputs [s, b, k] and scales."""
     distributed.start(torch.device("cpu"))
@@ -70,8 +113,9 @@ def fp8_linears(tensor_parallel: int, sequence_parallel: bool) -> dict[str, Any]
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
     from megalong.config.architecture import Architecture
+    from megalong.model.build import mark_tensor_parallel
     from megalong.model.config import ModelSettings, transformer_config
-    from megalong.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+    from megalong.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear, refresh_scales
 
     layout = Grid(tensor=tensor_parallel)
     distributed.set_grid(layout)
@@ -91,13 +135,12 @@ def fp8_linears(tensor_parallel: int, sequence_parallel: bool) -> dict[str, Any]
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator).bfloat16()
 
+        mark_tensor_parallel(torch.nn.ModuleList([up, down]))
         with torch.no_grad():
             up.weight.copy_(normal(32, 16).chunk(tensor_parallel)[rank])
             down.weight.copy_(normal(16, 32).chunk(tensor_parallel, 1)[rank])
         outputs = []
         for _ in range(2):
-            up.train()
-            down.train()
             whole, grad = normal(6, 2, 16), normal(6, 2, 16)
             local = whole.chunk(tensor_parallel)[rank] if sequence_parallel else whole
             out = down(up(local.requires_grad_())[0])[0]
@@ -105,10 +148,65 @@ def fp8_linears(tensor_parallel: int, sequence_parallel: bool) -> dict[str, Any]
                 out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
             out.backward(grad)
             outputs.append(out.detach())
-        for layer in (up, down):
-            layer.eval()
+            refresh_scales([up, down])
         marks = [(layer.weight.tensor_model_parallel, layer.weight.partition_dim) for layer in (up, down)]
         return {"outputs": outputs, "marks": marks, "scales": [layer.scaling.scales.tolist() for layer in (up, down)]}
+    finally:
+        distributed.clear_grid()
+
+
+def fp8_lora_layer(place: str, target_modules: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """One layer under emulated FP8 (tensorwise) with adapters, in one process, on inputs drawn at random.
+
+    Returns:
+        input, grad, weight, output, and of each adapter `A.NAME` and `B.NAME`; gradients as `d NAME`. `merged` is the
+        weight with adapters. Bf16, `merged` float32.
+    """
+    distributed.start(torch.device("cpu"))
+    from megatron.core.transformer.spec_utils import build_module
+
+    from megalong.config.architecture import Architecture
+    from megalong.config.lora import Lora
+    from megalong.model.backend import backend_of
+    from megalong.model.config import ModelSettings, transformer_config
+    from megalong.model.lora import with_adapters
+
+    distributed.set_grid(Grid())
+    try:
+        architecture = Architecture(
+            hidden_size=16, ffn_hidden_size=32, num_layers=1, num_attention_heads=4, num_query_groups=2, kv_channels=4,
+            vocab_size=8, max_position_embeddings=8, rope=RopeSettings(rope_theta=1e4),
+        )  # fmt: skip
+        lora = Lora(rank=3, alpha=6.0, target_modules=target_modules)  # type: ignore[arg-type]
+        config = transformer_config(
+            architecture,
+            ModelSettings(params_dtype=torch.bfloat16, fp8="hybrid", fp8_recipe="tensorwise", lora=lora),
+        )
+        backend = backend_of(config)
+        options: dict[str, Any] = {"config": config, "init_method": None, "bias": False, "skip_bias_add": True}
+        if place in ("linear_qkv", "linear_fc1"):
+            base, options = backend.column, {**options, "gather_output": False}
+            sizes = (16, 32) if place == "linear_qkv" else (16, 64)
+        else:
+            base, options = backend.row, {**options, "input_is_parallel": True}
+            sizes = (16, 16) if place == "linear_proj" else (32, 16)
+        layer: Any = build_module(with_adapters(base, place, config), *sizes, **options)
+        assert isinstance(layer, base)
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.normal_(std=0.3)
+        layer.weight.requires_grad_(False)
+        input = torch.randn(6, 2, sizes[0]).bfloat16().requires_grad_()
+        output = layer(input)[0]
+        grad = torch.randn_like(output)
+        output.backward(grad)
+        assert input.grad is not None
+        found = {"input": input, "grad": grad, "weight": layer.weight, "output": output, "d input": input.grad}
+        for letter, table in (("A", layer.lora_A), ("B", layer.lora_B)):
+            for name, parameter in table.items():
+                found |= {f"{letter}.{name}": parameter, f"d {letter}.{name}": parameter.grad}
+        return {name: tensor.detach() for name, tensor in found.items()} | {"merged": layer.merged()}
     finally:
         distributed.clear_grid()
 

@@ -130,7 +130,7 @@ def unmarked_slices() -> Iterator[None]:
         for parameter in model.parameters():
             parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
 
-    with patch.object(build, "_mark_tensor_parallel", wrong):
+    with patch.object(build, "mark_tensor_parallel", wrong):
         yield
 
 

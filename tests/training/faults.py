@@ -89,11 +89,13 @@ def faulty_run(
 
 
 def digest(session: Any) -> int:
-    """Of this rank's weights, which the optimizer's state at the next step decides as well."""
+    """Of this rank's weights, which tell of the optimizer's state one step later, and of delayed FP8 scales."""
     value = 0
     for chunk in session.chunks:
-        for parameter in chunk.parameters():
-            value = crc32(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes(), value)
+        scalings = [module.scaling for module in chunk.modules() if hasattr(module, "scaling")]
+        scales = [tensor for scaling in scalings for tensor in (scaling.scales, scaling.amax)]
+        for tensor in (*chunk.parameters(), *scales):
+            value = crc32(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes(), value)
     return value
 
 

@@ -14,6 +14,7 @@ RUN, STEPS = "tests.training.workers:train_run", "tests.training.workers:train_s
 HYBRID = {"params_dtype": "bf16", "fp8": "hybrid"}
 TENSORWISE = {**HYBRID, "fp8_recipe": "tensorwise"}
 ATTENTION = {**HYBRID, "fp8_dot_product_attention": True}
+ADAPTERS = {"rank": 4, "alpha": 16.0}
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,13 @@ def losses(result: dict[str, Any]) -> dict[int, tuple[float, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [HYBRID, ATTENTION], ids=["linears", "attention"])
+@pytest.mark.parametrize(
+    ("precision", "lora"),
+    [(HYBRID, {}), (ATTENTION, {}), (HYBRID, ADAPTERS)],
+    ids=["linears", "attention", "adapters"],
+)
 def test_resume_is_bit_for_bit(
-    precision: dict[str, Any], sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
+    precision: dict[str, Any], lora: dict[str, Any], sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
     """Held-out loss in between and two ranks that see different tokens: scales come back, and are shared."""
 
@@ -38,6 +43,7 @@ def test_resume_is_bit_for_bit(
             tmp_path / name,
             *sources,
             precision=precision,
+            lora=lora,
             parallel={"context_parallel_size": 2},
             evaluation={"interval": 3, "iters": 1},
             checkpoint={"save_interval": 5},
@@ -51,17 +57,22 @@ def test_resume_is_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    "precision",
-    [*(pytest.param(one, marks=pytest.mark.slow) for one in (HYBRID, TENSORWISE)), ATTENTION],
-    ids=["delayed", "tensorwise", "attention"],
+    ("precision", "lora"),
+    [
+        pytest.param(HYBRID, {}, marks=pytest.mark.slow),
+        pytest.param(TENSORWISE, {}, marks=pytest.mark.slow),
+        (ATTENTION, {}),
+        (HYBRID, ADAPTERS),
+    ],
+    ids=["delayed", "tensorwise", "attention", "adapters"],
 )
 def test_recomputation_micro_batches_and_stages_change_nothing(
-    precision: dict[str, Any], sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
+    precision: dict[str, Any], lora: dict[str, Any], sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
     """Equal bits: scales change between steps only, whatever is computed twice, in parts, or elsewhere."""
 
     def steps(world: int = 1, **sections: Any) -> dict[str, list[float]]:
-        settings = run_settings(tmp_path / "run", *sources, precision=precision, **sections)
+        settings = run_settings(tmp_path / "run", *sources, precision=precision, lora=lora, **sections)
         return pool.run(world, STEPS, settings, 5)[0]
 
     one = steps()
@@ -73,9 +84,9 @@ def test_recomputation_micro_batches_and_stages_change_nothing(
 
 
 @pytest.mark.parametrize(
-    "precision",
-    [pytest.param(HYBRID, marks=pytest.mark.slow), TENSORWISE, ATTENTION],
-    ids=["delayed", "tensorwise", "attention"],
+    ("precision", "lora"),
+    [pytest.param(HYBRID, {}, marks=pytest.mark.slow), (TENSORWISE, {}), (ATTENTION, {}), (HYBRID, ADAPTERS)],
+    ids=["delayed", "tensorwise", "attention", "adapters"],
 )
 @pytest.mark.parametrize(
     "parallel",
@@ -85,6 +96,7 @@ def test_recomputation_micro_batches_and_stages_change_nothing(
 def test_layouts_stay_near_one_process(
     parallel: dict[str, Any],
     precision: dict[str, Any],
+    lora: dict[str, Any],
     sources: tuple[Path, Path],
     pool: WorkerPool,
     tmp_path: Path,
@@ -94,8 +106,8 @@ def test_layouts_stay_near_one_process(
     Layouts add up in another order, which moves a bf16 number by 2^-9, and an 8-bit one by 2^-3 where it lay near the
     middle of two. That the scales are the same to the bit is tested layer by layer (tests/model/test_fp8.py).
     """
-    one = pool.run(1, STEPS, run_settings(tmp_path / "one", *sources, precision=precision), 5)[0]
-    settings = run_settings(tmp_path / "two", *sources, precision=precision, parallel=parallel)
+    one = pool.run(1, STEPS, run_settings(tmp_path / "one", *sources, precision=precision, lora=lora), 5)[0]
+    settings = run_settings(tmp_path / "two", *sources, precision=precision, lora=lora, parallel=parallel)
     for rank in pool.run(2, STEPS, settings, 5):
         assert rank["loss"] == pytest.approx(one["loss"], rel=2e-2)
         assert rank["norm"] == pytest.approx(one["norm"], rel=0.2)

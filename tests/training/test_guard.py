@@ -160,6 +160,20 @@ def test_a_spike_is_skipped_and_a_replay_finds_the_rank_that_miscomputed(
     assert "differs on rank 1" in gradient["replay"]
 
 
+def test_a_skipped_step_leaves_delayed_fp8_scales(sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path) -> None:
+    """Nor do its magnitudes, which a spike makes 50 times what they should be, reach the scales of the step after."""
+    settings = single_sample_settings(
+        tmp_path / "run",
+        *sources,
+        guard={"loss_spike": "skip", "window": 8},
+        training={"train_iters": 6},
+        precision={"params_dtype": "bf16", "fp8": "hybrid"},
+    )
+    for rank in pool.run(2, RUN, settings, [Fault("spike", 21)]):
+        assert rank["steps"] == [1, 2, 3, 4, 5]
+        assert rank["digests"][6] == rank["digests"][5] != rank["digests"][4]
+
+
 def report(step: int, loss: float, norm: float = 1.0) -> Report:
     return Report(step, [loss] * 2, [norm] * 2, [loss, 2 * loss], [norm, norm])
 

@@ -1,0 +1,43 @@
+"""Megatron-Core's parallel linear layers with another matrix product: for operands in FP8, or a CPU without bf16.
+
+    column-parallel   gather tokens (sequence parallelism) → product
+    row-parallel                                             product → sum over ranks, or reduce-scatter
+
+Megatron-Core does the part after the product; what stands before it is written here with autograd's operations. So the
+gathered input is kept for backward, where Megatron-Core's own product gathers it again: more memory, on CPUs only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+
+class OwnProduct(torch.nn.Module):
+    """Mixed in before one of Megatron-Core's layers, whose weight may be frozen; `product` is the subclass's."""
+
+    def product(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`input @ weight.T`: `[..., k]`, `[n, k]` to `[..., n]` in the input's type."""
+        raise NotImplementedError
+
+    def _forward_impl(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        tp_group: dist.ProcessGroup | None,
+        **options: Any,
+    ) -> torch.Tensor:
+        if options["sequence_parallel"]:
+            input = gather_from_sequence_parallel_region(input, group=tp_group)
+        elif options["allreduce_dgrad"]:
+            input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+        product = self.product(input, weight)
+        return product if bias is None else product + bias
