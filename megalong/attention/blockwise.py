@@ -3,17 +3,19 @@
     for each source of keys:   blocks of the plan  →  kernel  →  merged into (out, lse)
     backward, the same again:  kernel with the merged out and lse  →  shares of the gradients, added in float32
 
-A transport (transport.py) supplies the keys. The order of sources and blocks is fixed, so
-the same run gives the same bits (on a GPU only under `torch.use_deterministic_algorithms`: otherwise flash's gradients
-of queries, and those of a key in several blocks of one launch, are summed in any order). The first source shows every
-query its own key, so every query has at least one.
+A transport (transport.py) supplies the keys. The order of sources and blocks is fixed, so the same run gives the same
+bits (on a GPU only under `torch.use_deterministic_algorithms`: otherwise flash's gradients of queries, and those of a
+key in several blocks of one launch, are summed in any order). The first source shows every query its own key, so every
+query has at least one.
+
+Forward and backward are a pair of plain functions with `Kept` between them, and one autograd function calls both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -26,12 +28,25 @@ from megalong.attention.transport import Transport
 from megalong.attention.varlen import Index, PackedBlocks, launches
 
 
-@dataclass(frozen=True)
-class Attention:
-    """How one call is computed.
+class Kept(NamedTuple):
+    """What forward leaves for backward, besides its operands.
 
-    `window`: maximum keys per query, its own included; None: all earlier ones in its document. `joined`: how many
-    context-parallel ranks the transport treats as one.
+    Attributes:
+        out: the result, `[s, b, h, d]` of q's type.
+        lse: float32 `[b, h, s]`, log-sum-exp of the scores over the keys of all sources.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BlockwiseAttention:
+    """Attention of one micro-batch, forward and backward: q `[s, b, h, d]`, k and v `[s, b, g, d]`, g divides h.
+
+    Attributes:
+        window: maximum number of keys per query, its own included; None: all earlier ones in its document.
+        joined: how many context-parallel ranks the transport treats as one.
     """
 
     plan: AttentionPlan
@@ -41,16 +56,48 @@ class Attention:
     window: int | None = None
     joined: int = 1
 
-    def parts(self, source: int | None, device: torch.device) -> list[tuple[slice, list[_OneBlock | _Packed]]]:
-        """(rows of the batch, launches) against `source`'s keys, cached in the plan and shared by all layers.
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Kept:
+        """Attend to the keys of all sources."""
+        if self.is_one_block:
+            return Kept(*self.kernel.forward(q, k, v, CAUSAL, self.scale))
+        out, lse = empty_result(q, v.shape[-1])
+        # Without a window the blocks of the first source hold every query once: there is nothing to merge with yet.
+        fresh = self.window is None
+        for source, (keys, values) in self.transport.pieces(torch.stack((k, v)), self.plan):
+            for rows, launch in self._launches(source, q.device):
+                new_out, new_lse = launch.forward(q[:, rows], keys[:, rows], values[:, rows], self)
+                _accumulate(out[:, rows], lse[rows], launch.queries, new_out, new_lse, fresh)
+            fresh = False
+        return Kept(out.to(q.dtype), lse)
 
-        Indices are therefore built and uploaded once per micro-batch, in its first layer.
-        """
-        packs = self.kernel.varlen is not None
-        key = ("parts", self.transport.rank, source, self.window, self.joined, device, packs)
-        return self.plan.kept(
-            key, lambda: [(rows, list(_parts(blocks, packs, device))) for rows, blocks in self._blocks(source)]
-        )
+    def backward(
+        self, grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: Kept
+    ) -> Gradients:
+        """Gradients of q, k and v; float32 if several blocks were summed."""
+        out, lse = kept
+        if self.is_one_block:
+            return self.kernel.backward(grad_out, q, k, v, out, lse, CAUSAL, self.scale)
+        grad_q = torch.zeros_like(q, dtype=torch.float32)
+
+        def share(source: int | None, pair: torch.Tensor) -> Callable[[torch.Tensor], None]:
+            keys, values = pair
+            shares = []
+            for rows, launch in self._launches(source, q.device):
+                dq, dk, dv = launch.backward(
+                    grad_out[:, rows], q[:, rows], keys[:, rows], values[:, rows], out[:, rows], lse[rows], self
+                )
+                grad_q[launch.queries, rows] += dq
+                shares.append((launch.keys, rows, dk, dv))
+
+            def add(total: torch.Tensor) -> None:
+                for key_index, rows, dk, dv in shares:
+                    _add(total[0][:, rows], key_index, dk)
+                    _add(total[1][:, rows], key_index, dv)
+
+            return add
+
+        dk, dv = self.transport.gradient(torch.stack((k, v)), self.plan, share)
+        return grad_q, dk, dv
 
     @property
     def is_one_block(self) -> bool:
@@ -60,48 +107,46 @@ class Attention:
         rows = self._blocks(0)
         return len(rows) == 1 and len(rows[0][1]) == 1 and rows[0][1][0].mask == CAUSAL
 
+    def _launches(self, source: int | None, device: torch.device) -> Iterator[tuple[slice, _OneBlock | _Packed]]:
+        """(rows of the batch, launch) against `source`'s keys, cached in the plan and shared by all layers.
+
+        Indices are therefore built and uploaded once per micro-batch, in its first layer.
+        """
+        packs = self.kernel.varlen is not None
+        key = ("launches", self.transport.rank, source, self.window, self.joined, device, packs)
+        by_rows = self.plan.kept(
+            key, lambda: [(rows, list(_launches(blocks, packs, device))) for rows, blocks in self._blocks(source)]
+        )
+        return ((rows, launch) for rows, launches in by_rows for launch in launches)
+
     def _blocks(self, source: int | None) -> list[tuple[slice, list[Block]]]:
         return self.plan.blocks(self.transport.rank, source, self.window, self.joined)
 
 
-def blockwise_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
-    """Attend: q `[s, b, h, d]`, k and v `[s, b, g, d]`, result like q. Differentiable once in q, k and v."""
+def blockwise_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: BlockwiseAttention
+) -> torch.Tensor:
+    """`attention.forward`'s result, differentiable once in q, k and v by `attention.backward`."""
     out: torch.Tensor = _Blockwise.apply(q, k, v, attention)
     return out
 
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
-        out, lse = _forward(q, k, v, attention)
-        ctx.save_for_backward(q, k, v, out, lse)
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: BlockwiseAttention
+    ) -> torch.Tensor:
+        kept = attention.forward(q, k, v)
+        ctx.save_for_backward(q, k, v, *kept)
         ctx.attention = attention
-        return out
+        return kept.out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = _backward(grad_out, q, k, v, out, lse, ctx.attention)
+        dq, dk, dv = ctx.attention.backward(grad_out, q, k, v, Kept(out, lse))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
-
-
-def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Result of q's type and float32 log-sum-exp `[b, h, s]`, over the keys of all sources."""
-    if attention.is_one_block:
-        return attention.kernel.forward(q, k, v, CAUSAL, attention.scale)
-    out, lse = empty_result(q, v.shape[-1])
-    # Without a window the blocks of the first source hold every query once: there is nothing to merge with yet.
-    fresh = attention.window is None
-    for source, (keys, values) in attention.transport.sources(torch.stack((k, v)), attention.plan):
-        for rows, parts in attention.parts(source, q.device):
-            for part in parts:
-                new_out, new_lse = part.forward(q[:, rows], keys[:, rows], values[:, rows], attention)
-                _accumulate(out[:, rows], lse[rows], part.queries, new_out, new_lse, fresh)
-        fresh = False
-    return out.to(q.dtype), lse
 
 
 def _accumulate(
@@ -122,39 +167,6 @@ def _accumulate(
     lse[..., queries] = new_lse
 
 
-def _backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    attention: Attention,
-) -> Gradients:
-    """Gradients of q, k and v; float32 if several blocks were summed."""
-    if attention.is_one_block:
-        return attention.kernel.backward(grad_out, q, k, v, out, lse, CAUSAL, attention.scale)
-    transport = attention.transport
-    grad_q = torch.zeros_like(q, dtype=torch.float32)
-    for source, (keys, values) in transport.sources(torch.stack((k, v)), attention.plan, backward=True):
-        shares = []
-        for rows, parts in attention.parts(source, q.device):
-            for part in parts:
-                dq, dk, dv = part.backward(
-                    grad_out[:, rows], q[:, rows], keys[:, rows], values[:, rows], out[:, rows], lse[rows], attention
-                )
-                grad_q[part.queries, rows] += dq
-                shares.append((part.keys, rows, dk, dv))
-        # Wait as late as possible: the previous rank's gradient may still be in flight.
-        grad_pair = transport.gradient()
-        for key_index, rows, dk, dv in shares:
-            _add(grad_pair[0][:, rows], key_index, dk)
-            _add(grad_pair[1][:, rows], key_index, dv)
-        transport.done()
-    dk, dv = transport.collect()
-    return grad_q, dk, dv
-
-
 def _add(total: torch.Tensor, index: Index, share: torch.Tensor) -> None:
     if isinstance(index, slice):
         total[index] += share
@@ -162,7 +174,7 @@ def _add(total: torch.Tensor, index: Index, share: torch.Tensor) -> None:
         total.index_add_(0, index, share.to(total.dtype))  # a key may be in several blocks
 
 
-def _parts(blocks: list[Block], packs: bool, device: torch.device) -> Iterator[_OneBlock | _Packed]:
+def _launches(blocks: list[Block], packs: bool, device: torch.device) -> Iterator[_OneBlock | _Packed]:
     """`packs`: whether the kernel takes many blocks at once."""
     if not packs:
         yield from (_OneBlock(block) for block in blocks)
@@ -178,7 +190,7 @@ class _OneBlock:
         self.queries, self.keys, self.mask = block.queries, block.keys, block.mask
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: BlockwiseAttention
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return attention.kernel.forward(q[self.queries], k[self.keys], v[self.keys], self.mask, attention.scale)
 
@@ -190,7 +202,7 @@ class _OneBlock:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        attention: Attention,
+        attention: BlockwiseAttention,
     ) -> Gradients:
         i, j = self.queries, self.keys
         return attention.kernel.backward(grad_out[i], q[i], k[j], v[j], out[i], lse[..., i], self.mask, attention.scale)
@@ -204,7 +216,7 @@ class _Packed:
         self.queries, self.keys = packed.queries, packed.keys
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: BlockwiseAttention
     ) -> tuple[torch.Tensor, torch.Tensor]:
         outs, lses = [], []
         for row in range(q.shape[1]):
@@ -223,7 +235,7 @@ class _Packed:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        attention: Attention,
+        attention: BlockwiseAttention,
     ) -> Gradients:
         i, j = self.queries, self.keys
         grads = [
@@ -237,6 +249,6 @@ class _Packed:
         return dq, dk, dv
 
 
-def _varlen(attention: Attention) -> Any:
+def _varlen(attention: BlockwiseAttention) -> Any:
     assert attention.kernel.varlen is not None
     return attention.kernel.varlen

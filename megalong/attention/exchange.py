@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megalong.attention.blockwise import Attention, blockwise_attention
+from megalong.attention.blockwise import BlockwiseAttention, blockwise_attention
 from megalong.attention.kernels import BlockKernel
 from megalong.attention.order import from_sequence_order, to_sequence_order
 from megalong.attention.plan import AttentionPlan
@@ -81,7 +81,7 @@ def context_attention(
     Returns:
         `[s, b, h, d]` in q's dtype, once differentiable in q, k and v. All ranks run forward and backward in one order.
     """
-    attention = Attention(plan, groups.make_transport(), kernel, scale, window, groups.heads_size)
+    attention = BlockwiseAttention(plan, groups.make_transport(), kernel, scale, window, groups.heads_size)
     if groups.heads is None:
         return blockwise_attention(q, k, v, attention)
     group, members = groups.heads, groups.members()

@@ -30,7 +30,7 @@ Source: ring attention arXiv 2310.01889; gathering as in Llama 3's training, arX
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,29 +45,25 @@ _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _scatter_sum = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
+# Given a source and its pair, computes this rank's share of the pair's gradient; what it returns adds the share to the
+# float32 tensor, of the pair's shape, that it is called with.
+Share = Callable[[int | None, torch.Tensor], Callable[[torch.Tensor], None]]
+
+
 class Transport(Protocol):
-    """Used for one forward or one backward at a time. A pair is keys and values, `[2, m, b, g, d]`."""
+    """A pair is keys and values, `[2, m, b, g, d]`; a source is the rank that it belongs to, this rank's own first.
+
+    Source None: the keys of the whole sequence in order. All ranks of a group call the same methods in the same order.
+    """
 
     rank: int
     size: int
 
-    def sources(
-        self, pair: torch.Tensor, plan: AttentionPlan, backward: bool = False
-    ) -> Iterator[tuple[int | None, torch.Tensor]]:
-        """Yield (source, its pair) for every source, this rank's own keys first.
+    def pieces(self, pair: torch.Tensor, plan: AttentionPlan) -> Iterator[tuple[int | None, torch.Tensor]]:
+        """Every source with its pair, of which `pair` is this rank's own."""
 
-        Source None: the keys of the whole sequence in order. In `backward`, `gradient` and `done` are called once for
-        each source before the next is asked for.
-        """
-
-    def gradient(self) -> torch.Tensor:
-        """Where this rank adds its share of the gradient of the pair in hand: float32, of its shape."""
-
-    def done(self) -> None:
-        """Called after the share has been added."""
-
-    def collect(self) -> torch.Tensor:
-        """The gradient of this rank's own pair, float32, when all sources are done."""
+    def gradient(self, pair: torch.Tensor, plan: AttentionPlan, share: Share) -> torch.Tensor:
+        """The gradient of this rank's own pair, float32: the sum of what all ranks' `share` add to it."""
 
 
 class Alone:
@@ -75,25 +71,15 @@ class Alone:
 
     rank, size = 0, 1
 
-    def sources(
-        self, pair: torch.Tensor, plan: AttentionPlan, backward: bool = False
-    ) -> Iterator[tuple[int | None, torch.Tensor]]:
+    def pieces(self, pair: torch.Tensor, plan: AttentionPlan) -> Iterator[tuple[int | None, torch.Tensor]]:
         """This rank's own pair."""
-        self._gradient = torch.zeros_like(pair, dtype=torch.float32) if backward else None
         yield 0, pair
 
-    def gradient(self) -> torch.Tensor:
+    def gradient(self, pair: torch.Tensor, plan: AttentionPlan, share: Share) -> torch.Tensor:
         """See `Transport`."""
-        assert self._gradient is not None
-        return self._gradient
-
-    def done(self) -> None:
-        """See `Transport`."""
-
-    def collect(self) -> torch.Tensor:
-        """See `Transport`."""
-        gradient, self._gradient = self.gradient(), None
-        return gradient
+        add, total = share(0, pair), torch.zeros_like(pair, dtype=torch.float32)
+        add(total)
+        return total
 
 
 @dataclass(frozen=True)
@@ -116,37 +102,27 @@ class _Arrival:
 
 
 class Ring:
-    """Passes pairs to the next rank of `group`; all ranks of it must attend in the same order."""
+    """Passes pairs to the next rank of `group`."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
-    def sources(
-        self, pair: torch.Tensor, plan: AttentionPlan, backward: bool = False
-    ) -> Iterator[tuple[int | None, torch.Tensor]]:
+    def pieces(self, pair: torch.Tensor, plan: AttentionPlan) -> Iterator[tuple[int | None, torch.Tensor]]:
         """Every rank's pair in turn; while one is used, the next is on its way."""
-        if backward:
-            self._homeward = _Arrival.of(torch.zeros_like(pair, dtype=torch.float32))
         for step in range(self.size):
             arrival = self._pass_on(pair) if step + 1 < self.size else _Arrival.of(pair)
             yield (self.rank - step) % self.size, pair
             pair = arrival.wait()
 
-    def gradient(self) -> torch.Tensor:
-        """The gradient that earlier ranks accumulated for the current pair."""
-        self._in_hand = self._homeward.wait()
-        return self._in_hand
-
-    def done(self) -> None:
-        """See `Transport`."""
-        self._homeward = self._pass_on(self._in_hand)
-
-    def collect(self) -> torch.Tensor:
-        """See `Transport`."""
-        gradient = self._homeward.wait()
-        del self._homeward, self._in_hand
-        return gradient
+    def gradient(self, pair: torch.Tensor, plan: AttentionPlan, share: Share) -> torch.Tensor:
+        """See `Transport`. The sum of the ranks before this one is waited for after this rank's share is computed."""
+        homeward = _Arrival.of(torch.zeros_like(pair, dtype=torch.float32))
+        for source, current in self.pieces(pair, plan):
+            add, total = share(source, current), homeward.wait()
+            add(total)
+            homeward = self._pass_on(total)
+        return homeward.wait()
 
     def _pass_on(self, tensor: torch.Tensor) -> _Arrival:
         """Start sending `tensor` to the next rank and receiving its like from the one before."""
@@ -167,31 +143,23 @@ class AllGather:
         self.group, self.joined = group, joined
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
-    def sources(
-        self, pair: torch.Tensor, plan: AttentionPlan, backward: bool = False
-    ) -> Iterator[tuple[int | None, torch.Tensor]]:
+    def pieces(self, pair: torch.Tensor, plan: AttentionPlan) -> Iterator[tuple[int | None, torch.Tensor]]:
         """One pair: all keys."""
-        self._plan = plan
-        gathered = pair.new_empty((self.size * 2, *pair.shape[1:]))
-        _gather(gathered, pair.contiguous(), group=self.group)
-        by_rank = gathered.unflatten(0, (self.size, 2)).transpose(0, 1).flatten(1, 2)
-        whole = to_sequence_order(by_rank, plan, slice(None), self.joined, dim=1)
-        self._whole = torch.zeros_like(whole, dtype=torch.float32) if backward else None
-        yield None, whole
+        yield None, self._gathered(pair, plan)
 
-    def gradient(self) -> torch.Tensor:
+    def gradient(self, pair: torch.Tensor, plan: AttentionPlan, share: Share) -> torch.Tensor:
         """See `Transport`."""
-        assert self._whole is not None
-        return self._whole
-
-    def done(self) -> None:
-        """See `Transport`."""
-
-    def collect(self) -> torch.Tensor:
-        """See `Transport`."""
-        by_rank = from_sequence_order(self.gradient(), self._plan, slice(None), self.joined, dim=1)
+        whole = self._gathered(pair, plan)
+        add, total = share(None, whole), torch.zeros_like(whole, dtype=torch.float32)
+        add(total)
+        by_rank = from_sequence_order(total, plan, slice(None), self.joined, dim=1)
         by_rank = by_rank.unflatten(1, (self.size, -1)).transpose(0, 1).flatten(0, 1)
         own = torch.empty_like(by_rank[:2])
         _scatter_sum(own, by_rank, group=self.group)
-        self._whole = None
         return own
+
+    def _gathered(self, pair: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        gathered = pair.new_empty((self.size * 2, *pair.shape[1:]))
+        _gather(gathered, pair.contiguous(), group=self.group)
+        by_rank = gathered.unflatten(0, (self.size, 2)).transpose(0, 1).flatten(1, 2)
+        return to_sequence_order(by_rank, plan, slice(None), self.joined, dim=1)

@@ -15,8 +15,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalong.attention import blockwise, transformer_engine, upload
-from megalong.attention.blockwise import Attention
+from megalong.attention import transformer_engine, upload
+from megalong.attention.blockwise import BlockwiseAttention
 from megalong.attention.kernels import CUDNN, FLASH, TILED, BlockKernel
 from megalong.attention.layout import TokenLayout
 from megalong.attention.mask import CAUSAL, FULL, BlockMask
@@ -112,11 +112,12 @@ def test_plain_torch() -> None:
 @pytest.mark.usefixtures("indexing")
 def test_documents_go_through_the_kernel_for_many(kernel: BlockKernel, window: int | None) -> None:
     plan = make_plan(TokenLayout(), 1024, [np.array([0, 3, 100, 512]), np.array([0, 700])])
-    attention = Attention(plan, Alone(), kernel, 0.1, window)
+    attention = BlockwiseAttention(plan, Alone(), kernel, 0.1, window)
     q, k = on_gpu(1024, 2, 8), on_gpu(1024, 2, 2)
     with Calls() as seen:
-        out, lse = blockwise._forward(q, k, k, attention)
-        gradients = blockwise._backward(out, q, k, k, out, lse, attention)
+        kept = attention.forward(q, k, k)
+        gradients = attention.backward(kept.out, q, k, k, kept)
+    out, lse = kept
     assert (out.shape, out.dtype, lse.shape) == (q.shape, q.dtype, (2, 8, 1024))
     assert [(g.shape, g.dtype) for g in gradients] == [(t.shape, torch.float32) for t in (q, k, k)]
     # One launch for the row of four documents, one for the row of two, if no diagonal cuts them into more.

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from benchmarks.gpu.attention import document_starts
 
-from megalong.attention.blockwise import Attention, blockwise_attention
+from megalong.attention.blockwise import BlockwiseAttention, blockwise_attention
 from megalong.attention.exchange import ContextGroups, context_attention
 from megalong.attention.kernels import choose_kernel
 from megalong.attention.layout import Kind, TokenLayout, tokens_of
 from megalong.attention.plan import AttentionPlan, make_plan
+from megalong.attention.transport import Share
 from tests.gpu.exact import relative_error
 from tests.gpu.harness import Trial
 
@@ -37,20 +38,14 @@ class LoopBack:
     def size(self) -> int:
         return len(self.pairs)
 
-    def sources(
-        self, pair: torch.Tensor, plan: AttentionPlan, backward: bool = False
-    ) -> Iterator[tuple[int, torch.Tensor]]:
+    def pieces(self, pair: torch.Tensor, plan: AttentionPlan) -> Iterator[tuple[int, torch.Tensor]]:
         for step in range(self.size):
-            self._source = (self.rank - step) % self.size
-            yield self._source, self.pairs[self._source]
+            source = (self.rank - step) % self.size
+            yield source, self.pairs[source]
 
-    def gradient(self) -> torch.Tensor:
-        return self.gradients[self._source]
-
-    def done(self) -> None:
-        pass
-
-    def collect(self) -> torch.Tensor:
+    def gradient(self, pair: torch.Tensor, plan: AttentionPlan, share: Share) -> torch.Tensor:
+        for source, current in self.pieces(pair, plan):
+            share(source, current)(self.gradients[source])
         return self.gradients[self.rank]
 
 
@@ -88,7 +83,7 @@ def _compare(trial: Trial, name: str, length: int, kind: Kind, documents: np.nda
     found = [torch.full_like(t, torch.nan) for t in (q, q, k, v)]
     for rank, place in enumerate(places):
         own = [t[place].requires_grad_() for t in (q, k, v)]
-        out = blockwise_attention(*own, Attention(plan, LoopBack(rank, pairs, sums), kernel, scale))
+        out = blockwise_attention(*own, BlockwiseAttention(plan, LoopBack(rank, pairs, sums), kernel, scale))
         found[0][place] = out.detach()
         # Keys' gradients are whole when every rank has added its share: they are read off the sums below.
         found[1][place] = torch.autograd.grad(out, own, grad[place])[0]
