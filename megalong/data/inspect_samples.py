@@ -75,15 +75,16 @@ def _blocks(config: Config, count: int, tokenizer: str | None, vocabulary: int |
     for k in range(count):
         name = packed.domain_of(k)
         separator = (streams[name].dataset.sidecar or {}).get("separator") or {"ids": [], "text": ""}
+        row = packed.row(k)
         yield describe(
             packed.read(k),
             f"sample {k} of {name}",
             config.data.masked,
             decoders[name],
             separator,
-            packed.planted(k),
-            packed.documents(k),
-            packed.paddings(k),
+            row.planted,
+            row.starts,
+            row.paddings,
         )
 
 

@@ -56,7 +56,7 @@ def measure_losses(source: ModelSource, packed: PackedSamples, samples: int, dev
     positions, share = PositionLoss(packed.seq_length), ContextShard(TokenLayout(world), rank)
     started = time.monotonic()
     for k in range(samples):
-        whole = Sample(packed.sample(k), np.zeros(1, np.int64), packed.seq_length + 1)
+        whole = Sample(packed.row(k).tokens, np.zeros(1, np.int64), packed.seq_length + 1)
         forward_losses(chunks, [make_micro_batch([whole], share).to(device)], positions)
         if (k + 1) * REPORTS // samples > k * REPORTS // samples:
             pace = (k + 1) * packed.seq_length / (time.monotonic() - started)

@@ -61,7 +61,7 @@ def _documents(config: Config, samples: int) -> list[np.ndarray]:
     if not config.data.masked:
         return [np.zeros(1, np.int64)] * samples
     packed = PackedSamples.of(config)
-    rows = [packed.bounds(k) for k in range(samples)]
+    rows = [packed.read(k).documents for k in range(samples)]
     return [starts[starts < config.data.seq_length] for starts in rows]
 
 

@@ -108,9 +108,10 @@ def plan_stage(config: Config, vocabulary: int | None = None, tokenizer: Path | 
         for entry, rows, share in zip(packed.mixture, packed.rows, packed.describe(samples), strict=True)
     ]
     looked_at = np.linspace(0, samples - 1, min(samples, LOOKED_AT)).round().astype(int).tolist()
-    longest = np.array([packed.pieces(k).max() for k in looked_at], np.int64)
-    cut = np.mean([cut for k in looked_at for cut in packed.cuts(k)])
-    filled = np.mean([packed.held(k) for k in looked_at])
+    rows = [packed.row(k) for k in looked_at]
+    longest = np.array([row.lengths.max() for row in rows], np.int64)
+    cut = np.mean([cut for row in rows for cut in row.cuts])
+    filled = np.mean([row.held for row in rows])
     padding = 1 - float(filled) / (packed.seq_length + 1)
     return StagePlan(config, samples, domains, longest, float(cut), padding)
 
@@ -120,7 +121,7 @@ def _domain(rows: Rows, share: DomainShare, weight: float) -> DomainPlan:
     given = stream.given
     held = _by_length(stream.lengths[given])
     seen, (documents, tokens) = held.times(0), stream.taken
-    for lengths, ratio in rows.lengths_by_class():
+    for lengths, ratio in stream.lengths_by_class():
         seen += _by_length(lengths).times(ratio * share.epochs)
     return DomainPlan(
         share=share,

@@ -54,8 +54,8 @@ def compare_with_transformers(run: Path, export: Path, data: Path, seq_length: i
     import torch
 
     source = find_model(run)
-    sample = open_held_out(str(data), seq_length, 1, source).sample(0)
-    tokens = torch.from_numpy(sample[None])
+    sample = open_held_out(str(data), seq_length, 1, source).row(0)
+    tokens = torch.from_numpy(sample.tokens[:][None])
     with torch.no_grad():
         theirs, exact = _their_logits(export, tokens[:, :-1])
         ours = _our_logits(source, tokens)

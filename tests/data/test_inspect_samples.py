@@ -76,9 +76,9 @@ def test_packs_are_shown_document_by_document(packing: str, run_file: Path, caps
         spans = [(int(first), int(last) + 1) for _, first, last in found]
         assert [spans[0][0], *(end for _, end in spans)] == [first for first, _ in spans] + [49]
         for (kind, _, _), (first, end) in zip(found, spans, strict=True):
-            assert (kind == "padding") == (not packed.sample(k)[first:end].any())
+            assert (kind == "padding") == (not packed.row(k).tokens[first:end].any())
         assert [end - first for (kind, *_), (first, end) in zip(found, spans, strict=True) if kind != "padding"] == (
-            packed.pieces(k).tolist()
+            packed.row(k).lengths.tolist()
         )
         assert ("in 2 masked packs" in printed) == (packing == "naive")
 

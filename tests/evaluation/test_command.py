@@ -39,7 +39,7 @@ def expected(sources):
 
 def losses_of_transformers(hf, data):
     packed = open_held_out(str(data), LENGTH, SAMPLES, find_model(hf=hf))
-    samples = torch.stack([torch.from_numpy(packed.sample(k)) for k in range(SAMPLES)])
+    samples = torch.stack([torch.from_numpy(packed.row(k).tokens[:]) for k in range(SAMPLES)])
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(hf)(samples[:, :-1]).logits
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), samples[:, 1:], reduction="none")

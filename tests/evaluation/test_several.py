@@ -46,7 +46,7 @@ def sources(tmp_path_factory, pool):
 
 def of_transformers(hf: Path, packed: Any, **config: Any) -> list[float]:
     model = AutoModelForCausalLM.from_pretrained(hf, **config)
-    samples = torch.stack([torch.from_numpy(packed.sample(k)) for k in range(SAMPLES)])
+    samples = torch.stack([torch.from_numpy(packed.row(k).tokens[:]) for k in range(SAMPLES)])
     with torch.no_grad():
         logits = model(samples[:, :-1]).logits
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), samples[:, 1:], reduction="none")

@@ -54,7 +54,7 @@ def transformers_loss(folder: Path, config: Config) -> float:
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
     losses = []
     for index in range(count):
-        row = torch.from_numpy(samples.sample(index)).cuda()
+        row = torch.from_numpy(samples.row(index).tokens[:]).cuda()
         with torch.no_grad():
             logits = model(row[None, :-1]).logits[0]
         losses.append(torch.nn.functional.cross_entropy(logits.float(), row[1:]))

@@ -38,7 +38,7 @@ def counted(run: Path, kind: str, window: int | None) -> float:
     packed = PackedSamples([_Domain("a", str(run.parent / "d"))], LENGTH, 1234, "99,1")
     shares = []
     for k in range(2):
-        starts = packed.documents(k)
+        starts = packed.row(k).starts
         starts = starts[starts < LENGTH]
         seen = visible(LENGTH, starts, window).numpy().sum(1)
         runs = TokenLayout(RANKS, kind, window).runs(LENGTH, starts)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ def shown(run: Path, samples: int) -> tuple[PackedSamples, Counter[int]]:
     (config,) = load_config(run)
     data = config.data
     packed = PackedSamples(data.mixture, data.seq_length, config.run.seed, data.split)
-    return packed, Counter(int(token) for k in range(samples) for token in packed.sample(k)[:-1])
+    return packed, Counter(int(token) for k in range(samples) for token in packed.row(k).tokens[:-1])
 
 
 def test_the_plan_is_what_the_samples_hold(run: Path) -> None:
@@ -83,13 +83,13 @@ def test_pieces_and_cuts_are_counted_from_the_tokens(run: Path) -> None:
     packed, _ = shown(run, 0)
     longest, cut = [], 0
     for k in range(240):
-        sample = packed.sample(k)
+        sample = packed.row(k).tokens[:]
         breaks = np.flatnonzero(np.diff(sample[:-1]) != 1) + 1
         longest.append(int(np.diff([0, *breaks, 32]).max()))
         lasts = {100 * n + length - 1 for n, length in enumerate(LENGTHS["a"])}
         lasts |= {10**6 + 100 * n + length - 1 for n, length in enumerate(LENGTHS["b"])}
         inside = sample[0] % 100 != 0, int(sample[-2]) not in lasts
-        assert packed.cuts(k) == inside
+        assert packed.row(k).cuts == inside
         cut += sum(inside)
     assert stage.longest.tolist() == longest
     assert stage.cut == pytest.approx(cut / 480)
@@ -102,10 +102,10 @@ def test_waste_and_cuts_of_whole_documents_are_counted_from_the_samples(run: Pat
     stage = plan_stage(config)
     data = config.data
     packed = PackedSamples(data.mixture, data.seq_length, config.run.seed, data.split, packing=packing)
-    read = sum(packed.filled(k) for k in range(240))
+    read = sum(packed.row(k).filled for k in range(240))
     assert stage.padding == pytest.approx(1 - read / (240 * 33))
     assert stage.padding > 0.01
-    assert stage.cut == (0 if packing == "whole" else pytest.approx(np.mean([packed.cuts(k) for k in range(240)])))
+    assert stage.cut == (0 if packing == "whole" else pytest.approx(np.mean([packed.row(k).cuts for k in range(240)])))
     tokens = {domain.share.name: domain.share.tokens for domain in stage.domains}
     assert tokens["a"] / tokens["b"] == pytest.approx(3, rel=0.03)
     if packing == "whole":

@@ -70,7 +70,7 @@ def global_batches(settings: dict[str, Any]) -> Iterator[torch.Tensor]:
     config = Config.model_validate(settings)
     samples, size = samples_of(config), config.training.global_batch_size
     for first in range(0, config.training.train_iters * size, size):
-        yield torch.from_numpy(np.stack([samples.sample(first + row) for row in range(size)]))
+        yield torch.from_numpy(np.stack([samples.row(first + row).tokens[:] for row in range(size)]))
 
 
 def plain_llama(hf: Path, attention: str = "eager") -> Any:

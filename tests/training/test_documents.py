@@ -51,7 +51,8 @@ def documents(settings: dict[str, Any], step: int) -> Iterator[list[int]]:
     config = Config.model_validate(settings)
     samples, size = samples_of(config), config.training.global_batch_size
     for k in range(step * size, (step + 1) * size):
-        tokens, starts, filled = samples.sample(k).tolist(), samples.documents(k), samples.filled(k)
+        row = samples.row(k)
+        tokens, starts, filled = row.tokens[:].tolist(), row.starts, row.filled
         for begin, end in pairwise([*starts[starts < filled].tolist(), filled]):
             yield tokens[begin:end]
 

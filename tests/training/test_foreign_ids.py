@@ -37,7 +37,7 @@ def test_one_line_names_it_before_the_run_or_when_its_sample_comes(tmp_path: Pat
         order.samples(STEP * training.global_batch_size // training.micro_batch_size // 2),
     )
     # A token in the middle of that sample, by its place in the stream.
-    place = stream.piece(k, 64) * 64 + 30
+    place = stream.place_of(k) * 64 + 30
     epoch, first = stream.epochs.around(place)
     order_of_epoch = stream.order(epoch)
     ends = np.cumsum(data.document_lengths[order_of_epoch])

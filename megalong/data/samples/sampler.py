@@ -20,8 +20,8 @@ from megalong.data.indexed import IndexedDataset
 from megalong.data.samples.blending import Blend
 from megalong.data.samples.length_rules import LengthRules
 from megalong.data.samples.pose import PoseSettings, skipped_positions
-from megalong.data.samples.rows import Rows, inner_length
-from megalong.data.samples.sample import Sample, StoredTokens
+from megalong.data.samples.rows import Row, Rows, inner_length
+from megalong.data.samples.sample import Sample
 from megalong.data.samples.splitting import PARTS
 from megalong.data.samples.stream import DomainStream
 from megalong.data.samples.whole_documents import WholeDocuments
@@ -105,8 +105,9 @@ class PackedSamples:
         self.mixture = mixture
         lengths = [_pack_length(entry, seq_length) for entry in mixture]
         self.streams = [
-            _stream_kind(entry, packing, length or seq_length)(
+            _stream_kind(entry, packing)(
                 entry.path,
+                _piece_length(entry, packing, seq_length, length),
                 split,
                 part,
                 seed,
@@ -129,7 +130,7 @@ class PackedSamples:
             dataset.ids = vocabulary
         # Rows of a batch are stacked: if one domain has a target mask, every sample needs one.
         self._tells_targets = any(_synthetic(entry) and _synthetic(entry).answer_only for entry in mixture) or any(
-            rows.packed for rows in self.rows
+            length is not None for length in lengths
         )
 
     @classmethod
@@ -184,73 +185,27 @@ class PackedSamples:
         fills = [rows.tokens(known) / known for rows in self.rows]
         return Blend([entry.weight * self.seq_length / fill for entry, fill in zip(self.mixture, fills, strict=True)])
 
-    def sample(self, k: int) -> np.ndarray:
-        """int64 [seq_length + 1]: sample k; [:-1] are the inputs, [1:] the targets."""
-        out = np.empty(self.seq_length + 1, np.int64)
+    def row(self, k: int) -> Row:
+        """What sample k is made of."""
         domain, j = self._blend.of(k)
-        self.rows[domain].copy(j, 0, out)
-        return out
+        return self.rows[domain].row(j)
 
     def read(self, k: int) -> Sample:
-        """Sample k with its metadata; tokens are read lazily."""
+        """Sample k as a batch needs it; tokens are read lazily."""
         domain, j = self._blend.of(k)
-        rows = self.rows[domain]
-        bounds, positions = self._bounds(domain, j), None
+        row = self.rows[domain].row(j)
+        apart = self._packing != "naive" or (self.masked and _synthetic(self.mixture[domain]) is not None)
+        bounds, positions = row.starts if apart else row.bounds, None
         if self._pose is not None:
             positions = skipped_positions(bounds, self.seq_length, self._pose, self._seed, k)
-        stored = StoredTokens(self.seq_length + 1, partial(rows.copy, j))
-        return Sample(stored, bounds, rows.filled(j), positions, self._targets(domain, j))
+        return Sample(row.tokens, bounds, row.filled, positions, self._targets(row))
 
-    def bounds(self, k: int) -> np.ndarray:
-        """int64, ascending from 0: first tokens of segments that attention masks from each other; padding last."""
-        return self._bounds(*self._blend.of(k))
-
-    def _bounds(self, domain: int, j: int) -> np.ndarray:
-        if self._packing != "naive" or (self.masked and _synthetic(self.mixture[domain]) is not None):
-            return self.rows[domain].documents(j)
-        return self.rows[domain].bounds(j)
-
-    def documents(self, k: int) -> np.ndarray:
-        """int64, ascending from 0: the tokens of sample k at which a document, or the rest of one, begins."""
-        domain, j = self._blend.of(k)
-        return self.rows[domain].documents(j)
-
-    def filled(self, k: int) -> int:
-        """Tokens of sample k that are documents', at most seq_length + 1; padding follows, the last of `documents`."""
-        domain, j = self._blend.of(k)
-        return self.rows[domain].filled(j)
-
-    def pieces(self, k: int) -> np.ndarray:
-        """int64: tokens of each document, or piece of one, among the first seq_length tokens of sample k."""
-        domain, j = self._blend.of(k)
-        return self.rows[domain].pieces(j)
-
-    def held(self, k: int) -> int:
-        """Tokens of documents in sample k, at most seq_length + 1, wherever its padding is."""
-        domain, j = self._blend.of(k)
-        return self.rows[domain].held(j)
-
-    def paddings(self, k: int) -> list[tuple[int, int]]:
-        """(first token, end) of each range of padding in sample k, ascending."""
-        domain, j = self._blend.of(k)
-        return self.rows[domain].paddings(j)
-
-    def _targets(self, domain: int, j: int) -> np.ndarray | None:
-        """bool [seq_length + 1]: the tokens of a row that count when they are predicted; None: all of them."""
+    def _targets(self, row: Row) -> np.ndarray | None:
+        """bool [seq_length + 1]: the tokens that count when they are predicted; None: all of them, in every sample."""
         if not self._tells_targets:
             return None
-        targets = self.rows[domain].targets(j)
+        targets = row.targets
         return np.ones(self.seq_length + 1, bool) if targets is None else targets
-
-    def planted(self, k: int) -> list[tuple[int, int]]:
-        """(first token, end) of what was put into the text of sample k: notes, and question with answer."""
-        domain, j = self._blend.of(k)
-        return self.rows[domain].planted(j)
-
-    def cuts(self, k: int) -> tuple[bool, ...]:
-        """Whether sample k begins, and whether it ends, inside a document; with packs, the same for each pack."""
-        domain, j = self._blend.of(k)
-        return self.rows[domain].cuts(j)
 
     def domain_of(self, k: int) -> str:
         """Name of the domain that sample k comes from."""
@@ -327,16 +282,27 @@ def _pack_length(entry: MixtureEntry, seq_length: int) -> int | None:
     return length
 
 
-def _stream_kind(entry: MixtureEntry, packing: str, seq_length: int) -> Callable[..., DomainStream]:
+def _piece_length(entry: MixtureEntry, packing: str, seq_length: int, pack_length: int | None) -> int:
+    """`seq_length` of an entry's stream."""
+    return inner_length(_in_bins(entry, packing), seq_length, pack_length)
+
+
+def _in_bins(entry: MixtureEntry, packing: str) -> bool:
+    """Whether an entry's samples are bins of whole documents."""
+    synthetic = _synthetic(entry)
+    return packing in ("best_fit", "whole") if synthetic is None else synthetic.task == "related"
+
+
+def _stream_kind(entry: MixtureEntry, packing: str) -> Callable[..., DomainStream]:
     """The class that makes samples from an entry's dataset."""
     synthetic = _synthetic(entry)
     if synthetic is None:
-        return WholeDocuments if packing in ("best_fit", "whole") else DomainStream
+        return WholeDocuments if _in_bins(entry, packing) else DomainStream
     if synthetic.task == "related":
         return RelatedDocuments
     from megalong.data.synthetic.documents import TaskDocuments  # `tokenizers` takes a moment to import
 
-    return partial(TaskDocuments, synthetic, seq_length)
+    return partial(TaskDocuments, synthetic)
 
 
 def _common_tokenizer(names: list[str], streams: Sequence[DomainStream]) -> str | None:

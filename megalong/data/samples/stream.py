@@ -1,6 +1,6 @@
 """The endless token stream of one domain: documents shuffled anew each epoch, laid end to end.
 
-Naive packing: piece i of length S is tokens i·S to (i+1)·S of that stream, both included, so it holds S inputs and,
+Naive packing: the piece at place i is tokens i·S to (i+1)·S of that stream, both included, so it holds S inputs and,
 shifted by one, S targets; neighbours share one token. Documents are cut where a piece ends and continue in the next.
 
     epoch 0: documents c a b      c c c a a b b b b | b a a c ...   epoch 1: b a c
@@ -31,6 +31,8 @@ from megalong.data.indexed import IndexedDataset
 from megalong.data.samples.epoch_index import EpochIndex
 from megalong.data.samples.epochs import Epochs
 from megalong.data.samples.length_rules import LengthClass, LengthRules, from_arrays, length_classes, to_arrays
+from megalong.data.samples.piece import Piece
+from megalong.data.samples.sample import StoredTokens
 from megalong.data.samples.splitting import documents_of_part
 from megalong.errors import UserError
 
@@ -43,6 +45,7 @@ class DomainStream:
 
     Args:
         prefix: the dataset.
+        seq_length: S of its samples, which hold S + 1 tokens.
         split, part: which of its documents: "99,1" and "train", for example.
         seed: the run's seed.
         name: the domain's; streams of different name or part are shuffled independently.
@@ -60,6 +63,7 @@ class DomainStream:
     def __init__(
         self,
         prefix: str,
+        seq_length: int,
         split: str,
         part: str,
         seed: int,
@@ -68,6 +72,7 @@ class DomainStream:
         longest: int | None = None,
         index_folder: Path | None = None,
     ) -> None:
+        self.seq_length = seq_length
         self._split, self._part, self._rules, self._where = split, part, rules, f"{name}/{part}"
         self._longest = longest
         self._seed = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, zlib.crc32(self._where.encode())]
@@ -121,53 +126,23 @@ class DomainStream:
     def tokens(self, start: int, length: int) -> np.ndarray:
         """int64 [length]: tokens `start` up to `start + length` of the stream."""
         out = np.empty(length, np.int64)
-        self._copy(start, out)
+        self.copy(start, out)
         return out
 
-    def _copy(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the stream's tokens from `start` on."""
+    def copy(self, start: int, out: np.ndarray) -> None:
+        """Fill `out`, of any type that holds the ids, with the stream's tokens from `start` on."""
         filled = 0
         while filled < len(out):
             epoch, first = self.epochs.around(start + filled)
             filled += self._fill(out[filled:] if filled else out, epoch, start + filled - first)
 
-    def sample(self, j: int, seq_length: int) -> np.ndarray:
-        """int64 [seq_length + 1]: packed sample j of this domain."""
-        out = np.empty(seq_length + 1, np.int64)
-        self.copy_of_sample(j, seq_length, 0, out)
-        return out
+    def piece(self, j: int) -> Piece:
+        """Sample j of this domain."""
+        return _Stretch(self, self.place_of(j) * self.seq_length)
 
-    def copy_of_sample(self, j: int, seq_length: int, first: int, out: np.ndarray) -> None:
-        """Fill `out`, of any type that holds the ids, with the tokens of packed sample j from `first` on."""
-        self._copy(self.piece(j, seq_length) * seq_length + first, out)
-
-    def documents_of_sample(self, j: int, seq_length: int) -> np.ndarray:
-        """int64, ascending from 0: the tokens of packed sample j at which a document, or the rest of one, begins."""
-        return self.document_starts(self.piece(j, seq_length) * seq_length, seq_length + 1)
-
-    def cuts_of_sample(self, j: int, seq_length: int) -> tuple[bool, bool]:
-        """Whether packed sample j begins, and whether it ends, inside a document."""
-        start = self.piece(j, seq_length) * seq_length
-        return not self._begins(start), not self._begins(start + seq_length)
-
-    def filled_of_sample(self, j: int, seq_length: int) -> int:
-        """Tokens of documents in packed sample j: all of them, the last one a target only."""
-        return seq_length + 1
-
-    def tokens_of_samples(self, samples: int, seq_length: int) -> int:
-        """Tokens of documents that the first `samples` samples hold, shared ones counted once."""
-        return samples * seq_length
-
-    def _begins(self, token: int) -> bool:
-        return token == 0 or len(self.document_starts(token - 1, 2)) == 2
-
-    def targets_of_sample(self, j: int, seq_length: int) -> np.ndarray | None:
-        """bool [seq_length + 1]: tokens that count as targets; None: all tokens of documents."""
-        return None
-
-    def planted_in_sample(self, j: int, seq_length: int) -> list[tuple[int, int]]:
-        """(first token, end) of each text that was inserted into packed sample j."""
-        return []
+    def tokens_of_pieces(self, pieces: int) -> int:
+        """Tokens of documents that the first `pieces` samples hold, shared ones counted once."""
+        return pieces * self.seq_length
 
     @property
     def made_with(self) -> dict[str, str] | None:
@@ -185,7 +160,7 @@ class DomainStream:
         classes = self.epochs.classes
         return sum(len(one.documents) for one in classes), sum(one.tokens for one in classes)
 
-    def lengths_by_class(self, seq_length: int) -> list[tuple[np.ndarray, float]]:
+    def lengths_by_class(self) -> list[tuple[np.ndarray, float]]:
         """Tokens of the documents that an epoch holds, class by class, with the times it holds them on average."""
         return [(self.lengths[one.documents], one.ratio) for one in self.epochs.classes]
 
@@ -201,35 +176,35 @@ class DomainStream:
             begin = first + int(ends[-1])
         return np.unique(np.concatenate(found))
 
-    def piece(self, j: int, seq_length: int) -> int:
-        """The stream piece of sample j. Each block of samples is a permutation of the same block of pieces."""
-        size = self._block_size(seq_length)
-        block, place = divmod(j, size)
-        return block * size + int(self._block(size, block)[place])
+    def place_of(self, j: int) -> int:
+        """The place of sample j: it begins with token place · S. A block of samples is a permutation of its places."""
+        block, place = divmod(j, self._block_size)
+        return block * self._block_size + int(self._block(self._block_size, block)[place])
 
-    def most_repeats(self, samples: int, seq_length: int) -> int:
-        """How often the first `samples` samples may show one document: they are drawn from whole blocks of pieces."""
-        if samples == 0:
+    def most_repeats(self, pieces: int) -> int:
+        """How often the first `pieces` samples may show one document: they are drawn from whole blocks."""
+        if pieces == 0:
             return 0
-        size = self._block_size(seq_length)
-        last = ((samples - 1) // size + 1) * size * seq_length - 1
+        size = self._block_size
+        last = ((pieces - 1) // size + 1) * size * self.seq_length - 1
         epoch = self.epochs.at(last)
         order, ends = self._epoch(epoch)
         reached = int(np.searchsorted(ends, last - self.epochs.start(epoch), side="right")) + 1
         now = np.bincount(order[:reached], minlength=self.dataset.num_documents)
         return max(int((one.times_before(epoch) + now[one.documents]).max()) for one in self.epochs.classes)
 
-    def _block_size(self, seq_length: int) -> int:
-        return max(1, self.tokens_per_epoch // seq_length)
+    @property
+    def _block_size(self) -> int:
+        return max(1, self.tokens_per_epoch // self.seq_length)
 
-    def prepare(self, first: int, last: int, seq_length: int) -> None:
+    def prepare(self, first: int, last: int) -> None:
         """Write the orders that samples `first` up to `last` need, where they are not on disk yet."""
         if last <= first:
             return
         self._store_classes()
-        size = self._block_size(seq_length)
+        size = self._block_size
         blocks = range(first // size, (last - 1) // size + 1)
-        start, end = blocks.start * size * seq_length, blocks.stop * size * seq_length
+        start, end = blocks.start * size * self.seq_length, blocks.stop * size * self.seq_length
         for epoch in range(self.epochs.at(start), self.epochs.at(end) + 1):
             self._index.store(partial(self._shuffled, epoch), "epoch", epoch)
         for block in blocks:
@@ -271,3 +246,29 @@ class DomainStream:
     def _permuted(self, size: int, block: int) -> tuple[np.ndarray]:
         """The order in which a block's pieces become samples; a seed apart from those of the epochs."""
         return (np.random.RandomState([*self._seed, block, size]).permutation(size),)
+
+
+class _Stretch(Piece):
+    """Tokens `start` up to `start + S` of a stream."""
+
+    def __init__(self, stream: DomainStream, start: int) -> None:
+        self._stream, self._start = stream, start
+
+    @property
+    def tokens(self) -> StoredTokens:
+        return StoredTokens(self.filled, lambda first, out: self._stream.copy(self._start + first, out))
+
+    @property
+    def starts(self) -> np.ndarray:
+        return self._stream.document_starts(self._start, self.filled)
+
+    @property
+    def filled(self) -> int:
+        return self._stream.seq_length + 1
+
+    @property
+    def cut(self) -> tuple[bool, bool]:
+        return not self._begins(self._start), not self._begins(self._start + self._stream.seq_length)
+
+    def _begins(self, token: int) -> bool:
+        return token == 0 or len(self._stream.document_starts(token - 1, 2)) == 2

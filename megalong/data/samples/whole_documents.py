@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from megalong.data.samples.bins import best_fit
+from megalong.data.samples.piece import Piece
+from megalong.data.samples.sample import StoredTokens
 from megalong.data.samples.stream import DomainStream
 
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -33,99 +35,115 @@ class WholeDocuments(DomainStream):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._samples = lru_cache(maxsize=2)(self._indexed_samples)
-        self._counts: dict[tuple[int, int], int] = {}
+        self._counts: dict[int, int] = {}
 
-    def _indexed_samples(self, epoch: int, seq_length: int) -> Packed:
+    def _indexed_samples(self, epoch: int) -> Packed:
         """The samples of an epoch: (document, first token, tokens) of their pieces, and the pieces up to each's end."""
-        stored = self._index.load(self.STORED_AS, seq_length, epoch)
-        documents, firsts, lengths, ends = stored if stored is not None else self._pack(epoch, seq_length)
+        stored = self._index.load(self.STORED_AS, self.seq_length, epoch)
+        documents, firsts, lengths, ends = stored if stored is not None else self._pack(epoch)
         return documents, firsts, lengths, ends
 
-    def _pack(self, epoch: int, seq_length: int) -> Packed:
+    def _pack(self, epoch: int) -> Packed:
         order = self.order(epoch)
-        documents, firsts, lengths = pieces(order, self.lengths[order], seq_length)
-        bin_of, bins = best_fit(lengths, seq_length + 1)
+        documents, firsts, lengths = parts(order, self.lengths[order], self.seq_length)
+        bin_of, bins = best_fit(lengths, self.seq_length + 1)
         # A seed of six numbers, apart from those of circles, epochs and blocks.
-        random = np.random.RandomState([*self._seed, epoch, seq_length & 0xFFFFFFFF, 0])
+        random = np.random.RandomState([*self._seed, epoch, self.seq_length & 0xFFFFFFFF, 0])
         sample_of = random.permutation(bins)[bin_of]
         by_sample = np.argsort(sample_of, kind="stable")
         ends = np.cumsum(np.bincount(sample_of, minlength=bins))
         return documents[by_sample], firsts[by_sample], lengths[by_sample].astype(np.int32), ends
 
-    def _found(self, j: int, seq_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(document, first token, tokens) of each piece in sample j."""
+    def piece(self, j: int) -> Piece:
+        """Sample j of this domain."""
+        return self._bin(*self._found(j))
+
+    def _bin(self, documents: np.ndarray, firsts: np.ndarray, lengths: np.ndarray) -> Piece:
+        return Bin(self, documents, firsts, lengths)
+
+    def _found(self, j: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(document, first token, tokens) of each part of sample j."""
         for epoch in count():
-            held = self._count(epoch, seq_length)
+            held = self._count(epoch)
             if j < held:
                 break
             j -= held
-        documents, firsts, lengths, ends = self._samples(epoch, seq_length)
-        pieces = slice(int(ends[j - 1]) if j else 0, int(ends[j]))
-        return documents[pieces], firsts[pieces], lengths[pieces]
+        documents, firsts, lengths, ends = self._samples(epoch)
+        some = slice(int(ends[j - 1]) if j else 0, int(ends[j]))
+        return documents[some], firsts[some], lengths[some]
 
-    def _count(self, epoch: int, seq_length: int) -> int:
+    def _count(self, epoch: int) -> int:
         """Samples of an epoch; without rules that vary, every epoch has as many."""
-        key = (epoch if self.epochs.vary or not self.ALIKE else 0), seq_length
+        key = epoch if self.epochs.vary or not self.ALIKE else 0
         if key not in self._counts:
-            self._counts[key] = len(self._samples(*key)[3])
+            self._counts[key] = len(self._samples(key)[3])
         return self._counts[key]
 
-    def copy_of_sample(self, j: int, seq_length: int, first: int, out: np.ndarray) -> None:
-        """Fill `out` with the tokens of sample j from `first` on, zeros behind its documents."""
-        documents, begins, lengths = self._found(j, seq_length)
-        ends = np.cumsum(lengths, dtype=np.int64)
-        low = np.maximum(first, ends - lengths)  # what each piece gives, counted in the sample
-        high = np.maximum(low, np.minimum(first + len(out), ends))
-        filled = max(0, min(len(out), int(ends[-1]) - first))
-        skipped = low - (ends - lengths)
-        some = high > low
-        starts = self.dataset.starts_of(documents[some]) + begins[some] + skipped[some]
-        self.dataset.gather(starts, (high - low)[some], out[:filled])
-        out[filled:] = 0
+    def tokens_of_pieces(self, pieces: int) -> int:
+        """Tokens of documents in the first `pieces` samples, at the mean of the first epoch that has any."""
+        epoch = next(epoch for epoch in count() if self._count(epoch))
+        lengths = self._samples(epoch)[2]
+        return round(pieces * int(lengths.sum()) / self._count(epoch))
 
-    def documents_of_sample(self, j: int, seq_length: int) -> np.ndarray:
-        """int64, ascending from 0: where documents begin in sample j, and behind the last of them the padding."""
-        ends = np.cumsum(self._found(j, seq_length)[2], dtype=np.int64)
-        return np.concatenate([np.zeros(1, np.int64), ends[ends <= seq_length]])
-
-    def filled_of_sample(self, j: int, seq_length: int) -> int:
-        """Tokens of documents in sample j, at most seq_length + 1."""
-        return int(self._found(j, seq_length)[2].sum())
-
-    def cuts_of_sample(self, j: int, seq_length: int) -> tuple[bool, bool]:
-        """Whether a document in sample j began in another sample, and whether one goes on in another."""
-        documents, firsts, lengths = self._found(j, seq_length)
-        return bool(np.any(firsts > 0)), bool(np.any(firsts + lengths < self.lengths[documents]))
-
-    def tokens_of_samples(self, samples: int, seq_length: int) -> int:
-        """Tokens of documents in the first `samples` samples, at the mean of the first epoch that has any."""
-        epoch = next(epoch for epoch in count() if self._count(epoch, seq_length))
-        lengths = self._samples(epoch, seq_length)[2]
-        return round(samples * int(lengths.sum()) / self._count(epoch, seq_length))
-
-    def most_repeats(self, samples: int, seq_length: int) -> int:
-        """How often the first `samples` samples may show one document: they are drawn from whole epochs."""
+    def most_repeats(self, pieces: int) -> int:
+        """How often the first `pieces` samples may show one document: they are drawn from whole epochs."""
         epochs = 0
-        while samples > 0:
-            samples -= self._count(epochs, seq_length)
+        while pieces > 0:
+            pieces -= self._count(epochs)
             epochs += 1
         return max(int(one.times_before(epochs).max()) for one in self.epochs.classes)
 
-    def prepare(self, first: int, last: int, seq_length: int) -> None:
+    def prepare(self, first: int, last: int) -> None:
         """Write the epochs up to sample `last`, where they are not on disk yet."""
         if last > first:
             self._store_classes()
         epoch = 0
         while last > 0:
-            self._index.store(partial(self._samples, epoch, seq_length), self.STORED_AS, seq_length, epoch)
-            last -= self._count(epoch, seq_length)
+            self._index.store(partial(self._samples, epoch), self.STORED_AS, self.seq_length, epoch)
+            last -= self._count(epoch)
             epoch += 1
 
 
-def pieces(documents: np.ndarray, lengths: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents as pieces of at most S + 1 tokens that share one with the next: (document, first token, tokens)."""
-    parts = np.maximum(1, -(-(lengths - 1) // seq_length))
-    which = np.repeat(np.arange(len(documents)), parts)
-    number = np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)
+class Bin(Piece):
+    """Documents, or parts of them: of each its number, its first token here, and how many tokens."""
+
+    def __init__(self, stream: WholeDocuments, documents: np.ndarray, firsts: np.ndarray, lengths: np.ndarray) -> None:
+        self.stream, self._documents, self._firsts, self._lengths = stream, documents, firsts, lengths
+
+    @property
+    def tokens(self) -> StoredTokens:
+        return StoredTokens(self.stream.seq_length + 1, self._copy)
+
+    @property
+    def starts(self) -> np.ndarray:
+        ends = np.cumsum(self._lengths, dtype=np.int64)
+        return np.concatenate([np.zeros(1, np.int64), ends[ends <= self.stream.seq_length]])
+
+    @property
+    def filled(self) -> int:
+        return int(self._lengths.sum())
+
+    @property
+    def cut(self) -> tuple[bool, bool]:
+        goes_on = self._firsts + self._lengths < self.stream.lengths[self._documents]
+        return bool(np.any(self._firsts > 0)), bool(np.any(goes_on))
+
+    def _copy(self, first: int, out: np.ndarray) -> None:
+        ends = np.cumsum(self._lengths, dtype=np.int64)
+        low = np.maximum(first, ends - self._lengths)  # what each part gives, counted in the sample
+        high = np.maximum(low, np.minimum(first + len(out), ends))
+        filled = max(0, min(len(out), int(ends[-1]) - first))
+        skipped = low - (ends - self._lengths)
+        some = high > low
+        starts = self.stream.dataset.starts_of(self._documents[some]) + self._firsts[some] + skipped[some]
+        self.stream.dataset.gather(starts, (high - low)[some], out[:filled])
+        out[filled:] = 0
+
+
+def parts(documents: np.ndarray, lengths: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents as parts of at most S + 1 tokens that share one with the next: (document, first token, tokens)."""
+    counts = np.maximum(1, -(-(lengths - 1) // seq_length))
+    which = np.repeat(np.arange(len(documents)), counts)
+    number = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
     firsts = number * seq_length
     return documents[which], firsts, np.minimum(seq_length + 1, lengths[which] - firsts)

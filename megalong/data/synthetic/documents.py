@@ -13,12 +13,14 @@ The text is that of the dataset's own stream, so length rules and held-out docum
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from megalong.data.samples.piece import Piece, Span
+from megalong.data.samples.sample import StoredTokens
 from megalong.data.samples.stream import DomainStream
-from megalong.data.synthetic.planting import Planter, Span
+from megalong.data.synthetic.planting import Planter
 from megalong.data.synthetic.tasks import Task, TaskSettings, draw_task
 from megalong.data.synthetic.vocabulary import find_tokenizer
 from megalong.data.tokenizer import TextTokenizer
@@ -26,9 +28,15 @@ from megalong.errors import UserError
 
 SPREAD = 1000
 TOKENS_OF_A_WORD = 6  # set aside for each word of an answer, so that a text is rarely counted twice
-KEPT = 8  # samples that are kept for who asks for their tokens, targets and bounds one after the other
 LOOKED_AT = 16  # tasks that are drawn beforehand to see how much room they take
-Built = tuple[np.ndarray, Span, list[Span]]
+
+
+class Built(NamedTuple):
+    """A sample's document, of the dataset's type of tokens; where its answer stands; what to show of it."""
+
+    tokens: np.ndarray
+    answer: Span
+    planted: list[Span]
 
 
 class TaskDocuments(DomainStream):
@@ -36,22 +44,20 @@ class TaskDocuments(DomainStream):
 
     Args:
         settings: `synthetic` of the domain.
-        seq_length: tokens of a sample, to refuse tasks that do not fit.
         arguments, named: those of the base.
 
     Raises:
         UserError: also for a tokenizer that is gone or another one, and for tasks that do not fit.
     """
 
-    def __init__(self, settings: TaskSettings, seq_length: int, *arguments: Any, **named: Any) -> None:
+    def __init__(self, settings: TaskSettings, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._settings = settings
         self.name = self._where.rpartition("/")[0]
         self.tokenizer: TextTokenizer = find_tokenizer(self.dataset, settings.tokenizer, self.name)
         self._planter = Planter(self.tokenizer)
         self._lengths = lru_cache(maxsize=2)(self._lengths_of)
-        self._build = lru_cache(maxsize=KEPT)(self._built)
-        self._refuse_too_short(seq_length)
+        self._refuse_too_short()
 
     @property
     def made_with(self) -> dict[str, str] | None:
@@ -63,75 +69,51 @@ class TaskDocuments(DomainStream):
         """Highest id + 1."""
         return super().vocabulary_size or self.tokenizer.vocabulary_size
 
-    def copy_of_sample(self, j: int, seq_length: int, first: int, out: np.ndarray) -> None:
-        """Fill `out` with the tokens of sample j from `first` on, zeros behind its document."""
-        tokens = self._build(j, seq_length)[0][first : first + len(out)]
-        out[: len(tokens)] = tokens
-        out[len(tokens) :] = 0
+    def piece(self, j: int) -> Piece:
+        """Sample j of this domain."""
+        return _TaskPiece(self, j)
 
-    def targets_of_sample(self, j: int, seq_length: int) -> np.ndarray | None:
-        """bool [seq_length + 1]: the answer's tokens; None where all tokens count."""
-        if not self._settings.answer_only:
-            return None
-        first, end = self._build(j, seq_length)[1]
-        targets = np.zeros(seq_length + 1, bool)
-        targets[first:end] = True
-        return targets
+    def tokens_of_pieces(self, pieces: int) -> int:
+        """Tokens of documents in the first `pieces` samples."""
+        blocks, rest = divmod(pieces, SPREAD)
+        return blocks * int(self._lengths(0).sum()) + int(self._lengths(blocks)[:rest].sum())
 
-    def planted_in_sample(self, j: int, seq_length: int) -> list[Span]:
-        """(first token, end) of every note, and of question and answer, in sample j."""
-        return self._build(j, seq_length)[2]
-
-    def documents_of_sample(self, j: int, seq_length: int) -> np.ndarray:
-        """int64: 0, and where padding begins."""
-        return np.array([0, self.filled_of_sample(j, seq_length)], np.int64)
-
-    def filled_of_sample(self, j: int, seq_length: int) -> int:
-        """Tokens of sample j's document, at most seq_length."""
-        block, place = divmod(j, SPREAD)
-        return int(self._lengths(block, seq_length)[place])
-
-    def cuts_of_sample(self, j: int, seq_length: int) -> tuple[bool, bool]:
-        """A task is whole, whatever its haystack is a part of."""
-        return False, False
-
-    def tokens_of_samples(self, samples: int, seq_length: int) -> int:
-        """Tokens of documents in the first `samples` samples."""
-        blocks, rest = divmod(samples, SPREAD)
-        return blocks * int(self._lengths(0, seq_length).sum()) + int(self._lengths(blocks, seq_length)[:rest].sum())
-
-    def lengths_by_class(self, seq_length: int) -> list[tuple[np.ndarray, float]]:
+    def lengths_by_class(self) -> list[tuple[np.ndarray, float]]:
         """Tokens of the tasks, with the times as many tokens as an epoch of the haystack hold them."""
-        lengths = self._lengths(0, seq_length)
+        lengths = self._lengths(0)
         return [(lengths, self.tokens_per_epoch / int(lengths.sum()))]
 
-    def _random(self, number: int, seq_length: int, purpose: int) -> np.random.RandomState:
+    def _random(self, number: int, purpose: int) -> np.random.RandomState:
         """A seed of eight numbers, apart from those of the base."""
-        return np.random.RandomState(
-            [*self._seed, number & 0xFFFFFFFF, number >> 32, seq_length & 0xFFFFFFFF, purpose, 0]
-        )
+        numbers = [number & 0xFFFFFFFF, number >> 32, self.seq_length & 0xFFFFFFFF, purpose, 0]
+        return np.random.RandomState([*self._seed, *numbers])
 
-    def _lengths_of(self, block: int, seq_length: int) -> np.ndarray:
+    def length_of(self, j: int) -> int:
+        """Tokens of sample j's document, at most S."""
+        block, place = divmod(j, SPREAD)
+        return int(self._lengths(block)[place])
+
+    def _lengths_of(self, block: int) -> np.ndarray:
         """int64 [SPREAD]: tokens of the documents of one block of samples."""
-        shortest = self._settings.min_length or seq_length
-        steps = 2 * self._random(block, seq_length, 0).permutation(SPREAD) + 1
-        return shortest + steps * (seq_length - shortest + 1) // (2 * SPREAD)
+        shortest = self._shortest
+        steps = 2 * self._random(block, 0).permutation(SPREAD) + 1
+        return shortest + steps * (self.seq_length - shortest + 1) // (2 * SPREAD)
 
-    def _built(self, j: int, seq_length: int) -> Built:
-        """(tokens of sample j's document, where its answer stands, what to show of it)."""
-        random = self._random(j, seq_length, 1)
+    def build(self, j: int) -> Built:
+        """Make sample j's document."""
+        random = self._random(j, 1)
         task = draw_task(self._settings, random)
         depths = np.sort(random.random_sample(len(task.planted))).tolist()
         before, after = self._around
         notes = [self.tokenizer.encode(f"\n{sentence}\n") for sentence in task.planted]
         question = self.tokenizer.encode(f"\n\n{task.question}\nAnswer:")
-        room = self.filled_of_sample(j, seq_length) - len(before) - len(question) - len(after) - sum(map(len, notes))
-        text, answer = self._text_and_answer(task, self.piece(j, seq_length) * seq_length, room)
+        room = self.length_of(j) - len(before) - len(question) - len(after) - sum(map(len, notes))
+        text, answer = self._text_and_answer(task, self.place_of(j) * self.seq_length, room)
         text, spans = self._planter.plant(text, notes, depths)
         first = len(before) + len(text) + len(question)
         tokens = np.concatenate([np.array(before, np.int64), text, np.array([*question, *answer, *after], np.int64)])
         shown = [(begin + len(before), end + len(before)) for begin, end in spans]
-        return (
+        return Built(
             tokens.astype(self.dataset.dtype),
             (first, first + len(answer)),
             [*shown, (first - len(question), len(tokens))],
@@ -181,9 +163,18 @@ class TaskDocuments(DomainStream):
     def _line_break(self) -> int:
         return self.tokenizer.encode("\n")[-1]
 
-    def _refuse_too_short(self, seq_length: int) -> None:
-        shortest = self._settings.min_length or seq_length
-        most = max(self._room_taken(number, seq_length) for number in range(LOOKED_AT))
+    @property
+    def _shortest(self) -> int:
+        return self._settings.min_length or self.seq_length
+
+    @property
+    def answer_only(self) -> bool:
+        """Whether nothing but answers counts in the loss."""
+        return self._settings.answer_only
+
+    def _refuse_too_short(self) -> None:
+        shortest = self._shortest
+        most = max(self._room_taken(number) for number in range(LOOKED_AT))
         if shortest < 2 * most:
             key = "synthetic.min_length" if self._settings.min_length else "data.seq_length"
             raise UserError(
@@ -191,8 +182,52 @@ class TaskDocuments(DomainStream):
                 f"{self._settings.task} take {most} tokens and must be less than half of it; write {2 * most} or more"
             )
 
-    def _room_taken(self, j: int, seq_length: int) -> int:
-        task = draw_task(self._settings, self._random(j, seq_length, 1))
+    def _room_taken(self, j: int) -> int:
+        task = draw_task(self._settings, self._random(j, 1))
         written = "".join(f"\n{sentence}\n" for sentence in task.planted) + f"\n\n{task.question}\nAnswer:"
         answer = " strawberries," * self._settings.words if task.reads_text else f" {task.answer('')}"
         return len(self.tokenizer.encode(written + answer)) + len(self._separator["ids"])
+
+
+class _TaskPiece(Piece):
+    """Sample j of a stream of tasks; its text is made once."""
+
+    def __init__(self, stream: TaskDocuments, j: int) -> None:
+        self._stream, self._j = stream, j
+
+    @cached_property
+    def _built(self) -> Built:
+        return self._stream.build(self._j)
+
+    @property
+    def tokens(self) -> StoredTokens:
+        return StoredTokens(self._stream.seq_length + 1, self._copy)
+
+    @property
+    def starts(self) -> np.ndarray:
+        return np.array([0, self.filled], np.int64)
+
+    @property
+    def filled(self) -> int:
+        return self._stream.length_of(self._j)
+
+    @property
+    def cut(self) -> tuple[bool, bool]:
+        return False, False  # a task is whole, whatever its haystack is a part of
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        if not self._stream.answer_only:
+            return None
+        targets = np.zeros(self._stream.seq_length + 1, bool)
+        targets[slice(*self._built.answer)] = True
+        return targets
+
+    @property
+    def planted(self) -> list[Span]:
+        return self._built.planted
+
+    def _copy(self, first: int, out: np.ndarray) -> None:
+        tokens = self._built.tokens[first : first + len(out)]
+        out[: len(tokens)] = tokens
+        out[len(tokens) :] = 0

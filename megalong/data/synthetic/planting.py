@@ -11,12 +11,12 @@ from functools import cache
 
 import numpy as np
 
+from megalong.data.samples.piece import Span
 from megalong.data.tokenizer import TextTokenizer
 
 WINDOW = 64
 ENDS = (".", "!", "?", "。", "！", "？")
 BROKEN = "\ufffd"
-Span = tuple[int, int]
 
 
 class Planter:

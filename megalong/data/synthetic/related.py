@@ -18,7 +18,8 @@ from functools import partial
 
 import numpy as np
 
-from megalong.data.samples.whole_documents import Packed, WholeDocuments, pieces
+from megalong.data.samples.piece import Piece
+from megalong.data.samples.whole_documents import Bin, Packed, WholeDocuments, parts
 from megalong.data.synthetic.joining import AT_ONCE, joined
 from megalong.data.synthetic.sketch import looked_at, sketches
 
@@ -29,9 +30,10 @@ class RelatedDocuments(WholeDocuments):
     STORED_AS = "related"
     ALIKE = False  # other documents meet, and fill their samples otherwise
 
-    def _pack(self, epoch: int, seq_length: int) -> Packed:
+    def _pack(self, epoch: int) -> Packed:
+        seq_length = self.seq_length
         order = self.order(epoch)
-        documents, firsts, lengths = pieces(order, self.lengths[order], seq_length)
+        documents, firsts, lengths = parts(order, self.lengths[order], seq_length)
         groups = [np.array([alone]) for alone in np.flatnonzero(lengths > seq_length)]
         rest = np.flatnonzero(lengths <= seq_length)
         for part in np.array_split(rest, max(1, -(-len(rest) // AT_ONCE))):
@@ -49,13 +51,19 @@ class RelatedDocuments(WholeDocuments):
         parts = [self.dataset.read(start + first, count) for first, count in looked_at(int(lengths[number]))]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def documents_of_sample(self, j: int, seq_length: int) -> np.ndarray:
-        """int64: 0, and where padding begins."""
-        filled = self.filled_of_sample(j, seq_length)
-        return np.array([0, filled] if filled <= seq_length else [0], np.int64)
+    def _bin(self, documents: np.ndarray, firsts: np.ndarray, lengths: np.ndarray) -> Piece:
+        return _Joined(self, documents, firsts, lengths)
 
-    def lengths_by_class(self, seq_length: int) -> list[tuple[np.ndarray, float]]:
+    def lengths_by_class(self) -> list[tuple[np.ndarray, float]]:
         """Tokens of the joined documents of the first epoch, with the times an epoch holds them on average."""
-        lengths, ends = self._samples(0, seq_length)[2:]
+        lengths, ends = self._samples(0)[2:]
         tokens = np.diff(np.cumsum(lengths)[ends - 1], prepend=0)
         return [(tokens, self.tokens_per_epoch / max(1, int(tokens.sum())))]
+
+
+class _Joined(Bin):
+    """A bin that is one document."""
+
+    @property
+    def starts(self) -> np.ndarray:
+        return np.array([0, self.filled] if self.filled <= self.stream.seq_length else [0], np.int64)

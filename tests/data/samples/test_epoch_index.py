@@ -36,7 +36,7 @@ def test_prepared_samples_are_the_same_and_nobody_else_shuffles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [dataset(tmp_path / name, seed) for seed, name in enumerate("ab")]
-    plain = [samples(paths, None).sample(k) for k in range(200)]
+    plain = [samples(paths, None).row(k).tokens[:] for k in range(200)]
     samples(paths, tmp_path / "index").prepare(0, 200)
 
     def refuse(*what: object) -> None:
@@ -48,7 +48,7 @@ def test_prepared_samples_are_the_same_and_nobody_else_shuffles(
     monkeypatch.setattr(IndexedDataset, "document_starts", property(refuse))
     mapped = samples(paths, tmp_path / "index")
     for k, expected in enumerate(plain):
-        np.testing.assert_array_equal(mapped.sample(k), expected)
+        np.testing.assert_array_equal(mapped.row(k).tokens[:], expected)
     mapped.prepare(0, 200)
 
 
@@ -63,7 +63,7 @@ def test_a_dataset_made_anew_gets_a_new_index(tmp_path: Path) -> None:
     renewed.prepare(0, 50)
     assert len(set(index.iterdir()) - old) == len(old)
     for k in range(50):
-        np.testing.assert_array_equal(renewed.sample(k), samples([path], None).sample(k))
+        np.testing.assert_array_equal(renewed.row(k).tokens[:], samples([path], None).row(k).tokens[:])
 
 
 def test_only_the_sidecar_tells_that_a_dataset_was_tokenized_anew(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_whatever_an_order_follows_from_is_in_its_key(tmp_path: Path, seed: int,
     kept.prepare(0, 50)
     assert len(set(index.iterdir()) - old) >= len(old)
     for k in range(50):
-        np.testing.assert_array_equal(kept.sample(k), fresh.sample(k))
+        np.testing.assert_array_equal(kept.row(k).tokens[:], fresh.row(k).tokens[:])
 
 
 def test_what_was_checked_once_and_then_cut_is_still_told(tmp_path: Path) -> None:
@@ -105,11 +105,11 @@ def test_what_was_checked_once_and_then_cut_is_still_told(tmp_path: Path) -> Non
 
 def test_a_damaged_index_is_none(tmp_path: Path) -> None:
     path, index = dataset(tmp_path / "a", 0), tmp_path / "index"
-    expected = samples([path], None).sample(3)
+    expected = samples([path], None).row(3).tokens[:]
     samples([path], index).prepare(0, 5)
     for file in index.glob("*/*.npy"):
         file.write_bytes(file.read_bytes()[:-30])
     renewed = samples([path], index)
-    np.testing.assert_array_equal(renewed.sample(3), expected)
+    np.testing.assert_array_equal(renewed.row(3).tokens[:], expected)
     renewed.prepare(0, 5)
     assert all(np.load(file, mmap_mode="r") is not None for file in index.glob("*/*.npy"))

@@ -97,17 +97,17 @@ RULES = [
 def test_samples_are_slices_of_the_concatenated_epochs(tmp_path: Path, rules: Lengths, seq_length: int) -> None:
     lengths = [3, 0, 40, 1, 20, 0, 35, 1, 12, 22, 40]
     data = IndexedDataset(dataset(tmp_path / "a", lengths))
-    stream = DomainStream(data.prefix, "1,0", "train", 5, "a", rules)
+    stream = DomainStream(data.prefix, seq_length, "1,0", "train", 5, "a", rules)
     orders = [stream.order(epoch).tolist() for epoch in range(260)]
     ids = [number for order in orders for number in order]
     whole = np.concatenate([data.document(number) for number in ids])
     begins = np.cumsum([0] + [lengths[number] for number in ids])
-    again = DomainStream(data.prefix, "1,0", "train", 5, "a", rules)
+    again = DomainStream(data.prefix, seq_length, "1,0", "train", 5, "a", rules)
     for j in (2, 0, 1):
-        start = again.piece(j, seq_length) * seq_length
-        np.testing.assert_array_equal(again.sample(j, seq_length), whole[start : start + seq_length + 1])
+        start = again.place_of(j) * seq_length
+        np.testing.assert_array_equal(again.piece(j).tokens[:], whole[start : start + seq_length + 1])
         inside = begins[(begins > start) & (begins <= start + seq_length)] - start
-        np.testing.assert_array_equal(again.documents_of_sample(j, seq_length), [0, *inside])
+        np.testing.assert_array_equal(again.piece(j).starts, [0, *inside])
 
 
 def mixture(path: Path, **rules: Any) -> list[Domain]:
@@ -118,7 +118,7 @@ def test_upsampling_never_leaks_held_out_documents(tmp_path: Path) -> None:
     lengths = [int(n) for n in np.random.default_rng(2).integers(1, 60, 80)]
     entries = mixture(dataset(tmp_path / "a", lengths), below=20, keep=0.5, above=30, repeat=3)
     parts = [PackedSamples(entries, 8, 1, "80,20", part) for part in ("train", "validation")]
-    seen = [{int(token) // 100 for k in range(1200) for token in packed.sample(k)} for packed in parts]
+    seen = [{int(token) // 100 for k in range(1200) for token in packed.row(k).tokens[:]} for packed in parts]
     assert not seen[0] & seen[1]
     assert seen[0] | seen[1] == set(range(80)), "what is kept by halves gets its turn"
 
@@ -129,8 +129,8 @@ def test_a_cap_on_repeats_counts_what_is_really_shown(tmp_path: Path) -> None:
     for samples in (1, 20, 150, 151, 400):
         entries = mixture(path, above=20, repeat=2, max_repeats=4)
         packed = PackedSamples(entries, 8, 3, "1,0")
-        shown = Counter(int(token) for k in range(samples) for token in packed.sample(k)[:-1])
-        most = packed.streams[0].most_repeats(samples, 8)
+        shown = Counter(int(token) for k in range(samples) for token in packed.row(k).tokens[:-1])
+        most = packed.streams[0].most_repeats(samples)
         assert max(shown.values()) <= most
         if most > 4:
             with pytest.raises(UserError, match=f"a: this run shows documents up to {most} times.*allows 4"):
@@ -140,8 +140,8 @@ def test_a_cap_on_repeats_counts_what_is_really_shown(tmp_path: Path) -> None:
     assert most > 4
     for seed in range(5):  # the first sample of a block that begins in the third epoch and ends in the fourth
         packed = PackedSamples(mixture(path, above=20, repeat=2), 9, seed, "1,0")
-        shown = Counter(int(token) for k in range(373) for token in packed.sample(k)[:-1])
-        assert max(shown.values()) <= packed.streams[0].most_repeats(373, 9)
+        shown = Counter(int(token) for k in range(373) for token in packed.row(k).tokens[:-1])
+        assert max(shown.values()) <= packed.streams[0].most_repeats(373)
     assert PackedSamples(mixture(path, max_repeats=1), 8, 3, "1,0").refuse_repeats(90) is None
     with pytest.raises(UserError, match="up to 2 times"):
         PackedSamples(mixture(path, max_repeats=1), 8, 3, "1,0").refuse_repeats(91)
@@ -187,4 +187,4 @@ def test_rules_change_nothing_where_they_ask_for_nothing(tmp_path: Path) -> None
     plain = PackedSamples([SimpleNamespace(name="a", path=str(path), weight=1, lengths=None)], 8, 1, "1,0")
     ruled = PackedSamples(mixture(path, drop_above=100, above=50, repeat=2.5), 8, 1, "1,0")
     for k in range(60):
-        np.testing.assert_array_equal(plain.sample(k), ruled.sample(k))
+        np.testing.assert_array_equal(plain.row(k).tokens[:], ruled.row(k).tokens[:])

@@ -49,21 +49,21 @@ def entry(path: Path, weight: float = 1.0, name: str | None = None) -> SimpleNam
 def test_samples_are_slices_of_the_concatenated_epochs(tmp_path: Path, seq_length: int) -> None:
     """Epochs of 100 tokens: sequences shorter and far longer than an epoch, documents empty and of one token."""
     data = IndexedDataset(dataset(tmp_path / "a", [3, 0, 40, 1, 20, 0, 35, 1]))
-    stream = DomainStream(data.prefix, "1,0", "train", 5, "a")
+    stream = DomainStream(data.prefix, seq_length, "1,0", "train", 5, "a")
     orders = [stream.order(epoch).tolist() for epoch in range(60)]
     assert all(sorted(order) == [0, 2, 3, 4, 6, 7] for order in orders)
     assert len({tuple(order) for order in orders}) > 40
     whole = np.concatenate([data.document(number) for order in orders for number in order])
-    samples = [stream.sample(j, seq_length) for j in range(5)]
-    for sample, j in zip(samples, (stream.piece(k, seq_length) for k in range(5)), strict=True):
+    samples = [stream.piece(j).tokens[:] for j in range(5)]
+    for sample, j in zip(samples, (stream.place_of(k) for k in range(5)), strict=True):
         assert sample.dtype == np.int64
         np.testing.assert_array_equal(sample, whole[j * seq_length : (j + 1) * seq_length + 1])
 
 
 def test_blocks_of_samples_are_shuffled_pieces(tmp_path: Path) -> None:
     """Each block of an epoch's pieces comes once, not in the order of the stream, and no two blocks alike."""
-    stream = DomainStream(str(dataset(tmp_path / "a", [50] * 20)), "1,0", "train", 5, "a")
-    pieces = np.array([stream.piece(j, 10) for j in range(300)]).reshape(3, 100)
+    stream = DomainStream(str(dataset(tmp_path / "a", [50] * 20)), 10, "1,0", "train", 5, "a")
+    pieces = np.array([stream.place_of(j) for j in range(300)]).reshape(3, 100)
     for block, order in enumerate(pieces - np.arange(0, 300, 100)[:, None]):
         assert sorted(order.tolist()) == list(range(100)), block
         assert np.mean(np.abs(np.diff(order)) == 1) < 0.1
@@ -74,7 +74,7 @@ def test_every_token_of_an_epoch_is_a_target_or_input_exactly_once(tmp_path: Pat
     lengths = [int(n) for n in np.random.default_rng(1).integers(0, 90, 64)]
     lengths[0] += -sum(lengths) % 16
     samples = PackedSamples([entry(dataset(tmp_path / "a", lengths))], 16, seed=3, split="100,0")
-    epoch = np.concatenate([samples.sample(k)[:-1] for k in range(sum(lengths) // 16)])
+    epoch = np.concatenate([samples.row(k).tokens[:-1] for k in range(sum(lengths) // 16)])
     data = IndexedDataset(tmp_path / "a")
     assert sorted(epoch.tolist()) == sorted(data.read(0, data.num_tokens).tolist())
 
@@ -89,16 +89,16 @@ def test_random_access_seed_and_part(tmp_path: Path) -> None:
         return PackedSamples(mixture, 8, seed, "80,20", part)
 
     one, other = made(1), made(1)
-    forwards = [one.sample(k) for k in range(300)]
-    backwards = [other.sample(k) for k in reversed(range(300))][::-1]
+    forwards = [one.row(k).tokens[:] for k in range(300)]
+    backwards = [other.row(k).tokens[:] for k in reversed(range(300))][::-1]
     np.testing.assert_array_equal(forwards, backwards)
-    assert not np.array_equal(forwards, [made(2).sample(k) for k in range(300)])
+    assert not np.array_equal(forwards, [made(2).row(k).tokens[:] for k in range(300)])
     domains = [one.domain_of(k) for k in range(300)]
     assert domains == ["a" if sample[0] < 100000 else "b" for sample in forwards]
     assert domains.count("a") == 210
     train = {int(token) for sample in forwards for token in sample}
     validation = made(2, "validation")
-    held_out = {int(token) for k in range(300) for token in validation.sample(k)}
+    held_out = {int(token) for k in range(300) for token in validation.row(k).tokens[:]}
     assert not train & held_out
     assert len(train | held_out) == 40 * 30 + 50 * 9
 
@@ -107,9 +107,11 @@ def test_a_dataset_listed_twice_holds_out_the_same_documents(tmp_path: Path) -> 
     path = dataset(tmp_path / "a", [10] * 50)
     mixture = [entry(path, 1, "short"), entry(path, 1, "long")]
     samples, held_out = (PackedSamples(mixture, 8, 1, "80,20", part) for part in ("train", "validation"))
-    seen = {int(token) for k in range(400) for token in samples.sample(k)}
-    assert not seen & {int(token) for k in range(400) for token in held_out.sample(k)}
-    assert not np.array_equal(samples.sample(0), samples.sample(1)), "two entries walk the dataset in different orders"
+    seen = {int(token) for k in range(400) for token in samples.row(k).tokens[:]}
+    assert not seen & {int(token) for k in range(400) for token in held_out.row(k).tokens[:]}
+    assert not np.array_equal(samples.row(0).tokens[:], samples.row(1).tokens[:]), (
+        "two entries walk the dataset in different orders"
+    )
 
 
 def test_describe_counts_tokens_and_epochs(tmp_path: Path) -> None:
@@ -122,9 +124,9 @@ def test_describe_counts_tokens_and_epochs(tmp_path: Path) -> None:
 
 def test_orders_are_frozen(tmp_path: Path) -> None:
     """A change of these numbers changes the data of every resumed run and leaks its held-out documents."""
-    stream = DomainStream(str(dataset(tmp_path / "a", [1] * 8)), "1,0", "train", 1234, "a")
+    stream = DomainStream(str(dataset(tmp_path / "a", [1] * 8)), 1, "1,0", "train", 1234, "a")
     assert [stream.order(epoch).tolist() for epoch in (0, 1)] == FROZEN_ORDERS
-    assert [stream.piece(j, 1) for j in range(8)] == FROZEN_PIECES
+    assert [stream.place_of(j) for j in range(8)] == FROZEN_PIECES
     assert documents_of_part(20, "80,20", "validation", "a").tolist() == FROZEN_SPLIT
 
 
@@ -192,7 +194,7 @@ def test_bad_mixtures_are_told(tmp_path: Path) -> None:
 def test_a_dataset_of_megatron_without_sidecar_is_sampled(tmp_path: Path) -> None:
     path = dataset(tmp_path / "a", [5] * 20)
     assert IndexedDataset(path).sidecar is None
-    assert PackedSamples([entry(path)], 8, 1, "99,1").sample(0).shape == (9,)
+    assert PackedSamples([entry(path)], 8, 1, "99,1").row(0).tokens[:].shape == (9,)
 
 
 @settings(max_examples=20, deadline=None)

@@ -36,7 +36,7 @@ def test_an_epoch_of_packs_holds_every_token_once(tmp_path: Path, packing: str) 
     lengths[-1] += -sum(lengths) % 32
     samples = PackedSamples([short(dataset(tmp_path / "a", lengths))], 32, 3, "100,0", packing=packing)
     rows = sum(lengths) // 32
-    seen = np.concatenate([samples.sample(k)[:-1] for k in range(rows)])
+    seen = np.concatenate([samples.row(k).tokens[:-1] for k in range(rows)])
     assert len(set(seen.tolist())) == len(seen) == sum(lengths)
     assert samples.describe(rows)[0].epochs == 1
 
@@ -49,7 +49,7 @@ def test_packs_are_apart(tmp_path: Path, packing: str) -> None:
     for k in range(30):
         sample = samples.read(k)
         tokens, targets, positions = sample.tokens[:], targets_of(sample, True), positions_of(sample, True)
-        np.testing.assert_array_equal(tokens, samples.sample(k))
+        np.testing.assert_array_equal(tokens, samples.row(k).tokens[:])
         np.testing.assert_array_equal(tokens[5:19], sample.tokens[5:19])
         assert set(range(0, 32, 8)) <= set(sample.documents.tolist())
         assert not targets[::8].any()
@@ -59,18 +59,18 @@ def test_packs_are_apart(tmp_path: Path, packing: str) -> None:
             same = tokens[place] - tokens[place - 1] == 1
             assert same or packing == "naive"
             some += 1
-        assert samples.held(k) == samples.pieces(k).sum()
+        assert samples.row(k).held == samples.row(k).lengths.sum()
     assert some > 30 * 8
 
 
 def test_best_fit_packs_hold_every_target_of_an_epoch_once(tmp_path: Path) -> None:
     samples = packs(tmp_path, "best_fit")
     stream = samples.streams[0]
-    rows = stream._count(0, 7) // 4  # type: ignore[attr-defined]
+    rows = stream._count(0) // 4  # type: ignore[attr-defined]
     learnt = [
         int(token)
         for sample in (samples.read(k) for k in range(rows))
-        for token in sample.tokens[:][targets_of(sample, True)]
+        for token in sample.tokens[targets_of(sample, True)]
     ]
     wanted = sum(length - 1 for length in LENGTHS)
     assert len(set(learnt)) == len(learnt)
@@ -84,14 +84,14 @@ def test_weights_are_shares_of_tokens_beside_packs(tmp_path: Path, packing: str)
     samples = PackedSamples(mixture, 32, 3, "80,20", packing=packing)
     held = {"long": 0, "short": 0}
     for k in range(1000):
-        held[samples.domain_of(k)] += samples.held(k) if packing == "best_fit" else 32
+        held[samples.domain_of(k)] += samples.row(k).held if packing == "best_fit" else 32
     assert held["long"] / sum(held.values()) == pytest.approx(0.15, abs=3e-3)
     if packing == "naive":
         long = next(k for k in range(1000) if samples.domain_of(k) == "long")
         assert samples.read(long).documents.tolist() == [0]
     validation = PackedSamples(mixture, 32, 3, "80,20", "validation", packing=packing)
     documents = [
-        {int(token) // 100 for k in range(200) for token in one.read(k).tokens[: one.filled(k)]}
+        {int(token) // 100 for k in range(200) for token in one.read(k).tokens[: one.row(k).filled]}
         for one in (samples, validation)
     ]
     if packing != "best_fit":  # zeros between packs would count as document 0

@@ -53,14 +53,14 @@ def packed(path: Path, packing: str, rules: Lengths | None = None, **named: Any)
 def epoch(samples: PackedSamples, number: int = 0) -> list[int]:
     """Numbers of the samples that make up an epoch."""
     stream: Any = samples.streams[0]
-    first = sum(stream._count(e, S) for e in range(number))
-    return list(range(first, first + stream._count(number, S)))
+    first = sum(stream._count(e) for e in range(number))
+    return list(range(first, first + stream._count(number)))
 
 
 def pieces(samples: PackedSamples, k: int) -> list[list[int]]:
     """The tokens of sample k, document by document, without padding."""
-    tokens, filled = samples.sample(k), samples.filled(k)
-    starts = [start for start in samples.documents(k).tolist() if start < filled]
+    tokens, filled = samples.row(k).tokens[:], samples.row(k).filled
+    starts = [start for start in samples.row(k).starts.tolist() if start < filled]
     return [tokens[a:b].tolist() for a, b in zip(starts, [*starts[1:], filled], strict=True)]
 
 
@@ -69,8 +69,8 @@ def test_an_epoch_holds_every_target_once_and_cuts_nothing_that_fits(tmp_path: P
     samples = packed(dataset(tmp_path / "a", LENGTHS), "best_fit")
     targets: Counter[int] = Counter()
     for k in epoch(samples, number):
-        assert samples.sample(k).shape == (S + 1,)
-        assert np.all(samples.sample(k)[samples.filled(k) :] == 0)
+        assert samples.row(k).tokens[:].shape == (S + 1,)
+        assert np.all(samples.row(k).tokens[samples.row(k).filled :] == 0)
         for piece in pieces(samples, k):
             assert piece == list(range(piece[0], piece[0] + len(piece))), "a piece is tokens of one document in a row"
             targets.update(piece[1:])
@@ -85,7 +85,7 @@ def test_whole_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     seen = sorted(tuple(piece) for k in epoch(samples) for piece in pieces(samples, k))
     fits = [d for d, length in enumerate(LENGTHS) if 0 < length <= S + 1]
     assert seen == [tuple(range(100 * d, 100 * d + LENGTHS[d])) for d in fits]
-    assert not any(any(samples.cuts(k)) for k in epoch(samples))
+    assert not any(any(samples.row(k).cuts) for k in epoch(samples))
     with pytest.raises(UserError, match="none of the 3 documents of a/train holds 1 to 33 tokens"):
         packed(dataset(tmp_path / "b", [34, 80, 99]), "whole")
 
@@ -96,7 +96,7 @@ def test_cuts_are_told(tmp_path: Path) -> None:
         found = pieces(samples, k)
         begun = any(piece[0] % 100 for piece in found)
         goes_on = any(piece[-1] % 100 + 1 < LENGTHS[piece[0] // 100] for piece in found)
-        assert samples.cuts(k) == (begun, goes_on)
+        assert samples.row(k).cuts == (begun, goes_on)
 
 
 def test_epochs_differ_and_length_rules_hold(tmp_path: Path) -> None:
@@ -109,14 +109,14 @@ def test_epochs_differ_and_length_rules_hold(tmp_path: Path) -> None:
     for document, length in enumerate(LENGTHS):
         wanted = {0: [0]}.get(length) or ([1, 2, 3] if length < 10 else [8] if length > 30 else [4])
         assert counts[document] in wanted
-    first, second = (sorted(samples.sample(k).tolist() for k in epoch(samples, number)) for number in (0, 1))
+    first, second = (sorted(samples.row(k).tokens[:].tolist() for k in epoch(samples, number)) for number in (0, 1))
     assert first != second
 
 
 def test_other_ranks_read_what_one_has_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, index = dataset(tmp_path / "a", LENGTHS), tmp_path / "index"
     fresh = packed(path, "best_fit")
-    expected = [(fresh.sample(k).tolist(), fresh.documents(k).tolist(), fresh.filled(k)) for k in range(60)]
+    expected = [(fresh.row(k).tokens[:].tolist(), fresh.row(k).starts.tolist(), fresh.row(k).filled) for k in range(60)]
     packed(path, "best_fit", index_folder=index).prepare(0, 60)
 
     def refuse(*what: object) -> None:
@@ -124,7 +124,9 @@ def test_other_ranks_read_what_one_has_packed(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("megalong.data.samples.whole_documents.best_fit", refuse)
     mapped = packed(path, "best_fit", index_folder=index)
-    assert [(mapped.sample(k).tolist(), mapped.documents(k).tolist(), mapped.filled(k)) for k in range(60)] == expected
+    assert [
+        (mapped.row(k).tokens[:].tolist(), mapped.row(k).starts.tolist(), mapped.row(k).filled) for k in range(60)
+    ] == expected
 
 
 def test_samples_are_shuffled_and_their_order_is_frozen(tmp_path: Path) -> None:
@@ -147,7 +149,7 @@ def test_weights_are_shares_of_tokens_whatever_is_padded(tmp_path: Path) -> None
     samples = PackedSamples(mixture, S, 5, "1,0", packing="best_fit")
     tokens = Counter({"a": 0, "b": 0})
     for k in range(300):
-        tokens[samples.domain_of(k)] += samples.filled(k)
+        tokens[samples.domain_of(k)] += samples.row(k).filled
     assert tokens["a"] == pytest.approx(tokens["b"], abs=33)
     a, b = samples.describe(300)
     assert (a.tokens, b.tokens) == (tokens["a"], tokens["b"])
@@ -156,8 +158,8 @@ def test_weights_are_shares_of_tokens_whatever_is_padded(tmp_path: Path) -> None
 def test_padding_is_no_target_and_a_document_of_its_own(tmp_path: Path) -> None:
     samples = packed(dataset(tmp_path / "a", LENGTHS), "best_fit")
     rows = epoch(samples)
-    whole = torch.from_numpy(np.stack([samples.sample(k) for k in rows]))
-    documents, filled = [samples.documents(k) for k in rows], [samples.filled(k) for k in rows]
+    whole = torch.from_numpy(np.stack([samples.row(k).tokens[:] for k in rows]))
+    documents, filled = [samples.row(k).starts for k in rows], [samples.row(k).filled for k in rows]
     batch = shard_samples(whole, TokenLayout(), 0, documents=documents, filled=filled)
     counted = batch.loss_mask.bool()
     found = sorted(batch.labels[counted].tolist())

@@ -35,8 +35,8 @@ def test_an_epoch_holds_every_target_once_in_samples_of_one_document(tmp_path: P
     samples = packed(dataset(tmp_path / "a", LENGTHS))
     targets: Counter[int] = Counter()
     for k in epoch(samples, number):
-        filled, tokens = samples.filled(k), samples.sample(k)
-        assert samples.documents(k).tolist() == ([0, filled] if filled <= S else [0])
+        filled, tokens = samples.row(k).filled, samples.row(k).tokens[:]
+        assert samples.row(k).starts.tolist() == ([0, filled] if filled <= S else [0])
         assert samples.read(k).targets is None
         assert not tokens[filled:].any()
         borders = [0, *(np.flatnonzero(np.diff(tokens[:filled]) != 1) + 1).tolist(), filled]
@@ -50,9 +50,9 @@ def test_an_epoch_holds_every_target_once_in_samples_of_one_document(tmp_path: P
 def test_little_is_padded_and_rules_hold(tmp_path: Path) -> None:
     lengths = np.random.default_rng(0).integers(2, 30, 300).tolist()
     samples = packed(dataset(tmp_path / "a", lengths), 200, lengths={"above": 20, "repeat": 2})
-    one = range(len(samples.streams[0]._samples(0, 200)[3]))  # type: ignore[attr-defined]
-    assert np.mean([samples.filled(k) for k in one]) > 0.95 * 201
-    tokens = np.concatenate([samples.sample(k)[: samples.filled(k)] for k in one])
+    one = range(len(samples.streams[0]._samples(0)[3]))  # type: ignore[attr-defined]
+    assert np.mean([samples.row(k).filled for k in one]) > 0.95 * 201
+    tokens = np.concatenate([samples.row(k).tokens[: samples.row(k).filled] for k in one])
     begun = np.bincount(tokens[tokens % 100 == 0] // 100)
     assert all(begun[d] == (2 if length > 20 else 1) for d, length in enumerate(lengths))
 
@@ -75,7 +75,7 @@ def purity(samples: PackedSamples, seq_length: int, count: int) -> float:
     """Share of the documents in samples that are of the topic most of their sample's documents are of."""
     of_most = documents = 0
     for k in range(count):
-        tokens = samples.sample(k)[: samples.filled(k)]
+        tokens = samples.row(k).tokens[: samples.row(k).filled]
         found = np.bincount(tokens[tokens < TOPICS], minlength=TOPICS)
         of_most, documents = of_most + int(found.max()), documents + int(found.sum())
     return of_most / documents
@@ -142,7 +142,7 @@ def test_other_ranks_read_what_one_has_joined(tmp_path: Path, monkeypatch: pytes
     mixture = [Domain(name="a", path=str(path), weight=1.0)]
     PackedSamples(mixture, S, 5, "1,0", packing="best_fit", index_folder=index).prepare(0, 40)
     fresh = packed(path)
-    expected = [(fresh.sample(k).tolist(), fresh.documents(k).tolist(), fresh.filled(k)) for k in range(40)]
+    expected = [(fresh.row(k).tokens[:].tolist(), fresh.row(k).starts.tolist(), fresh.row(k).filled) for k in range(40)]
     packed(path, index_folder=index).prepare(0, 40)
 
     def refuse(*what: object) -> None:
@@ -150,4 +150,6 @@ def test_other_ranks_read_what_one_has_joined(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("megalong.data.synthetic.related.joined", refuse)
     mapped = packed(path, index_folder=index)
-    assert [(mapped.sample(k).tolist(), mapped.documents(k).tolist(), mapped.filled(k)) for k in range(40)] == expected
+    assert [
+        (mapped.row(k).tokens[:].tolist(), mapped.row(k).starts.tolist(), mapped.row(k).filled) for k in range(40)
+    ] == expected

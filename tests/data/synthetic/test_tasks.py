@@ -52,7 +52,7 @@ def test_the_answer_is_in_the_text_and_is_what_is_learnt(
         assert document[place] == separator
         assert np.count_nonzero(document == separator) == 1, "separators of the haystack are line breaks"
         assert not sample.tokens[sample.filled :].any()
-        assert samples.documents(k).tolist() == [0, sample.filled]
+        assert samples.row(k).starts.tolist() == [0, sample.filled]
         assert sample.documents.tolist() == ([0] if packing == "naive" else [0, sample.filled])
         (learnt,) = np.nonzero(sample.targets)
         assert np.all(np.diff(learnt) == 1)
@@ -78,13 +78,13 @@ def test_the_rest_is_the_datasets_own_text(haystacks: dict[str, Path], tokenizer
         runs = {tuple(held[at : at + 12].tolist()) for at in range(len(held) - 11)}
         found = total = 0
         for k in range(20):
-            tokens, keep = samples.sample(k), np.ones(S + 1, bool)
-            for first, end in samples.planted(k):
+            tokens, keep = samples.row(k).tokens[:], np.ones(S + 1, bool)
+            for first, end in samples.row(k).planted:
                 keep[first:end] = False
-            assert len(samples.planted(k)) == 7
-            keep[samples.filled(k) :] = False
+            assert len(samples.row(k).planted) == 7
+            keep[samples.row(k).filled :] = False
             text = tokens[keep]
-            own = stream.tokens(stream.piece(k, S) * S, len(text))
+            own = stream.tokens(stream.place_of(k) * S, len(text))
             other = own != text
             assert {*own[other].tolist(), *text[other].tolist()} <= breaks
             windows = [tuple(text[at : at + 12].tolist()) for at in range(0, len(text) - 11, 5)]
@@ -97,20 +97,20 @@ def test_loss_on_everything(haystacks: dict[str, Path]) -> None:
     alone, whole = (opened(haystacks["between"], synthetic={"loss": loss}) for loss in ("answer", "all"))
     for k in range(3):
         assert whole.read(k).targets is None
-        np.testing.assert_array_equal(alone.sample(k), whole.sample(k))
+        np.testing.assert_array_equal(alone.row(k).tokens[:], whole.row(k).tokens[:])
 
 
 def test_lengths_are_spread_evenly_and_known_beforehand(haystacks: dict[str, Path]) -> None:
     samples = opened(haystacks["between"], synthetic={"min_length": 300})
     for first in (0, 3000):
-        lengths = np.array([samples.filled(k) for k in range(first, first + 1000)])
+        lengths = np.array([samples.row(k).filled for k in range(first, first + 1000)])
         assert (lengths.min(), lengths.max()) == (300, S)
         counts = np.histogram(lengths, bins=8, range=(300, S + 1))[0]
         assert np.all(np.abs(counts - 125) <= 2)
         assert np.corrcoef(lengths[:-1], lengths[1:])[0, 1] < 0.1, "shuffled"
     for count in (1, 999, 1000, 2345):
-        assert samples.describe(count)[0].tokens == sum(samples.filled(k) for k in range(count))
-    assert {opened(haystacks["between"]).filled(k) for k in range(50)} == {S}
+        assert samples.describe(count)[0].tokens == sum(samples.row(k).filled for k in range(count))
+    assert {opened(haystacks["between"]).row(k).filled for k in range(50)} == {S}
 
 
 def test_depths_are_uniform(haystacks: dict[str, Path]) -> None:
@@ -118,7 +118,7 @@ def test_depths_are_uniform(haystacks: dict[str, Path]) -> None:
     samples = opened(haystacks["between"], seq_length=400)
     depths = []
     for k in range(400):
-        (first, end), (question, _) = samples.planted(k)
+        (first, end), (question, _) = samples.row(k).planted
         depths.append(first / (question - (end - first)))
     counts = np.histogram(depths, bins=10, range=(0, 1))[0]
     assert np.square(counts - 40).sum() / 40 < 27.9, counts
@@ -161,7 +161,7 @@ from megalong.config.mixture import Domain
 from megalong.data.samples.sampler import PackedSamples
 settings = json.loads(sys.argv[2])
 packed = PackedSamples([Domain(name="a", path=sys.argv[1], weight=1.0, synthetic=settings)], 1000, 5, "80,20")
-print(hashlib.sha256(b"".join(packed.sample(k).tobytes() for k in (900, 3))).hexdigest())
+print(hashlib.sha256(b"".join(packed.row(k).tokens[:].tobytes() for k in (900, 3))).hexdigest())
 """
 
 
@@ -174,8 +174,8 @@ def test_any_process_makes_the_same_samples(task: str, haystacks: dict[str, Path
     )
     mixture = [Domain(name="a", path=str(path), weight=1.0, synthetic={"task": task})]
     packed = PackedSamples(mixture, S, 5, "80,20")
-    _ = [packed.sample(k) for k in (7, 3)]
-    found = hashlib.sha256(b"".join(packed.sample(k).tobytes() for k in (900, 3))).hexdigest()
+    _ = [packed.row(k).tokens[:] for k in (7, 3)]
+    found = hashlib.sha256(b"".join(packed.row(k).tokens[:].tobytes() for k in (900, 3))).hexdigest()
     assert told.stdout.strip() == found
     other = PackedSamples(mixture, S, 6, "80,20")
-    assert other.sample(3).tolist() != packed.sample(3).tolist()
+    assert other.row(3).tokens[:].tolist() != packed.row(3).tokens[:].tolist()

@@ -44,7 +44,7 @@ def test_weights_are_shares_of_tokens(packing: str, haystacks: dict[str, Path]) 
     tokens = dict.fromkeys(samples.names, 0)
     for k in range(4000):
         plain = packing == "naive" and samples.domain_of(k) == "plain"
-        tokens[samples.domain_of(k)] += S if plain else samples.filled(k)
+        tokens[samples.domain_of(k)] += S if plain else samples.row(k).filled
     shares = np.array(list(tokens.values())) / sum(tokens.values())
     np.testing.assert_allclose(shares, [0.5, 0.3, 0.2], atol=2e-3)
     told = samples.describe(4000)

@@ -89,7 +89,7 @@ def _transformers_loss(folder: Path, tree: dict[str, Any], device: torch.device)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     losses = []
     for index in range(config.training.global_batch_size):
-        row = torch.from_numpy(samples.sample(index)).to(device)
+        row = torch.from_numpy(samples.row(index).tokens[:]).to(device)
         with torch.no_grad():
             logits = model(row[None, :-1]).logits[0]
         losses.append(torch.nn.functional.cross_entropy(logits.float(), row[1:]))
