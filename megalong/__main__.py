@@ -1,6 +1,6 @@
-"""`python -m megalong COMMAND`, so that `torchrun -m megalong train ...` works; the console script comes here as well.
+"""`python -m megalong COMMAND`, so that `torchrun -m megalong train ...` works; also the console script's entry point.
 
-Guarded, because writers of checkpoints start processes that import this module again.
+The call is guarded, because checkpoint writers start processes that import this module again.
 """
 
 import os
@@ -10,18 +10,18 @@ from types import FrameType
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C before the command line is read: there is nothing to tidy."""
+    """Handle Ctrl-C before the command line is read: there is nothing to clean up."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.write(2, b"megalong: interrupted\n")
     os._exit(130)
 
 
 def run() -> int:
-    """`megalong.cli.main`, with no traceback for a Ctrl-C while modules are imported, or while the process ends."""
+    """Run `megalong.cli.main`, without a traceback for a Ctrl-C during imports or at exit."""
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if ours:
         signal.signal(signal.SIGINT, _end)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a launcher of ours blocks it until here
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # our launcher blocks it until here
     from megalong.cli import main
 
     if ours:

@@ -1,8 +1,8 @@
 """The command line: its commands, and the function that runs each of them.
 
-One `add_...` function of `commands/` declares a command, and one `_run_...` function runs it and imports
-what it needs when called. So `megalong --help` and `megalong data ...` start without torch, and a broken optional
-package breaks only the command that uses it.
+In `commands/`, an `add_...` function declares a command, and a `_run_...` function runs it and imports what it needs
+when called. So `megalong --help` and `megalong data ...` start without torch, and a broken optional package breaks only
+the command that uses it.
 
 Exit status: 0 success; 2 a user's mistake, printed in one line (under torchrun by one process, see
 `UserError.speaker`); 130 interrupted by Ctrl-C, printed in one line; 1 a bug, with its traceback.
@@ -25,17 +25,17 @@ from megalong.runtime.gpus import set_environment
 _STDOUT = 1
 _FULL, _DENIED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS), (errno.EACCES, errno.EPERM)
 # OS errors that are reported as user errors; without a file name, a denied access is a bug of ours.
-_MENDS = dict.fromkeys(_FULL, "make room there, or write elsewhere") | dict.fromkeys(
+_FIXES = dict.fromkeys(_FULL, "make room there, or write elsewhere") | dict.fromkeys(
     _DENIED, "let this user read and write there, or give another path"
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command (`sys.argv` where no arguments are given) and return its exit status."""
+    """Run one command (None: from `sys.argv`) and return its exit status."""
     set_environment()
     with signals.interruptible() as interrupted:
         try:
-            return _answer(arguments)
+            return _run_command(arguments)
         except BaseException as error:
             if not (interrupted() or isinstance(error, KeyboardInterrupt)):
                 raise
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return signals.STATUS
 
 
-def _answer(arguments: Sequence[str] | None) -> int:
+def _run_command(arguments: Sequence[str] | None) -> int:
     try:
         options = _parse(arguments)
         status: int = options.run(options)
@@ -57,31 +57,31 @@ def _answer(arguments: Sequence[str] | None) -> int:
             raise
         return 1
     except OSError as error:
-        mend = _MENDS.get(error.errno or 0)
-        if mend is None or (error.errno in _DENIED and error.filename is None):
+        fix = _FIXES.get(error.errno or 0)
+        if fix is None or (error.errno in _DENIED and error.filename is None):
             raise
-        print_error(f"{error.filename or 'output'}: {error.strerror}; {mend}")
+        print_error(f"{error.filename or 'output'}: {error.strerror}; {fix}")
         return 2
     except (MemoryError, RuntimeError) as error:
-        asked = _refused_memory(error)
-        if asked is None:
+        out_of_memory = _out_of_memory(error)
+        if out_of_memory is None:
             raise
-        print_error(f"{asked}; use a shorter length, a smaller batch, or more processes", speaker="rank")
+        print_error(f"{out_of_memory}; use a shorter length, a smaller batch, or more processes", speaker="rank")
         return 2
     return status
 
 
-def _refused_memory(error: MemoryError | RuntimeError) -> str | None:
+def _out_of_memory(error: MemoryError | RuntimeError) -> str | None:
     """numpy's or torch's out-of-memory message; None for any other error."""
-    words = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     if isinstance(error, MemoryError):
-        return f"out of memory: {words}" if words else "out of memory"
-    _, found, asked = words.partition("DefaultCPUAllocator: can't allocate memory: ")
-    return f"out of memory: {asked.partition('.')[0]}" if found else None
+        return f"out of memory: {message}" if message else "out of memory"
+    _, found, reason = message.partition("DefaultCPUAllocator: can't allocate memory: ")
+    return f"out of memory: {reason.partition('.')[0]}" if found else None
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout is the pipe that broke (`| head`), and not one between processes; if so, silence the exit."""
+    """Whether stdout is the broken pipe (`| head`), not a pipe between processes; if so, discard further output."""
     poll = select.poll()
     poll.register(_STDOUT, 0)
     if not poll.poll(0):
@@ -92,7 +92,7 @@ def _reader_is_gone() -> bool:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, rest = build_parser().parse_known_args(arguments)
-    # argparse gives up on positional arguments after an option: `train run.yaml --nproc 2 optimizer.lr=1e-4`.
+    # argparse does not accept positional arguments after an option: `train run.yaml --nproc 2 optimizer.lr=1e-4`.
     if "overrides" in options:
         options.overrides = [*options.overrides, *(word for word in rest if not word.startswith("-"))]
         rest = [word for word in rest if word.startswith("-")]

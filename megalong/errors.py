@@ -1,8 +1,8 @@
-"""What a user can get wrong.
+"""Errors for a user's mistakes.
 
-`UserError` is a `ValueError` whose message is one line: the key, the value, why it is wrong and what to write
-instead. The command line prints that line and ends with exit status 2. Every other exception is a bug of ours:
-it keeps its traceback and ends with exit status 1.
+`UserError` is a `ValueError` with a one-line message: the key, the value, why it is wrong and what to write instead.
+The command line prints that line and exits with status 2. Every other exception is a bug of ours: it keeps its
+traceback and exits with status 1.
 """
 
 from typing import Literal
@@ -11,12 +11,12 @@ Speaker = Literal["world", "node", "rank"]
 
 
 class UserError(ValueError):
-    """A mistake in a configuration, a file or an argument, told in one line.
+    """A mistake in a configuration, a file or an argument, in one line.
 
     Attributes:
-        speaker: which of a run's processes prints the line. `world`: rank 0, because every rank meets the mistake;
-            `node`: the first process of each node that meets it, as all processes of that node do; `rank`: every rank
-            that meets it, and no other rank knows of it.
+        speaker: which of a run's processes prints the line. `world`: rank 0, because every rank has the error; `node`:
+            the first process of each node that has it, because all processes of that node have it; `rank`: every rank
+            that has it, because other ranks do not know of it.
     """
 
     speaker: Speaker = "world"
@@ -28,6 +28,6 @@ class UserError(ValueError):
 
 
 class ForeignIdError(UserError):
-    """A dataset holds an id that the model does not have. Ranks that read other samples know nothing of it."""
+    """A dataset contains an id that the model does not have. Ranks that read other samples do not know of it."""
 
     speaker: Speaker = "rank"

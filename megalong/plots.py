@@ -1,4 +1,4 @@
-"""Pictures for files: figures on matplotlib's Agg canvas, without pyplot, so no display and no global state."""
+"""Plots for files: figures on matplotlib's Agg canvas without pyplot, so without a display and global state."""
 
 from pathlib import Path
 
@@ -17,10 +17,10 @@ def new_figure(width: float, height: float, dpi: int = 110) -> Figure:
 
 
 def save(figure: Figure, path: Path, option: str = "--png") -> None:
-    """Write a figure to the PNG `path`, which appears whole or not at all.
+    """Write a figure to the PNG `path`, which is then complete or absent.
 
     Args:
-        option: the command's option that says where to write.
+        option: the command-line option for `path`, for the error message.
 
     Raises:
         UserError: the file cannot be written.

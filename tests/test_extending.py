@@ -31,7 +31,7 @@ TOY = Family(
     "ToyForCausalLM",
     {**family._DEFAULTS, "rms_norm_eps": 1e-4},
     read=lambda config: {},
-    can_say=lambda architecture: architecture.window_size is None,
+    can_describe=lambda architecture: architecture.window_size is None,
     write=lambda architecture: {"toy_version": 1},
 )
 

@@ -1,1 +1,1 @@
-"""Checkpoints: one folder a step, written aside and published by a rename, loadable under any layout."""
+"""Checkpoints: one folder per step, written as `.tmp` and published by a rename, loadable under any layout."""

@@ -1,7 +1,7 @@
-"""Checksums of a checkpoint's files, so that damage is found before anything in them is trained on.
+"""Checksums of a checkpoint's files, so that damage is found before training uses them.
 
-CRC-32 in vector instructions (isal) runs faster than any disk and finds every flipped byte; it guards against faults,
-not against forgery. `megalong.json` holds the other files' checksums, and `megalong.json.crc32` holds its own. Nothing
+CRC-32 in vector instructions (isal) is faster than any disk and finds every flipped byte. It protects against faults,
+not against forgery. `megalong.json` contains the checksums of the other files, `megalong.json.crc32` its own. Nothing
 here needs torch.
 """
 
@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 from isal.isal_zlib import crc32
 
-# Stays in a core's cache from the read to the sum and to the copy: straight to where they belong, bytes would take
-# half as long again.
+# A block stays in a core's cache for the read, the checksum and the copy. Reading directly into the target takes half
+# as long again.
 _BLOCK = 1 << 20
 
 
 class ChecksumReader:
-    """A file that is read from front to back through a small buffer, with the sum of all that has passed.
+    """Reads a file from front to back through a small buffer and computes its checksum.
 
     Args:
-        summed: whether bytes between those asked for are read too, for the sum.
+        summed: whether to compute the checksum; then the bytes between requests are read too.
     """
 
     def __init__(self, path: Path, summed: bool = True) -> None:
@@ -36,10 +36,10 @@ class ChecksumReader:
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # read further ahead
 
     def copy_to(self, offset: int, out: np.ndarray) -> None:
-        """Fill `out`, uint8 [n], with the bytes from `offset` on; what has passed is read again.
+        """Fill `out`, uint8 [n], with the bytes from `offset` on; bytes that were read before are read again.
 
         Raises:
-            EOFError: the file ends before.
+            EOFError: the file is too short.
         """
         while self._summed and self._passed < offset and (size := self._read(self._passed, offset - self._passed)):
             pass
@@ -58,7 +58,7 @@ class ChecksumReader:
         return f"{self._sum:08x}"
 
     def _read(self, offset: int, size: int) -> int:
-        """Read up to `size` bytes from `offset` on into the buffer; how many, 0 at the end of the file."""
+        """Read up to `size` bytes from `offset` on into the buffer. Returns their number, 0 at the end of the file."""
         again = self._passed - offset
         if again > 0:
             size = min(size, again)
@@ -82,25 +82,25 @@ def checksum(path: Path) -> str:
         return reader.checksum()
 
 
-def covered(checkpoint: Path, but: Iterable[str]) -> list[str]:
-    """Every file below `checkpoint` but those named, as relative names in one order on every rank."""
+def covered(checkpoint: Path, exclude: Iterable[str]) -> list[str]:
+    """Every file below `checkpoint` except `exclude`, as relative names, sorted."""
     files = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
-    return sorted(set(files) - set(but))
+    return sorted(set(files) - set(exclude))
 
 
 def damages(checkpoint: Path, wanted: dict[str, str]) -> list[str]:
-    """What is wrong with the files in `wanted` (name → checksum), one phrase each; empty where they are as written."""
-    told: list[str] = []
+    """What is wrong with the files in `wanted` (name → checksum), one phrase each; empty if they are as written."""
+    found: list[str] = []
     for name, value in wanted.items():
         try:
-            told += compared(name, value, checksum(checkpoint / name))
+            found += mismatch(name, value, checksum(checkpoint / name))
         except FileNotFoundError:
-            told.append(f"{name} is missing")
+            found.append(f"{name} is missing")
         except OSError as error:
-            told.append(f"{name} cannot be read ({error.strerror})")
-    return told
+            found.append(f"{name} cannot be read ({error.strerror})")
+    return found
 
 
-def compared(name: str, wanted: str, found: str) -> list[str]:
-    """What a file's checksum says of it, in a phrase; empty where it is as written."""
+def mismatch(name: str, wanted: str, found: str) -> list[str]:
+    """A phrase if a file's checksum is not the wanted one; else empty."""
     return [f"{name} has checksum {found} instead of {wanted}"] if found != wanted else []

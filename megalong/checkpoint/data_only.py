@@ -1,12 +1,12 @@
-"""Checkpoints are data: what would run code when it is loaded is refused by name before anything is loaded.
+"""Checkpoints are data: one that would run code is refused before anything is loaded.
 
-Pickles lie in three places of a checkpoint of Megatron-Core's: `.metadata`, which torch reads with a plain unpickler;
-objects between the tensors of `*.distcp` (random states, param groups), which it loads with `weights_only=False`; and
-`common.pt`. A pickle names each class and function that loading it calls, so a list of those that real checkpoints
-hold decides: the first one outside of it is told. Objects and `common.pt` are held against torch's own list, by loading
-them as `weights_only`.
+A Megatron-Core checkpoint contains pickles in three places: `.metadata`, which torch reads with a plain unpickler;
+objects between the tensors of `*.distcp` (random states, param groups), which torch loads with `weights_only=False`;
+and `common.pt`. A pickle names each class and function that loading it calls. Those in `.metadata` are compared with a
+list of what real checkpoints contain; the error names the first that is not in it. Objects and `common.pt` are compared
+with torch's own list, by loading them with `weights_only`.
 
-Checksums do not help here: who plants a pickle can write them too.
+Checksums do not help here: whoever plants a pickle can also write its checksum.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ _ALLOWED = {
 
 
 def refusal(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Why `checkpoint` is more than data, naming file and function; None where it is not.
+    """Why `checkpoint` is refused, with file and function; None if it contains only data.
 
     Args:
-        part, parts: read this share of its objects only, counted from 0; every share reads `.metadata`.
+        part, parts: read only this share of its objects, counted from 0; every share reads `.metadata`.
     """
     try:
         metadata = _read_metadata(checkpoint / METADATA)
@@ -61,12 +61,12 @@ def refusal(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
         for file in sorted(checkpoint.glob("*.pt")) if part == 0 else ():
             _refuse_code(file.read_bytes(), file.name)
     except _CodeError as error:
-        return f"{checkpoint} is refused: {error}; a checkpoint holds data alone, and loading this would run code"
+        return f"{checkpoint} is refused: {error}; a checkpoint must contain only data, and loading this would run code"
     return None
 
 
 class _CodeError(Exception):
-    """Which file holds what."""
+    """A file names a class or function that is not allowed."""
 
 
 class _Metadata(pickle.Unpickler):
@@ -86,14 +86,14 @@ def _read_metadata(path: Path) -> Any:
 
 
 def _objects(metadata: Any, checkpoint: Path) -> list[tuple[str, bytes]]:
-    """(where it is, bytes) of everything that is stored as a pickle beside the tensors."""
+    """(location, bytes) of every object that is stored as a pickle beside the tensors."""
     pickled = {
         name for name, kind in metadata.state_dict_metadata.items() if type(kind).__name__ == "BytesStorageMetadata"
     }
     found = []
     for index, place in metadata.storage_data.items():
         if Path(place.relative_path).name != place.relative_path or getattr(place, "transform_descriptors", None):
-            raise _CodeError(f"{METADATA} says {index.fqn} lies in {place.relative_path}, in a form that needs code")
+            raise _CodeError(f"{METADATA} says {index.fqn} is in {place.relative_path}, in a form that needs code")
         if index.fqn in pickled:
             with (checkpoint / place.relative_path).open("rb") as file:
                 file.seek(place.offset)
@@ -107,6 +107,6 @@ def _refuse_code(blob: bytes, name: str) -> None:
     except pickle.UnpicklingError:
         try:
             named = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(blob))
-        except Exception:  # of a kind torch cannot look into
+        except Exception:  # a format that torch cannot inspect
             named = []
-        raise _CodeError(f"{name} names {', '.join(sorted(named)) or 'what torch does not know as data'}") from None
+        raise _CodeError(f"{name} names {', '.join(sorted(named)) or 'what torch does not accept as data'}") from None

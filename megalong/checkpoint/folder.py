@@ -1,14 +1,14 @@
-"""How checkpoints lie in a run folder, and what each says about itself.
+"""The folder of a checkpoint, and its `megalong.json`.
 
-    RUN/tokenizer/         what each checkpoint gets as its tokenizer/
+    RUN/tokenizer/         copied to the tokenizer/ of each checkpoint
     RUN/checkpoints/step-00000050/
         megalong.json      checksums of the other files, the model's shape, the step, the position in the data, the
                            layout it was saved under
         tokenizer/         tokenizer, generation config and original config.json, so that an export is complete
         *.distcp .metadata Megatron-Core's sharded tensors
 
-A folder is written as `step-00000050.tmp` and renamed when all of it is on disk, so a folder without `.tmp` is whole.
-Nothing here needs torch.
+A folder is written as `step-00000050.tmp` and renamed when all of it is on disk, so a folder without `.tmp` is
+complete. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ META = "megalong.json"
 SEAL = "megalong.json.crc32"
 ASSETS = "tokenizer"
 TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # of `precision.params_dtype`
-# What travels with the weights: text and tokenizer models. No weights, no code.
+# Files that are copied with the weights: text and tokenizer models, but no weights and no code.
 _ASSET_SUFFIXES = {".json", ".jinja", ".model", ".txt"}
-_MEND = "copy it again, or delete that folder to use the step before it"
+_FIX = "copy it again, or delete that folder to use the step before it"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -57,21 +57,18 @@ class SavedLayout(BaseModel):
 
 
 class Meta(BaseModel):
-    """What `megalong.json` says.
+    """The content of `megalong.json`. Earlier versions wrote no `base`, `files`, `checksums`, `data` and `settings`.
 
-    `optimizer` is the format of the optimizer's state, None where there are only weights.
+    `optimizer` is the format of the optimizer's state, None if there are only weights.
     `consumed_samples` is the position in the data: samples 0 … consumed_samples - 1 have been trained on.
-    `lora` is what its adapters are, None where it has none; base weights are in the checkpoint in any case.
-    `base` is where the weights come from, unchanged, beside which adapters learn: a folder's whole path. None where all
-    weights were trained, and where an earlier version saved it.
-    `files` are the bytes of each tensor file, which tell a truncated or half-copied checkpoint before it is read; an
-    earlier checkpoint has none.
-    `checksums` are those of every file but `megalong.json`, likewise.
-    `data` is what decided the order of samples (`data.fingerprint`); empty where an
-    earlier version saved it, or nothing was trained on.
-    `guard` is what the guard knows: samples left out, losses and gradient norms of the last good steps.
+    `lora` describes the adapters, None if there are none; the checkpoint contains the base weights in any case.
+    `base` is the absolute path of the folder that the frozen base weights came from; None if all weights were trained.
+    `files` are the bytes of each tensor file, which show a truncated or half-copied checkpoint before it is read.
+    `checksums` are those of every file but `megalong.json`.
+    `data` is what decided the order of samples (`data.fingerprint`); empty if nothing was trained.
+    `guard` is the state of the guard: skipped samples, losses and gradient norms of the last good steps.
     `settings` are the keys of the configuration that the step was trained under and that a resume may change
-    (`training.optimizer.recorded`); empty where an earlier version saved it.
+    (`training.optimizer.recorded`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -93,9 +90,9 @@ class Meta(BaseModel):
 
     @property
     def dtype(self) -> str:
-        """The type its weights were trained in, or imported in: `float32`, `bfloat16` or `float16`.
+        """The type that its weights were trained or imported in: `float32`, `bfloat16` or `float16`.
 
-        `architecture.torch_dtype` is that of the model a run started from, which may be another.
+        `architecture.torch_dtype` is the type of the model that a run started from, which may differ.
         """
         trained = self.settings.get("precision.params_dtype")
         return self.architecture.torch_dtype if trained is None else TORCH_DTYPES[trained]
@@ -116,10 +113,10 @@ def whole_checkpoints(run: Path) -> list[Path]:
 
 
 def newest_good(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest checkpoint of a run that is whole as far as sizes tell, and those after it with what is wrong.
+    """The newest checkpoint of a run whose file sizes are right, and the later ones with their damage.
 
     Raises:
-        DamagedError: there are checkpoints, and all are damaged; what is wrong with the newest.
+        DamagedError: all checkpoints are damaged; it describes the newest.
     """
     damaged: list[tuple[Path, str]] = []
     for path in reversed(whole_checkpoints(run)):
@@ -138,7 +135,7 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> Path:
     """The checkpoint that `path` means: itself, or the newest (or the given step) of a run folder.
 
     Raises:
-        UserError: nothing is there, or not that step.
+        UserError: there is no checkpoint, or not that step.
     """
     path = Path(path)
     if (path / META).is_file() and step is None:
@@ -148,11 +145,11 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> Path:
         wanted = step_folder(path, step)
         if wanted not in found:
             have = ", ".join(str(int(p.name[5:])) for p in found) or "none"
-            raise UserError(f"{path} holds no checkpoint of step {step}; it holds: {have}")
+            raise UserError(f"{path} has no checkpoint of step {step}; it has: {have}")
         return wanted
     if not found:
         raise UserError(
-            f"{path} holds no checkpoint: give a run folder, a step folder, or what `megalong checkpoint import` wrote"
+            f"{path} has no checkpoint: give a run folder, a step folder, or what `megalong checkpoint import` wrote"
         )
     return found[-1]
 
@@ -161,26 +158,25 @@ def read_meta(checkpoint: Path) -> Meta:
     """Read `megalong.json`.
 
     Raises:
-        DamagedError: it is missing or damaged, or a file of the checkpoint is missing or has another size than when it
-            was written.
-        UserError: it is of a later format, or a later Megatron-Core's than the installed one reads.
+        DamagedError: it is missing or damaged, or a file of the checkpoint is missing or has the wrong size.
+        UserError: its format or its Megatron-Core is too new for the installed ones.
     """
     file = checkpoint / META
     try:
         values = json.loads(file.read_text())
         if values.get("format") != 1:
-            if (checkpoint / SEAL).exists():  # a later version's, or damaged in this place
+            if (checkpoint / SEAL).exists():  # from a later version, or damaged here
                 _compare_seal(checkpoint)
             raise UserError(
                 f"{file}: format {values.get('format')!r}, but this version reads format 1; update megalong"
             )
         meta = Meta.model_validate(values)
     except FileNotFoundError:
-        raise DamagedError(f"{checkpoint} is not a whole checkpoint: it has no {META}; {_MEND}") from None
+        raise DamagedError(f"{checkpoint} is not a whole checkpoint: it has no {META}; {_FIX}") from None
     except (ValueError, AttributeError) as error:  # not UTF-8, not JSON, not these keys
         if isinstance(error, UserError):
             raise
-        raise DamagedError(f"{file} is damaged ({str(error).splitlines()[0]}); {_MEND}") from None
+        raise DamagedError(f"{file} is damaged ({str(error).splitlines()[0]}); {_FIX}") from None
     _check_seal(checkpoint, meta)
     _check_files(checkpoint, meta)
     if "megatron-core" in meta.versions:
@@ -189,7 +185,7 @@ def read_meta(checkpoint: Path) -> Meta:
 
 
 def file_sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of each tensor file in `checkpoint`: all but `megalong.json` and what lies in `tokenizer/`."""
+    """Bytes of each tensor file in `checkpoint`: all files but `megalong.json` and those in `tokenizer/`."""
     return {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.is_file() and path.name != META}
 
 
@@ -200,59 +196,60 @@ def write_meta(checkpoint: Path, meta: Meta) -> None:
 
 
 def verify(checkpoint: Path) -> list[str]:
-    """Read all of a checkpoint and say what is damaged, one line each; empty where it is as written.
+    """Read a whole checkpoint and report damage, one line each; empty if it is as written.
 
-    Of one that an earlier version wrote without checksums (`Meta.checksums` is empty), sizes alone are compared.
+    If an earlier version wrote it without checksums (`Meta.checksums` is empty), only sizes are compared.
     """
     try:
         meta = read_meta(checkpoint)
     except UserError as error:
         return [str(error)]
-    return [f"{checkpoint} is damaged: {told}" for told in damages(checkpoint, meta.checksums)]
+    return [f"{checkpoint} is damaged: {damage}" for damage in damages(checkpoint, meta.checksums)]
 
 
 def _check_seal(checkpoint: Path, meta: Meta) -> None:
-    if meta.checksums or (checkpoint / SEAL).exists():  # else an earlier version's
+    if meta.checksums or (checkpoint / SEAL).exists():  # else from an earlier version
         _compare_seal(checkpoint)
 
 
 def _compare_seal(checkpoint: Path) -> None:
     try:
         wanted = (checkpoint / SEAL).read_bytes()
-    except FileNotFoundError:  # what may not be read is not damaged
-        raise DamagedError(f"{checkpoint} is damaged: {SEAL} is missing; {_MEND}") from None
+    except FileNotFoundError:  # a file without read permission is not damaged
+        raise DamagedError(f"{checkpoint} is damaged: {SEAL} is missing; {_FIX}") from None
     if f"{checksum(checkpoint / META)}\n".encode() != wanted:
-        raise DamagedError(f"{checkpoint} is damaged: {META} is not what {SEAL} says; {_MEND}")
+        raise DamagedError(f"{checkpoint} is damaged: {META} does not match {SEAL}; {_FIX}")
 
 
 def _check_files(checkpoint: Path, meta: Meta) -> None:
     found = file_sizes(checkpoint)
     for name, size in meta.files.items():
         if found.get(name) != size:
-            told = f"has {found[name]} bytes instead of {size}" if name in found else "is missing"
-            raise DamagedError(f"{checkpoint} is damaged: {name} {told}; {_MEND}")
-        if not os.access(checkpoint / name, os.R_OK):  # not damaged: a run would set it aside
+            damage = f"has {found[name]} bytes instead of {size}" if name in found else "is missing"
+            raise DamagedError(f"{checkpoint} is damaged: {name} {damage}; {_FIX}")
+        if not os.access(checkpoint / name, os.R_OK):  # not a DamagedError: a run would set the checkpoint aside
             raise UserError(f"{checkpoint / name}: this user may not read it (permission denied); ask its owner")
 
 
 def remove_old(run: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
-    """Delete all but the newest `keep_last` checkpoints and those of every `keep_every`-th step; returns what went.
+    """Delete all but the newest `keep_last` checkpoints and those of every `keep_every`-th step, and unfinished saves.
 
-    So does what unfinished saves left.
+    Returns:
+        The deleted folders.
     """
-    gone = [
+    old = [
         path
         for path in whole_checkpoints(run)[:-keep_last]
         if keep_every is None or int(path.name.removeprefix("step-")) % keep_every
     ]
-    gone += list((run / FOLDER).glob("step-*.tmp"))
-    for path in gone:
+    old += list((run / FOLDER).glob("step-*.tmp"))
+    for path in old:
         shutil.rmtree(path, ignore_errors=True)
-    return gone
+    return old
 
 
 def copy_assets(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config and config.json of a Hugging Face or assets folder; weights and code stay."""
+    """Copy tokenizer, generation config and config.json of a Hugging Face or assets folder, but no weights or code."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in _ASSET_SUFFIXES and not file.name.endswith(".index.json"):
@@ -260,7 +257,7 @@ def copy_assets(source: Path, target: Path) -> None:
 
 
 def keep_assets(run: Path, source: Path) -> Path:
-    """Copy the tokenizer and its kin to `RUN/tokenizer`, since `keep_last` may delete the checkpoint they come from."""
+    """Copy these files to `RUN/tokenizer`, because `keep_last` may delete the checkpoint that they come from."""
     kept = run / ASSETS
     if source != kept:
         with folder_aside(kept, replace=True) as aside:
@@ -269,7 +266,7 @@ def keep_assets(run: Path, source: Path) -> Path:
 
 
 def publish(aside: Path, checkpoint: Path) -> None:
-    """Put everything in `aside` on disk, then give it its name: after a power cut it is whole or not there."""
+    """Sync everything in `aside` to disk, then rename it: after a power cut the checkpoint is complete or absent."""
     for path in [*aside.rglob("*"), aside]:
         sync(path)
     shutil.rmtree(checkpoint, ignore_errors=True)

@@ -8,12 +8,12 @@ Megatron-Core's distributed optimizer gives every data-parallel rank a range of 
     b b b b b
     c c . . .        c    row 3, columns 0 and 1    [1, 2]
 
-A box of what a rank holds is also a box of the whole parameter, because a tensor-parallel shard is one. So a rank saves
-views of its own memory, each with its place in the whole tensor; nothing is gathered or copied. To load, a rank asks
-for the boxes of its own layout, and torch reads what overlaps them straight into the optimizer's tensors.
+A box of a rank's shard is also a box of the whole parameter, because a tensor-parallel shard is one. So a rank saves
+views of its own memory, each with its offset in the whole tensor; nothing is gathered or copied. To load, a rank asks
+for the boxes of its own layout, and torch reads what overlaps them directly into the optimizer's tensors.
 
 Names and shapes on disk are those of Megatron-Core's `fully_reshardable`, which gathers whole parameters first; only
-the pieces are cut otherwise. Either code reads what the other wrote.
+the pieces are cut differently. Each implementation reads what the other wrote.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """(offset, size) of boxes of a tensor that hold its elements `start` … `stop - 1` in row-major order.
+    """(offset, size) of the boxes of a tensor that contain its elements `start` … `stop - 1` in row-major order.
 
-    The boxes come in that order, and each is one run of elements: `boxes((4, 5), 3, 17)` gives ((0, 3), (1, 2)),
+    The boxes are in that order, and the elements of each are contiguous: `boxes((4, 5), 3, 17)` gives ((0, 3), (1, 2)),
     ((1, 0), (2, 5)) and ((3, 0), (1, 2)).
     """
     if start >= stop:
@@ -69,14 +69,14 @@ class OptimizerState:
 
     Attributes:
         shards: for Megatron-Core to save or to fill.
-        late: (where to, from where) of what `finish` copies.
+        late: (target, source) of what `finish` copies.
     """
 
     shards: dict[str, ShardedTensor]
     late: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def finish(self) -> None:
-        """After loading model and optimizer: put fp32 masters that are the model's weights themselves in place."""
+        """After model and optimizer are loaded, fill the fp32 masters that share memory with the model's weights."""
         with torch.no_grad():
             for target, source in self.late:
                 target.copy_(source)
@@ -87,8 +87,8 @@ def optimizer_state(optimizer: DistributedOptimizer, model: dict[str, Any], load
 
     Args:
         model: the sharded state of the optimizer's model, which says where each parameter belongs.
-        loading: let masters that share memory with a weight have memory of their own. Weights and masters are read in
-            any order, and where a checkpoint's weights are bf16, the fp32 master is to be what stays.
+        loading: give masters that share memory with a weight their own memory. Weights and masters are read in any
+            order, and if the checkpoint's weights are bf16, the fp32 master must be the one that stays.
     """
     sharded, _ = extract_sharded_tensors_and_factories(model)
     stored = {one.data: one for one in nested_values(sharded)}
@@ -118,7 +118,7 @@ def _shards(
     mine: tuple[int, int],
     optimizer: DistributedOptimizer,
 ) -> Iterator[ShardedTensor]:
-    """`values` [elements of `mine`] of the parameter that is `stored` as this, as shards named `name`."""
+    """`values` [elements of `mine`] of the parameter that is stored as `stored`, as shards named `name`."""
     pieces, taken = _pieces(stored), 0
     for box in boxes(tuple(stored.data.shape), *mine):
         length = math.prod(box[1])
@@ -132,21 +132,21 @@ def _shards(
 
 @dataclass(frozen=True)
 class _Piece:
-    """A box of a rank's parameter that is stored as one tensor, or as a part of one; `offset` is within the former."""
+    """A box of a rank's parameter that is stored as a tensor or a part of one; `offset` is in the rank's parameter."""
 
     offset: tuple[int, ...]
     stored: ShardedTensor
 
 
 def _pieces(stored: ShardedTensor | ShardedTensorFactory) -> list[_Piece]:
-    """What a rank's parameter is stored as: itself, or, where Megatron-Core splits it, gate and up projection."""
+    """The pieces that a rank's parameter is stored as: itself, or gate and up projection if Megatron-Core splits it."""
     if isinstance(stored, ShardedTensor):
         return [_Piece((0,) * stored.data.dim(), stored)]
     whole = torch.empty(stored.data.shape, device="meta")
     found = []
     for part in nested_values(replace(stored, data=whole).build()):
         if part.data._base is not whole or part.data.stride() != whole.stride():
-            raise NotImplementedError(f"{part.key}: stored as something else than a part of the parameter")
+            raise NotImplementedError(f"{part.key}: not stored as a part of the parameter")
         offset, rest = [], part.data.storage_offset()
         for stride in whole.stride():
             offset.append(rest // stride)
@@ -177,7 +177,7 @@ def _shard(piece: _Piece, name: str, block: torch.Tensor, box: Box, common: Box,
         global_shape=stored.global_shape,
         global_offset=(*stored.global_offset[:layers], *place),
         axis_fragmentations=None,  # no regular grid
-        # Data-parallel ranks hold different ranges; tensor-parallel ones, and the ends of a pipeline, may hold alike.
+        # Data-parallel ranks hold different ranges; tensor-parallel ranks and both ends of a pipeline may hold copies.
         replica_id=(*stored.replica_id[:2], instance),
         allow_shape_mismatch=stored.allow_shape_mismatch,
     )

@@ -1,13 +1,13 @@
 """Read a checkpoint's tensors directly into their destination, and compute checksums on the way.
 
-torch's reader unpickles every tensor into newly allocated memory and then copies it; the allocation alone
-takes longer than the read. Each tensor lies in the file as a small zip archive of torch's, its bytes in one piece:
+torch's reader unpickles every tensor into newly allocated memory and then copies it; the allocation alone takes longer
+than the read. In the file, each tensor is a small zip archive of torch's that contains its bytes in one piece:
 
     |..| tensor of layer 3: header, pickle (type, shape), bytes, table of contents |..|
-                                                            └──▶ the parameter itself, or a buffer that is kept
+                                                            └──▶ the parameter itself, or a buffer that is reused
 
-So a tensors-only unpickler parses the pickle. The bytes are read into the destination tensor if it needs
-all of them, else into a buffer (pinned for a GPU) from which a part is copied. torch reads any other format.
+An unpickler that accepts only tensors parses the pickle. The bytes are read into the destination tensor if it needs all
+of them, else into a buffer (pinned for a GPU) from which a part is copied. torch reads any other format.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-# A record's header in a zip archive: a mark, how it is compressed, and the lengths of the name and of the padding that
+# A record's header in a zip archive: signature, compression method, and the lengths of the name and the padding that
 # follow.
 _LOCAL = struct.Struct("<4s4xH16x2H")
 _HEAD = 4096  # bytes of an archive that hold its pickle and the headers up to the tensor's bytes
@@ -66,7 +66,7 @@ class DirectReader(FileSystemReader):
     """Reads a checkpoint of torch's or Megatron-Core's as `FileSystemReader` does, without copies in between.
 
     Args:
-        verification: receives the checksums of those files it wants from which something is read.
+        verification: receives the checksums of the files that it wants and that are read.
     """
 
     def __init__(self, path: str | Path, verification: Verification) -> None:
@@ -76,7 +76,7 @@ class DirectReader(FileSystemReader):
         self._aside: tuple[Any, torch.Tensor] = None, torch.empty(0, dtype=torch.uint8)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        """`.metadata`, which is read once."""
+        """`.metadata`, read only once."""
         if self._metadata is None:
             self._metadata = super().read_metadata(*args, **kwargs)
         return self._metadata
@@ -89,7 +89,7 @@ class DirectReader(FileSystemReader):
             with ChecksumReader(path, summed=wanted) as reader:
                 left += [item for item in items if not self._read(reader, item, planner)]
                 if wanted:
-                    self._verification.tell(name, reader.checksum())
+                    self._verification.record(name, reader.checksum())
         self._aside = None, self._aside[1][:0]
         return super().read_data(replace(plan, items=left), planner)
 
@@ -137,7 +137,7 @@ class DirectReader(FileSystemReader):
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in a file: where its bytes begin, and what they are, in row-major order."""
+    """A tensor in a file: the offset of its bytes, its type and its shape; row-major."""
 
     offset: int
     dtype: torch.dtype
@@ -161,7 +161,7 @@ def _find(reader: ChecksumReader, offset: int, length: int) -> _Stored | None:
         _, order = _record(known, _place(known, f"{root}byteorder"))
         _, data = _record(known, _place(known, f"{root}data/{storage[2]}"))
     except (pickle.UnpicklingError, KeyError, ValueError, TypeError, IndexError, struct.error, EOFError):
-        return None  # torch reads it, or says what is wrong
+        return None  # torch reads it, or reports what is wrong
     row_major = not first and tuple(stride) == torch.empty(size, device="meta").stride()
     same_order = known.startswith(sys.byteorder.encode(), order)
     if not (row_major and same_order and data + size.numel() * dtype.itemsize <= length):
@@ -170,7 +170,7 @@ def _find(reader: ChecksumReader, offset: int, length: int) -> _Stored | None:
 
 
 def _record(archive: bytes, at: int) -> tuple[str, int]:
-    """(name, where its bytes begin) of the record of a zip archive whose header is at `at`.
+    """(name, offset of its bytes) of the record of a zip archive whose header is at `at`.
 
     Raises:
         ValueError: there is no record at `at`, or it is compressed.
@@ -183,7 +183,7 @@ def _record(archive: bytes, at: int) -> tuple[str, int]:
 
 
 def _place(archive: bytes, name: str) -> int:
-    """Where the header of a record is.
+    """The offset of a record's header.
 
     Raises:
         ValueError: it is not among these bytes.

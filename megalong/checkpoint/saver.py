@@ -3,10 +3,9 @@
     step 50 done ─▶ copy ─▶ steps 51, 52, 53 …            the thread that trains
                       └───▶ write, checksums, rename      a thread of every rank, over a process group of its own
 
-Training pauses only for the copy. The copy is what gets written, so later steps cannot leak into it. Only one save
-runs at a time: the next one waits for it. Ranks agree on whether a save is done at
-the end of a step, so that all of them see a failure at the same step. The cost is host memory for one copy of what
-this rank writes.
+Training pauses only for the copy. The copy is what gets written, so later steps cannot leak into it. Only one save runs
+at a time; the next one waits for it. At the end of a step, ranks agree on whether a save is done, so all of them see a
+failure at the same step. The cost is host memory for one copy of what each rank writes.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class Saved:
 
 
 class Saver:
-    """Writes the checkpoints of the run folder `run`, and removes those that need not be kept.
+    """Writes the checkpoints of the run folder `run`, and removes those that `settings` does not keep.
 
     Every method is collective: all ranks call it at the same step.
     """
@@ -78,7 +77,7 @@ class Saver:
         Raises:
             UserError: the previous save, or a synchronous one now, failed, and `on_save_failure` is stop.
         """
-        before = self.finish()
+        previous = self.finish()
         started = time.perf_counter()
         path = folder.step_folder(self._run, meta.step)
         result = Saved(meta.step, path, 0.0)
@@ -91,18 +90,18 @@ class Saver:
         if begun is not None and self._settings.async_save:
             device = next(chunks[0].parameters()).device
             self._thread = threading.Thread(
-                target=self._complete_aside, args=(begun, started, device), daemon=True, name="saver"
+                target=self._complete_in_background, args=(begun, started, device), daemon=True, name="saver"
             )
             result.pause = time.perf_counter() - started
             self._thread.start()
-            return before
+            return previous
         if begun is not None:
             self._complete(begun, started)
         result.pause = time.perf_counter() - started
-        return before
+        return previous
 
     def poll(self) -> Saved | None:
-        """Return the result of the running save once it is done on every rank; None before.
+        """Return the result of the running save if it is done on every rank, else None.
 
         Raises:
             UserError: it failed and `checkpoint.on_save_failure` is stop.
@@ -134,8 +133,8 @@ class Saver:
                 log.warning("%s (checkpoint.on_save_failure: continue)", result.failure)
         return result
 
-    def _complete_aside(self, begun: Begun, started: float, device: torch.device) -> None:
-        # torch's writer asks for the current GPU's stream.
+    def _complete_in_background(self, begun: Begun, started: float, device: torch.device) -> None:
+        # torch's writer uses the current GPU's stream.
         use(device)
         self._complete(begun, started)
 

@@ -1,8 +1,8 @@
-"""Saving and loading a model, its optimizer, the LR schedule and random states with Megatron-Core's sharded format.
+"""Save and load a model, its optimizer, the LR schedule and random states in Megatron-Core's sharded format.
 
-Tensors are stored by what they are (layer 3's `linear_qkv.weight`), not by which rank held them. So is the optimizer's
-state when it is `fully_reshardable`: each rank saves what it holds, and any layout loads any other's checkpoint
-(`optimizer_state`). `dp_reshardable` stores Megatron-Core's buffers as they are, which binds the state to TP and PP.
+Tensors are stored by name (layer 3's `linear_qkv.weight`), not by rank. So is the optimizer's state if it is
+`fully_reshardable`: each rank saves what it holds, and any layout loads a checkpoint of any other (`optimizer_state`).
+`dp_reshardable` stores Megatron-Core's buffers as they are, which binds the state to TP and PP.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def begin_training(
 ) -> Begun:
     """Collect everything that a bit-exact resume needs. `complete` writes it; see `begin`."""
     model, metadata = _model_state(chunks), _metadata(meta)
-    _begin_moments(optimizer)
+    _init_moments(optimizer)
     state = {"model": model, "scheduler": scheduler.state_dict(), "random": _random_state()}
     sharded = _sharded_optimizer(optimizer, meta)
     if sharded is None:
@@ -94,7 +94,7 @@ def load_training(
     Hyper-parameters are not restored: `optimizer` and `scheduler` keep the configured ones.
 
     Args:
-        verification: the running verification of this checkpoint; it is finished here.
+        verification: the running verification of this checkpoint; this function finishes it.
 
     Raises:
         UserError: the optimizer's state is bound to another layout, or missing.
@@ -107,7 +107,7 @@ def load_training(
     if sharded is None:
         wanted["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata(meta))
     else:
-        _begin_moments(optimizer)
+        _init_moments(optimizer)
         direct = optimizer_state(sharded, model, loading=True)
         wanted[_SHARDS] = direct.shards
     same_layout = meta.layout == current_layout()
@@ -118,10 +118,10 @@ def load_training(
     use_configured(state["optimizer"], optimizer.param_groups)
     if direct is not None:
         direct.finish()
-        state["optimizer"].pop("param_state", None)  # empty dictionaries of a checkpoint of Megatron-Core's
+        state["optimizer"].pop("param_state", None)  # empty dictionaries in Megatron-Core's own checkpoints
     with torch.no_grad():  # fp32 masters are views of the weights, which dp_reshardable copies into
         optimizer.load_state_dict(state["optimizer"])
-    # Megatron-Core adds the saved count to what the schedule has counted already.
+    # Megatron-Core adds the saved count to the schedule's current count.
     scheduler.num_steps = 0
     scheduler.load_state_dict(state["scheduler"])
     if same_layout:
@@ -145,13 +145,13 @@ def _metadata(meta: Meta) -> dict[str, Any]:
 
 
 def _sharded_optimizer(optimizer: Any, meta: Meta) -> DistributedOptimizer | None:
-    """The optimizer whose shards are stored one by one; None where Megatron-Core stores the state in its own way."""
+    """The optimizer whose shards are stored one by one; None if Megatron-Core stores the state in its own format."""
     (one,) = getattr(optimizer, "chained_optimizers", [optimizer])  # more than one only with experts
     return one if meta.optimizer == FORM and isinstance(one, DistributedOptimizer) else None
 
 
-def _begin_moments(optimizer: Any) -> None:
-    """Initialize missing moments to zero, as AdamW does at its first update (if every step so far was skipped)."""
+def _init_moments(optimizer: Any) -> None:
+    """Initialize missing moments to zero, as AdamW does at its first update; they are missing before any update."""
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         if one.optimizer is not None:
             one.init_state_fn(one.optimizer, one.config)
@@ -160,7 +160,7 @@ def _begin_moments(optimizer: Any) -> None:
 def _check_optimizer(checkpoint: Path, meta: Meta) -> None:
     if meta.optimizer is None:
         raise UserError(
-            f"{checkpoint} holds weights only, nothing to resume from; start another run.dir from it with "
+            f"{checkpoint} contains only weights, so it cannot be resumed; start another run.dir from it with "
             f"model.load: {{checkpoint: {checkpoint}}}"
         )
     now, saved = current_layout(), meta.layout
@@ -169,7 +169,7 @@ def _check_optimizer(checkpoint: Path, meta: Meta) -> None:
         raise UserError(
             f"{checkpoint} was saved with checkpoint.optimizer: dp_reshardable under TP {saved.tensor} × PP "
             f"{saved.pipeline} × {saved.virtual} virtual, this run has TP {now.tensor} × PP {now.pipeline} × "
-            f"{now.virtual}: resume under the same, save once with fully_reshardable, and change the layout then"
+            f"{now.virtual}: resume under the same layout, save once with fully_reshardable, then change the layout"
         )
 
 
@@ -182,11 +182,11 @@ def _refuse_code(checkpoint: Path) -> None:
     """Refuse a checkpoint that contains code; every rank checks a share of its files."""
     try:
         mine = refusal(checkpoint, dist.get_rank(), dist.get_world_size())
-    except (OSError, RuntimeError, ValueError, EOFError) as error:  # of bytes that may be damaged
+    except (OSError, RuntimeError, ValueError, EOFError) as error:  # the bytes may be damaged
         mine = f"{checkpoint} cannot be read ({type(error).__name__}); copy it again"
-    for told in gathered(mine):
-        if told is not None:
-            raise UserError(told)
+    for reason in gathered(mine):
+        if reason is not None:
+            raise UserError(reason)
 
 
 def _load(wanted: dict[str, Any], checkpoint: Path, verification: Verification) -> dict[str, Any]:
@@ -201,16 +201,16 @@ def _load(wanted: dict[str, Any], checkpoint: Path, verification: Verification) 
         failure = error
     verification.finish()
     if failure is not None:
-        raise _told(failure, checkpoint) from failure
+        raise _load_error(failure, checkpoint) from failure
     return state
 
 
-def _told(failure: Exception, checkpoint: Path) -> Exception:
+def _load_error(failure: Exception, checkpoint: Path) -> Exception:
     """Turn a failed load into a one-line error, unless the cause is a bug of ours."""
     if isinstance(failure, dist_checkpointing.core.CheckpointingException):
         return UserError(f"{checkpoint} cannot be loaded: {str(failure).splitlines()[0]}")
     causes: list[BaseException] = [failure]
-    if isinstance(failure, CheckpointException):  # of several ranks
+    if isinstance(failure, CheckpointException):  # the exceptions of several ranks
         causes = [one for one, _ in failure.failures.values()]
     if not all(isinstance(one, OSError | EOFError | pickle.UnpicklingError) for one in causes):
         return failure
@@ -221,7 +221,7 @@ def _told(failure: Exception, checkpoint: Path) -> Exception:
 
 
 def _model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:
-    """One sharded state per part of the model; the tensors' keys do not depend on how many parts there are."""
+    """One sharded state per part of the model; the tensors' keys do not depend on the number of parts."""
     return {str(index): dict(unwrap(chunk).sharded_state_dict()) for index, chunk in enumerate(chunks)}
 
 

@@ -1,15 +1,14 @@
-"""What Megatron-Core would write of a state, kept until it is written, here or in another thread.
+"""Keep what Megatron-Core would write of a state, and write it later, in this thread or another.
 
-Megatron-Core's own strategy hands shards to child processes through a queue server, even for a blocking save. That
-costs a second or more per save and cannot run inside a daemon process; and its asynchronous writer does not copy
-tensors that lie in host memory, so that it may see a later step's values. Here Megatron-Core says what is to be
-written and gets no further:
+Megatron-Core's own strategy passes shards to child processes through a queue server, even for a blocking save. That
+costs a second or more per save and cannot run inside a daemon process. Its asynchronous writer does not copy tensors in
+host memory, so it may write a later step's values. Here Megatron-Core only decides what is written:
 
-    state ─▶ Megatron-Core: which shards are this rank's ─▶ copied aside (`Staging`) ─▶ `write`, any time later
+    state ─▶ Megatron-Core: which shards are this rank's ─▶ copied (`Staging`) ─▶ `write`, any time later
 
-What several ranks hold alike is dealt out among them by Megatron-Core, so that all write about as much. Each rank
-writes its one file with torch's file writer, synced to disk; the format on disk is Megatron-Core's, and its loader
-reads it.
+If several ranks hold the same tensors, Megatron-Core distributes them among these ranks, so that all write about the
+same amount. Each rank writes one file with torch's file writer, synced to disk. The format on disk is Megatron-Core's,
+and its loader reads it.
 """
 
 from __future__ import annotations
@@ -37,15 +36,15 @@ from megalong.runtime.megatron import checkpoint_strategy_arguments
 class Staging:
     """Host memory that tensors are copied into before a save writes them.
 
-    It is kept from save to save: to get fresh pages from the system takes longer than the copy. Pinned where tensors
-    come from a GPU, so that they come at the bus's speed.
+    Later saves reuse it, because allocating new pages takes longer than the copy. For tensors on a GPU it is pinned, so
+    that the copy runs at the speed of the bus.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
 
-    def take(self, shards: dict[str, list[Any]]) -> None:
-        """Let every sharded tensor refer to a copy of its data as it is now."""
+    def copy(self, shards: dict[str, list[Any]]) -> None:
+        """Replace the data of every sharded tensor by a copy."""
         on_gpu = False
         for key, parts in shards.items():
             for place, part in enumerate(parts):
@@ -67,7 +66,7 @@ def _copy(out: torch.Tensor, source: torch.Tensor) -> None:
     """`out` = `source`, of the same shape and type, without waiting for a GPU."""
     if source.is_cuda or not source.is_contiguous() or not source.numel():
         out.copy_(source, non_blocking=True)
-    else:  # memcpy, which writes past the caches: training waits for little else, and torch takes half as long again
+    else:  # memcpy, which bypasses the caches: training waits for this copy, and torch's takes half as long again
         np.copyto(_bytes(out), _bytes(source))
 
 
@@ -76,15 +75,15 @@ def _bytes(tensor: torch.Tensor) -> np.ndarray:
 
 
 class DeferredSave(torch_dist.TorchDistSaveShardedStrategy):
-    """Megatron-Core's `torch_dist` format, written by `write` instead of at once; for one save after the other.
+    """Megatron-Core's `torch_dist` format, written by `write` instead of at once; one save at a time.
 
     Args:
-        staging: where tensors are copied to; None leaves them where they are, for a caller that waits for `write`.
-        replicas: ranks that hold tensors alike and share the writing of them; None: the first of them writes them. All
-            saves must be of the same tensors then: who writes what is settled in the first.
+        staging: memory that tensors are copied to; None: no copy, for a caller that waits for `write`.
+        replicas: ranks that hold the same tensors and share the writing of them; None: the first of them writes them.
+            With `replicas`, all saves must be of the same tensors, because the first save decides who writes what.
 
     Attributes:
-        checked: whether a save has been through that found each part of each tensor with exactly one writer.
+        checked: whether an earlier save has verified that each part of each tensor has exactly one writer.
     """
 
     def __init__(self, staging: Staging | None = None, replicas: dist.ProcessGroup | None = None) -> None:
@@ -92,25 +91,25 @@ class DeferredSave(torch_dist.TorchDistSaveShardedStrategy):
         self.checked = False
         self._staging = staging
         self._state: dict[str, Any] = {}
-        self._dealing = None
+        self._fully_parallel = None
         if replicas is not None and replicas.size() > 1:
-            self._dealing = FullyParallelSaveStrategyWrapper(self, replicas, do_cache_distribution=True)
+            self._fully_parallel = FullyParallelSaveStrategyWrapper(self, replicas, do_cache_distribution=True)
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Keep what is this rank's to write."""
-        if self._dealing is not None:
-            self._dealing.apply_saving_parallelization(sharded_state_dict)
+        """Keep what this rank must write."""
+        if self._fully_parallel is not None:
+            self._fully_parallel.apply_saving_parallelization(sharded_state_dict)
         grouped, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         if self._staging is not None:
-            self._staging.take(grouped)
+            self._staging.copy(grouped)
         self._state = torch_dist.mcore_to_pyt_state_dict(grouped, False)
         self.checked = True
 
     def write(self, folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
-        """Write them into `folder`; collective over `group`, the world's ranks (None: the world's own group).
+        """Write the kept shards into `folder`; collective over `group`, the world's ranks (None: the default group).
 
         Returns:
-            The checksums of this rank's files of tensors.
+            The checksums of this rank's tensor files.
         """
         writer = torch_checkpoint.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
         writer.fs = files = _SummingFiles()
@@ -125,14 +124,14 @@ class DeferredSave(torch_dist.TorchDistSaveShardedStrategy):
 
 
 class _SummingFiles(FileSystem):
-    """Writes as torch does, taking checksums on the way: a file need not be read again for its own."""
+    """Writes as torch does and computes checksums on the way, so no file is read again for its checksum."""
 
     def __init__(self) -> None:
         self.checksums: dict[str, str] = {}
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        """A file of tensors as one that adds up what is written to it; any other as torch opens it."""
+        """Open a tensor file that computes the checksum of what is written; open any other file as torch does."""
         with super().create_stream(path, mode) as raw:
             if mode != "wb" or Path(path).suffix != ".distcp":
                 yield raw
@@ -157,19 +156,19 @@ class _Summed(io.RawIOBase):
         return memoryview(data).nbytes
 
     def tell(self) -> int:
-        """Bytes so far."""
+        """Bytes written so far."""
         return int(self._raw.tell())
 
     def flush(self) -> None:
-        """Hand what is buffered to the system."""
+        """Flush the buffer to the operating system."""
         if not self._raw.closed:
             self._raw.flush()
 
     def fileno(self) -> int:
-        """The file's descriptor, for `fsync`, once nothing is buffered any more."""
+        """The file's descriptor, for `fsync`; flushes the buffer first."""
         self._raw.flush()
         return int(self._raw.fileno())
 
     def writable(self) -> bool:
-        """That it is."""
+        """Always true."""
         return True

@@ -1,10 +1,10 @@
 """Verify a checkpoint's checksums on all ranks together, while it is loaded.
 
-    small files   at once: they say what the others hold
-    tensors       as they pass by, by whoever loads from them (`DirectReader`), and in `finish` what nobody asked for
+    small files    at once, because they describe the others
+    tensor files   while `DirectReader` loads from them; `finish` checks those that were not loaded
 
-Each file of tensors is one rank's to check, the one that wrote it if it still has its number: that one loads most of
-it. So a checked load reads a disk once, and damage is reported before the loaded state is used.
+Each tensor file is checked by one rank: by the rank that wrote it, if there is a rank of that number, because that one
+loads most of it. So a verified load reads the disk once, and damage is reported before the loaded state is used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megalong.checkpoint.checksum import compared, damages
+from megalong.checkpoint.checksum import damages, mismatch
 from megalong.checkpoint.folder import DamagedError, read_meta
 from megalong.checkpoint.writing import gathered
 
@@ -22,43 +22,43 @@ _TENSORS = re.compile(r"__(\d+)_\d+\.distcp")
 
 
 class Verification:
-    """Begins to check `checkpoint`; every rank makes one and finishes it.
+    """The verification of `checkpoint`; every rank creates one and calls `finish`.
 
     Raises:
-        DamagedError: a small file is damaged, on all ranks.
+        DamagedError: a small file is damaged; raised on all ranks.
     """
 
     def __init__(self, checkpoint: Path) -> None:
         self._checkpoint = checkpoint
         meta = read_meta(checkpoint)
-        shares = shared_out(meta.files, dist.get_world_size())
+        shares = assign_files(meta.files, dist.get_world_size())
         large = {name for share in shares for name in share}
         small = {name: value for name, value in meta.checksums.items() if name not in large}
-        self._agree(damages(checkpoint, small) if dist.get_rank() == 0 else [])
-        # An earlier version's checkpoint has no checksums.
+        self._raise_if_damaged(damages(checkpoint, small) if dist.get_rank() == 0 else [])
+        # A checkpoint of an earlier version has no checksums.
         self._mine = {name: meta.checksums[name] for name in shares[dist.get_rank()] if name in meta.checksums}
-        self._told: list[str] = []
+        self._damage: list[str] = []
 
     def wants(self, name: str) -> bool:
-        """Whether a file is this rank's to check, and is not checked yet."""
+        """Whether this rank must check a file and has not yet done so."""
         return name in self._mine
 
-    def tell(self, name: str, found: str) -> None:
+    def record(self, name: str, found: str) -> None:
         """Record the checksum of a file that this rank `wants`."""
-        self._told += compared(name, self._mine.pop(name), found)
+        self._damage += mismatch(name, self._mine.pop(name), found)
 
     def finish(self) -> None:
-        """Check what is left; all ranks call it.
+        """Check the remaining files; all ranks call it.
 
         Raises:
-            DamagedError: a file is not as it was written, on all ranks.
+            DamagedError: a file is not as it was written; raised on all ranks.
         """
-        self._told += damages(self._checkpoint, self._mine)
+        self._damage += damages(self._checkpoint, self._mine)
         self._mine = {}
-        self._agree(self._told)
+        self._raise_if_damaged(self._damage)
 
-    def _agree(self, told: list[str]) -> None:
-        found = [one for part in gathered(told) for one in part]
+    def _raise_if_damaged(self, damage: list[str]) -> None:
+        found = [one for part in gathered(damage) for one in part]
         if found:
             raise DamagedError(
                 f"{self._checkpoint} is damaged: {found[0]}; copy it again, or delete that folder to use the step "
@@ -66,8 +66,8 @@ class Verification:
             )
 
 
-def shared_out(files: dict[str, int], ranks: int) -> list[list[str]]:
-    """For each rank the files of tensors it reads: what it wrote, if its number is that of a rank, and then evenly.
+def assign_files(files: dict[str, int], ranks: int) -> list[list[str]]:
+    """For each rank the tensor files that it checks: those it wrote; files of other ranks are distributed evenly.
 
     Args:
         files: bytes by name.

@@ -1,10 +1,10 @@
-"""From a state in memory to a published checkpoint, in two halves.
+"""Write a checkpoint in two phases.
 
     begin      collective over the world, on the training thread: select this rank's shards, and copy them if asked
     complete   collective over any group of the same ranks, on any thread: write `step-….tmp`, checksums, fsync, rename
 
-A disk error on one rank is raised on all ranks, so that none waits for a rank that failed. The unfinished folder
-is then removed, and earlier checkpoints are unchanged.
+A disk error on one rank is raised on all ranks, so that none waits for a rank that failed. The unfinished folder is
+then removed, and earlier checkpoints are unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megalong.runtime.distributed import is_main_rank
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
 
-# What torch's zip writer says when the disk does not take what it writes.
+# Error messages of torch's zip writer when a write to disk fails.
 _ZIP_WRITER = ("inline_container", "iostream error")
 _MEMORY = Path("/dev/shm")
 
@@ -40,10 +40,10 @@ class SaveError(UserError):
 
 @dataclass(frozen=True)
 class Begun:
-    """A checkpoint that is in memory.
+    """A checkpoint in memory, not yet written.
 
     Attributes:
-        small: Megatron-Core's files beside the tensors, by name; rank 0's.
+        small: Megatron-Core's files other than tensors, by name; on rank 0 only.
     """
 
     checkpoint: Path
@@ -64,7 +64,7 @@ def begin(
     """Let Megatron-Core select the parts of `state` that this rank writes.
 
     Args:
-        strategy: the one of the saves before, of the same state; None: a new one.
+        strategy: the one of earlier saves of the same state; None: a new one.
         options: further arguments of `dist_checkpointing.save`.
     """
     strategy = strategy or DeferredSave()
@@ -77,7 +77,7 @@ def begin(
         reason = _disk_failure(error)
         if reason is None:
             raise
-        raise SaveError(_told(checkpoint, reason)) from error
+        raise SaveError(_message(checkpoint, reason)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Begun(checkpoint, meta, assets, strategy, small)
@@ -100,7 +100,7 @@ def complete(begun: Begun, group: Group = None) -> None:
         reason = str(error) if isinstance(error, _FailedError) else _disk_failure(error)
         if reason is None:
             raise
-        raise SaveError(_told(checkpoint, reason)) from error
+        raise SaveError(_message(checkpoint, reason)) from error
     finally:
         if is_main_rank():  # after a success it has been renamed
             shutil.rmtree(aside, ignore_errors=True)
@@ -117,10 +117,10 @@ class _FailedError(Exception):
     """A disk error on some rank."""
 
 
-def _told(checkpoint: Path, reason: str) -> str:
+def _message(checkpoint: Path, reason: str) -> str:
     return (
-        f"checkpoint {checkpoint} could not be written ({reason}); checkpoints before it are untouched: make room "
-        "or mend the disk, and start again"
+        f"checkpoint {checkpoint} could not be written ({reason}); earlier checkpoints are unchanged: make room or "
+        "repair the disk, and start again"
     )
 
 
@@ -134,9 +134,9 @@ def _together(work: Callable[[], T], group: Group) -> list[T]:
         if reason is None:
             raise
     parts = gathered((result, reason), group)
-    for _, told in parts:
-        if told is not None:
-            raise _FailedError(told)
+    for _, failure in parts:
+        if failure is not None:
+            raise _FailedError(failure)
     return [value for value, _ in parts]  # type: ignore[misc]
 
 
@@ -157,7 +157,7 @@ def _write_small(begun: Begun, folder: Path) -> None:
 
 
 def _publish(begun: Begun, aside: Path, checksums: dict[str, str]) -> None:
-    """Write rank 0's files and `megalong.json` with all checksums (`checksums`: of the tensor files); then rename."""
+    """Write rank 0's files and `megalong.json` with all checksums (`checksums`: of the tensor files), then rename."""
     _write_small(begun, aside)
     sums = {name: checksums.get(name) or checksum(aside / name) for name in covered(aside, (META, SEAL))}
     write_meta(aside, begun.meta.model_copy(update={"files": file_sizes(aside), "checksums": sums}))
@@ -167,13 +167,13 @@ def _publish(begun: Begun, aside: Path, checksums: dict[str, str]) -> None:
 def _disk_failure(error: BaseException) -> str | None:
     """The disk's error message if a disk error made the save fail, else None.
 
-    Torch passes every rank's exceptions on in a CheckpointException; its zip writer turns what the disk says into a
-    RuntimeError of its own.
+    torch collects the exceptions of all ranks in a CheckpointException. Its zip writer turns a disk error into a
+    RuntimeError.
     """
     causes = [one for one, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
     for cause in causes:
         if isinstance(cause, OSError):
             return cause.strerror or str(cause).splitlines()[0]
         if isinstance(cause, RuntimeError) and any(part in str(cause) for part in _ZIP_WRITER):
-            return "the disk took only a part: is it full?"
+            return "only a part was written: is the disk full?"
     return None

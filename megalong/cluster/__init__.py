@@ -1,1 +1,1 @@
-"""What a run needs of the machines it is sent to."""
+"""What a run needs on its machines."""

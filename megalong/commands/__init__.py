@@ -1,1 +1,1 @@
-"""The commands of `megalong`, one file a family: what each is asked, and which function answers."""
+"""The commands of `megalong`, one file per group: the options of each, and the function that runs it."""

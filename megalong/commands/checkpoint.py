@@ -1,4 +1,4 @@
-"""`megalong checkpoint …`, and `import-hf` and `export-hf`, which are two of its commands by another name."""
+"""`megalong checkpoint …`, and `import-hf` and `export-hf`, which are other names for two of its commands."""
 
 import argparse
 from typing import Any
@@ -7,10 +7,10 @@ from megalong.commands.parsing import add_dtype, command, group, step
 
 
 def add_checkpoint(commands: Any) -> None:
-    family = group(commands, "checkpoint", "bring weights in from Hugging Face and back out")
+    family = group(commands, "checkpoint", "import, export and verify checkpoints")
     add_import(family, "import")
     add_export(family, "export")
-    verify = command(family, "verify", "read checkpoints and say what is damaged", _run_verify)
+    verify = command(family, "verify", "read checkpoints and report damage", _run_verify)
     verify.add_argument("folder", metavar="DIR", help="a run's folder (all its steps), or one step's")
 
 
@@ -23,21 +23,21 @@ def _run_verify(options: argparse.Namespace) -> int:
     run = Path(options.folder)
     damaged = False
     for step_folder in whole_checkpoints(run) or [find_checkpoint(run)]:
-        told = verify(step_folder)
-        damaged = damaged or bool(told)
-        for line in told:
+        lines = verify(step_folder)
+        damaged = damaged or bool(lines)
+        for line in lines:
             print(line, file=sys.stderr)
-        if told:
+        if lines:
             continue
         if read_meta(step_folder).checksums:
             print(f"{step_folder}: as written")
         else:
-            print(f"{step_folder}: no checksums, an earlier version wrote it; its files have the sizes written down")
+            print(f"{step_folder}: no checksums (written by an earlier version); its files have the recorded sizes")
     return 2 if damaged else 0
 
 
 def add_import(commands: Any, name: str) -> None:
-    parser = command(commands, name, "turn a Hugging Face folder into a checkpoint any layout can load", _run_import)
+    parser = command(commands, name, "convert a Hugging Face folder to a checkpoint for any layout", _run_import)
     parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder of a Llama")
     parser.add_argument("--output", required=True, metavar="CKPT", help="folder to write")
 
@@ -50,13 +50,15 @@ def _run_import(options: argparse.Namespace) -> int:
 
 
 def add_export(commands: Any, name: str) -> None:
-    parser = command(commands, name, "turn a checkpoint into a Hugging Face folder", _run_export)
+    parser = command(commands, name, "convert a checkpoint to a Hugging Face folder", _run_export)
     parser.add_argument("--checkpoint", required=True, metavar="CKPT_OR_RUN", help="a run's folder, or one step's")
-    parser.add_argument("--step", type=step, metavar="N", help="step of the run; the last one where not given")
+    parser.add_argument("--step", type=step, metavar="N", help="step of the run (default: the last)")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     add_dtype(parser, "type of the weights")
-    parser.add_argument("--adapter", action="store_true", help="the adapters alone, as peft has them, not merged")
-    parser.add_argument("--base", metavar="NAME", help="base that --adapter names; the model the run started from")
+    parser.add_argument("--adapter", action="store_true", help="only the adapters, in peft's format, not merged")
+    parser.add_argument(
+        "--base", metavar="NAME", help="base model for --adapter (default: the model that the run started from)"
+    )
 
 
 def _run_export(options: argparse.Namespace) -> int:

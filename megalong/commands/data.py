@@ -1,4 +1,4 @@
-"""`megalong data …`: tokenize a corpus, join datasets, look into one, see what a run will read."""
+"""`megalong data …`: tokenize a corpus, merge datasets, inspect one, show what a run will read."""
 
 import argparse
 from collections.abc import Iterator
@@ -13,36 +13,40 @@ if TYPE_CHECKING:
 
 
 def add_data(commands: Any) -> None:
-    family = group(commands, "data", "tokenize a corpus; look into a dataset")
+    family = group(commands, "data", "tokenize a corpus; inspect datasets")
     _add_preprocess(family)
-    parser = command(family, "merge", "join datasets of one tokenizer, such as the shards of a corpus", _run_merge)
+    parser = command(family, "merge", "merge datasets of one tokenizer, such as the shards of a corpus", _run_merge)
     parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="datasets, in order; or a folder")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx and P.json")
-    about = "say what an indexed dataset holds, or show what a run trains on, sample by sample"
+    about = "show what an indexed dataset contains, or what a run trains on, sample by sample"
     parser = command(family, "inspect", about, _run_inspect)
     parser.add_argument(
-        "prefix", metavar="PREFIX|CONFIG.yaml", help="path of the .bin and .idx without their endings, or a run's file"
+        "prefix", metavar="PREFIX|CONFIG.yaml", help="path of the .bin and .idx without their suffix, or a run's file"
     )
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="of a CONFIG.yaml")
-    parser.add_argument("--samples", type=count, default=3, metavar="N", help="of a CONFIG.yaml, to show (%(default)s)")
-    parser.add_argument("--documents", type=count, default=3, metavar="N", help="documents to show (%(default)s)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="Hugging Face folder, to show text instead of numbers")
-    parser.add_argument("--png", metavar="FILE", help="draw the lengths of documents there")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="for a CONFIG.yaml")
+    parser.add_argument(
+        "--samples", type=count, default=3, metavar="N", help="samples to show of a CONFIG.yaml (%(default)s)"
+    )
+    parser.add_argument(
+        "--documents", type=count, default=3, metavar="N", help="documents to show of a PREFIX (%(default)s)"
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="Hugging Face folder, to show text instead of ids")
+    parser.add_argument("--png", metavar="FILE", help="plot the lengths of documents to this file")
     add_overwrite(parser)
-    about = "say how evenly context-parallel ranks share a run's attention, for each token layout"
+    about = "show how evenly context-parallel ranks share a run's attention, for each token layout"
     parser = command(family, "balance", about, _run_balance)
     add_config(parser)
-    parser.add_argument("--samples", type=count, default=8, metavar="N", help="samples to look at (%(default)s)")
-    parser.add_argument("--png", metavar="FILE", help="draw where tokens lie and how full each rank is")
+    parser.add_argument("--samples", type=count, default=8, metavar="N", help="number of samples (%(default)s)")
+    parser.add_argument("--png", metavar="FILE", help="plot the tokens and the work of each rank to this file")
     add_overwrite(parser)
-    parser = command(family, "plan", "say what a run will see: domains, lengths, repeats, what is cut", _run_plan)
+    parser = command(family, "plan", "show what a run will read: domains, lengths, repeats, cuts", _run_plan)
     add_config(parser)
-    parser.add_argument("--png", metavar="FILE", help="draw tokens by length and what samples hold")
+    parser.add_argument("--png", metavar="FILE", help="plot tokens by length and the content of samples to this file")
     add_overwrite(parser)
 
 
 def _add_preprocess(family: Any) -> None:
-    parser = command(family, "preprocess", "turn text files into an indexed dataset", _run_preprocess)
+    parser = command(family, "preprocess", "convert text files to an indexed dataset", _run_preprocess)
     add = parser.add_argument
     add(
         "--input",
@@ -57,25 +61,25 @@ def _add_preprocess(family: Any) -> None:
     add("--append-eod", action="store_true", help="end every document with the end-of-text token")
     add("--separator", metavar="TEXT", help="token or text between documents, such as <s>")
     add("--separator-position", choices=["between", "before"], default="between", help="(%(default)s)")
-    add("--workers", type=count, metavar="N", help="processes (one for each core this job may use)")
-    add("--on-error", choices=["fail", "skip"], default="fail", help="at a bad record; skip gathers them (%(default)s)")
-    add("--group-by", metavar="KEY", help="make records that share KEY, such as a repository, one document")
-    add("--group-path", default="path", metavar="KEY", help="orders the records of a group (%(default)s)")
-    add("--shard", metavar="I/N", help="the Ith of N shares, from 1, as one task of a SLURM array")
+    add("--workers", type=count, metavar="N", help="processes (default: one per core that this job may use)")
+    add("--on-error", choices=["fail", "skip"], default="fail", help="bad records: skip collects them (%(default)s)")
+    add("--group-by", metavar="KEY", help="join records with equal KEY, such as a repository, to one document")
+    add("--group-path", default="path", metavar="KEY", help="sort the records of a group by this key (%(default)s)")
+    add("--shard", metavar="I/N", help="shard I of N, counted from 1, for one task of a SLURM array")
     add(
         "--decontaminate",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="benchmarks that documents must not share text with",
+        help="benchmarks; documents that share text with them are contaminated",
     )
-    add("--decontaminate-action", choices=["drop", "report"], default="drop", help="for such documents (%(default)s)")
-    add("--decontaminate-ngram", type=count, default=13, metavar="N", help="words in a row that count (%(default)s)")
+    add("--decontaminate-action", choices=["drop", "report"], default="drop", help="on such documents (%(default)s)")
+    add("--decontaminate-ngram", type=count, default=13, metavar="N", help="shared words in a row (%(default)s)")
     add(
         "--encoder",
         choices=["gigatoken", "tokenizers"],
         default="gigatoken",
-        help="gigatoken wherever exact (%(default)s)",
+        help="gigatoken is used only where it is exact (%(default)s)",
     )
 
 
@@ -111,7 +115,7 @@ def _run_merge(options: argparse.Namespace) -> int:
 
 
 def is_config(argument: str) -> bool:
-    """Whether what `data inspect` is given is a run's file, and no dataset's prefix."""
+    """Whether the argument of `data inspect` is a run's file, not a dataset's prefix."""
     return argument.endswith((".yaml", ".yml"))
 
 
@@ -120,7 +124,9 @@ def _run_inspect(options: argparse.Namespace) -> int:
         from megalong.data.inspect_samples import inspect_samples
 
         if options.png is not None:
-            options.parser.error("--png draws a dataset's lengths; give a PREFIX, or megalong data plan CONFIG.yaml")
+            options.parser.error(
+                "--png plots a dataset's lengths; give a PREFIX, or use megalong data plan CONFIG.yaml"
+            )
         inspect_samples(options.prefix, options.overrides, options.samples, options.tokenizer, _conversations)
         return 0
     if options.overrides:
@@ -146,7 +152,7 @@ def _conversations(config: "Config", samples: int, tokenizer: str | None) -> Ite
 
     folder = tokenizer or config.sft.tokenizer or find_start(config).assets
     if folder is None:
-        raise UserError("sft.tokenizer: the model to start from brings none; write sft.tokenizer: DIR")
+        raise UserError("sft.tokenizer: the initial model has none; write sft.tokenizer: DIR")
     opened = ConversationSamples.open(config, "train", folder, Path(config.run.dir) / "index")
     return conversation_blocks(opened, folder, samples)
 

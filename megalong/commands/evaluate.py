@@ -13,31 +13,31 @@ def add_evaluate(commands: Any) -> None:
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--data", metavar="PREFIX", help="indexed dataset to read")
     text.add_argument(
-        "--held-out", metavar="DOMAIN", help="what the first run held out of that domain of its mixture, or of all"
+        "--held-out", metavar="DOMAIN", help="held-out documents of the first run: of a domain of its mixture, or all"
     )
-    parser.add_argument("--seq-length", type=count, required=True, metavar="N", help="tokens of a sample")
+    parser.add_argument("--seq-length", type=count, required=True, metavar="N", help="tokens per sample")
     parser.add_argument("--samples", type=count, default=8, metavar="N", help="samples to average over (%(default)s)")
     add_dtype(parser)
     parser.add_argument("--nproc", type=count, metavar="N", help="context-parallel processes to start here")
     parser.add_argument(
-        "--allow-other-tokenizer", action="store_true", help="for a dataset made with another than the model's"
+        "--allow-other-tokenizer", action="store_true", help="allow a dataset of another tokenizer than the model's"
     )
-    parser.add_argument("--output", metavar="DIR", help="where to write the table and the plot")
+    parser.add_argument("--output", metavar="DIR", help="folder for table, numbers and plot")
     add_overwrite(parser)
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
-    """Models in the order of the command line, as `find_models` takes them."""
+    """Models in the order of the command line, for `find_models`."""
     for option, metavar, about in (
-        ("checkpoint", "CKPT_OR_RUN", "a run's folder, or one step's; as often as there are models"),
-        ("hf", "DIR", "Hugging Face folder, likewise"),
-        ("rope", "YAML", "positions to read the model before it under, such as '{type: yarn, factor: 4}'; first: all"),
+        ("checkpoint", "CKPT_OR_RUN", "a run's folder, or one step's; may be repeated"),
+        ("hf", "DIR", "Hugging Face folder; may be repeated"),
+        ("rope", "YAML", "RoPE scaling of the model before it, such as '{type: yarn, factor: 4}'; if first, of all"),
     ):
         parser.add_argument(f"--{option}", dest="models", action=_Ordered, default=(), metavar=metavar, help=about)
 
 
 class _Ordered(argparse.Action):
-    """Gathers (option, value) of several options in one list."""
+    """Collects (option, value) of several options in one list."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None

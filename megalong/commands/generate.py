@@ -1,4 +1,4 @@
-"""`megalong generate`: look at what a model answers."""
+"""`megalong generate`: continue a prompt, or answer it."""
 
 import argparse
 from typing import Any
@@ -12,17 +12,19 @@ def add_generate(commands: Any) -> None:
     model.add_argument("--checkpoint", metavar="CKPT_OR_RUN", help="a run's folder, or one step's")
     model.add_argument("--hf", metavar="DIR", help="Hugging Face folder")
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="what to continue")
-    prompt.add_argument("--prompt-file", metavar="F", help="file that holds the prompt, UTF-8")
-    parser.add_argument("--chat", action="store_true", help="ask it by the tokenizer's chat template")
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    prompt.add_argument("--prompt-file", metavar="F", help="UTF-8 file with the prompt")
+    parser.add_argument("--chat", action="store_true", help="write the prompt with the tokenizer's chat template")
     add_dtype(parser)
-    parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="tokens at most (%(default)s)")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (%(default)s)"
+        "--max-new-tokens", type=count, default=128, metavar="N", help="maximum number of tokens (%(default)s)"
     )
-    parser.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest that make up P")
-    parser.add_argument("--top-k", type=count, metavar="K", help="sample among the K likeliest")
-    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of sampling (%(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 always takes the most likely token (%(default)s)"
+    )
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens of total share P")
+    parser.add_argument("--top-k", type=count, metavar="K", help="sample from the K most likely tokens")
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of sampling (%(default)s)")
     parser.add_argument(
         "--prefill-chunk", type=count, default=4096, metavar="N", help="prompt tokens read at a time (%(default)s)"
     )

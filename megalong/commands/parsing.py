@@ -1,6 +1,6 @@
-"""How commands are declared: the parser all of them share, and what several of them ask for.
+"""How commands are declared: the parser of all commands, and options that several of them have.
 
-`command` gives a command its help and the function that answers it; `group` opens a family such as `data …`.
+`command` adds a command with its help and the function that runs it; `group` adds a group such as `data …`.
 """
 
 import argparse
@@ -13,14 +13,14 @@ from typing import Any, NoReturn
 
 from megalong.errors import Speaker
 
-SPEAKER_SECONDS = 30.0  # that others wait for it
+SPEAKER_SECONDS = 30.0  # how long the other processes wait for the speaker
 
 
 def print_error(message: str, speaker: Speaker = "world") -> None:
-    """Print a user's mistake, if this process is the one (or one of those) that shall; see `UserError.speaker`.
+    """Print a user's mistake if this process is (one of) the `speaker`; see `UserError.speaker`.
 
-    Under torchrun the others wait: it ends all processes of a node as soon as one of them has ended, and the one that
-    shall speak may still be importing torch.
+    Under torchrun the other processes wait: torchrun ends all processes of a node when one of them ends, and the
+    speaker may still be importing torch.
     """
     variable = {"world": "RANK", "node": "LOCAL_RANK"}.get(speaker)
     if variable is None or os.environ.get(variable, "0") == "0":
@@ -30,15 +30,15 @@ def print_error(message: str, speaker: Speaker = "world") -> None:
 
 
 class Formatter(argparse.HelpFormatter):
-    """Help in two columns, with room for our longest command in the first."""
+    """Help in two columns; the first has room for our longest command."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)
-        self._action_max_length = 14  # argparse measures commands without the indentation it gives them
+        self._action_max_length = 14  # argparse does not count the indentation of commands
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, the nearest right command or option, and no abbreviations."""
+    """argparse with one-line errors, suggestions for misspelled commands and options, and no abbreviations."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=Formatter, **settings)
@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         super()._check_value(action, value)
 
     def options(self) -> list[str]:
-        """Every option this command knows."""
+        """Every option of this command."""
         return [option for action in self._actions for option in action.option_strings]
 
 
@@ -95,15 +95,13 @@ def step(text: str) -> int:
 
 
 def add_dtype(parser: argparse.ArgumentParser, what: str = "type to compute in") -> None:
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help=f"{what}; as trained where not given"
-    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help=f"{what} (default: as trained)")
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="write over what is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the run, section by section")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="instead of the file's")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="configuration of the run")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="overrides the file")

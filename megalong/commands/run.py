@@ -1,4 +1,4 @@
-"""`megalong quickstart`, `train` and `doctor`: run something here."""
+"""`megalong quickstart`, `train` and `doctor`."""
 
 import argparse
 from typing import Any
@@ -7,10 +7,8 @@ from megalong.commands.parsing import add_config, command, count
 
 
 def add_quickstart(commands: Any) -> None:
-    parser = command(commands, "quickstart", "the whole story on this machine's own text, on CPU", _run_quickstart)
-    parser.add_argument(
-        "--output", default="quickstart-run", metavar="DIR", help="where everything is written (%(default)s)"
-    )
+    parser = command(commands, "quickstart", "the whole pipeline on this machine's own text, on CPU", _run_quickstart)
+    parser.add_argument("--output", default="quickstart-run", metavar="DIR", help="folder for all files (%(default)s)")
 
 
 def _run_quickstart(options: argparse.Namespace) -> int:
@@ -21,9 +19,9 @@ def _run_quickstart(options: argparse.Namespace) -> int:
 
 
 def add_train(commands: Any) -> None:
-    parser = command(commands, "train", "train, or resume training, as a configuration says", _run_train)
+    parser = command(commands, "train", "start or resume the training run of a configuration", _run_train)
     add_config(parser)
-    parser.add_argument("--nproc", type=count, metavar="N", help="start N processes here; not under torchrun")
+    parser.add_argument("--nproc", type=count, metavar="N", help="start N local processes; not under torchrun")
 
 
 def _run_train(options: argparse.Namespace) -> int:
@@ -33,7 +31,7 @@ def _run_train(options: argparse.Namespace) -> int:
 
 
 def add_doctor(commands: Any) -> None:
-    command(commands, "doctor", "say what is installed and what will be used", _run_doctor)
+    command(commands, "doctor", "show what is installed and what a run will use", _run_doctor)
 
 
 def _run_doctor(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`megalong slurm` and `megalong preflight`: jobs for a cluster, and whether its nodes are fit for one."""
+"""`megalong slurm` and `megalong preflight`: jobs for a cluster, and checks of its nodes."""
 
 import argparse
 from typing import Any
@@ -7,14 +7,14 @@ from megalong.commands.parsing import add_config, command, count
 
 
 def add_slurm(commands: Any) -> None:
-    parser = command(commands, "slurm", "write, or submit, the SLURM job of a configuration", _run_slurm)
+    parser = command(commands, "slurm", "print or submit the SLURM job of a configuration", _run_slurm)
     add_config(parser)
     parser.add_argument("--nodes", type=count, required=True, metavar="N", help="nodes of slurm.gpus_per_node GPUs")
-    parser.add_argument("--submit", action="store_true", help="call sbatch; without it the script is printed")
+    parser.add_argument("--submit", action="store_true", help="call sbatch; otherwise the script is printed")
     parser.add_argument(
-        "--chain", nargs="+", default=[], metavar="SFT.yaml", help="then these, each after the last, then an export"
+        "--chain", nargs="+", default=[], metavar="SFT.yaml", help="runs that follow, one after another, and an export"
     )
-    parser.add_argument("--output", metavar="DIR", help="folder of the export that ends it; RUN/hf of the last run")
+    parser.add_argument("--output", metavar="DIR", help="folder of the final export (default: RUN/hf of the last run)")
 
 
 def _run_slurm(options: argparse.Namespace) -> int:
@@ -32,7 +32,7 @@ def _run_slurm(options: argparse.Namespace) -> int:
 
 
 def add_preflight(commands: Any) -> None:
-    parser = command(commands, "preflight", "check the nodes of a job before it trains; srun starts it", _run_preflight)
+    parser = command(commands, "preflight", "check the nodes of a job before training; started by srun", _run_preflight)
     add_config(parser)
 
 

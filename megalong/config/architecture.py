@@ -1,15 +1,15 @@
 """The shape of a model: everything needed to build it, nothing about how it is trained.
 
 An `Architecture` comes from a Hugging Face `config.json`, from a checkpoint's `megalong.json`, or from the
-`model.architecture` section for a random start. It is the same object in all three cases, so a random start, an
-import and a resume build the same model.
+`model.architecture` section for a random start. It is the same object in all three cases, so a random start, an import
+and a resume build the same model.
 
-Vocabulary padding has one rule: up to the next multiple of 128, whatever the layout. 515 tokens become 640 rows at
-every tensor-parallel size that divides 128, so checkpoints of different layouts have the same shapes; `vocab_size`
-stays the true size and export cuts the rest off.
+The vocabulary is padded to the next multiple of 128 under every layout. 515 tokens become 640 rows at every
+tensor-parallel size that divides 128, so checkpoints of different layouts have the same shapes. `vocab_size` stays the
+true size, and export removes the padding.
 
-A sliding window is part of the shape: a layer trained to see the last W tokens gives other logits when it sees all.
-`window_size` and `window_attn_skip_freq` are Megatron-Core's names and mean what they mean there:
+A sliding window is part of the shape: a layer trained to see the last W tokens produces other logits if it sees all.
+`window_size` and `window_attn_skip_freq` have the names and the meaning of Megatron-Core:
 
     window_size 4096                                  every layer sees 4096 tokens, its own included
     window_size 4096, window_attn_skip_freq 4         layers 4, 8, 12, ... see everything
@@ -71,13 +71,13 @@ class Architecture(Section):
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
     def with_rope(self, override: RopeSettings | None) -> "Architecture":
-        """The same model under other positions (`model.rope` of a configuration); `None` changes nothing.
+        """The same model with another RoPE scaling (`model.rope` of a configuration); `None` changes nothing.
 
-        The override replaces the scaling as a whole. Only two of its values may be left to the checkpoint: the base
-        (`rope_theta`), and the length before any scaling, the checkpoint's own (`original_length`). A scaled model
-        reads `factor * original` positions, and says so in `max_position_embeddings`: transformers versions that derive
-        the factor from the two lengths then find the same one. One whose scaling is taken away reads what it did before
-        it. Applying the same override twice gives the same model, and one that repeats the model's own changes nothing.
+        The override replaces the whole scaling. Only two of its values default to the checkpoint's: the base
+        (`rope_theta`) and the length before any scaling (`original_length`). `max_position_embeddings` of a scaled
+        model is `factor * original`: transformers versions that derive the factor from the two lengths then get the
+        same one. A model whose scaling is removed has its original length again. Applying the same override twice gives
+        the same model, and an override equal to the model's own scaling changes nothing.
         """
         if override is None:
             return self
@@ -96,16 +96,16 @@ class Architecture(Section):
 
     @property
     def original_length(self) -> int:
-        """Positions before any scaling: what the scaling says, else its share of `max_position_embeddings`.
+        """Positions before any scaling: what the scaling states, else `max_position_embeddings / factor`.
 
-        Nothing but linear and ntk leave it out, whose factor is that of the two lengths.
+        Only linear and ntk may leave it out; their factor is the ratio of the two lengths.
         """
-        told = self.rope.original_max_position_embeddings
-        return told or max(1, round(self.max_position_embeddings / self.rope.factor))
+        stated = self.rope.original_max_position_embeddings
+        return stated or max(1, round(self.max_position_embeddings / self.rope.factor))
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
-        """Layer by layer, how many tokens a token sees, its own included; None is every token before it."""
+        """For each layer, how many tokens a token sees, itself included; None: all tokens before it."""
         pattern, layers = self.window_attn_skip_freq, range(self.num_layers)
         if isinstance(pattern, int):
             full = [(layer + 1) % pattern == 0 for layer in layers]
@@ -115,19 +115,19 @@ class Architecture(Section):
 
     @property
     def widest_window(self) -> int | None:
-        """The window that most attention is computed in: None where a layer sees everything, which outweighs all."""
+        """The window that dominates the cost of attention; None if any layer sees everything."""
         return None if None in self.layer_windows else self.window_size
 
     def with_window(
         self, window_size: int | None, window_attn_skip_freq: int | tuple[Literal[0, 1], ...] | None = None
     ) -> "Architecture":
-        """The same model with another window (`attention` of a configuration); no `window_size` changes nothing.
+        """The same model with another window (`attention` of a configuration); without `window_size` it is unchanged.
 
-        Window and pattern are replaced as a whole, as `with_rope` replaces a scaling: a window alone is every layer's,
-        and `window_attn_skip_freq` 1 leaves every layer full.
+        Window and pattern are replaced together, as `with_rope` replaces a scaling: a window alone applies to every
+        layer, and `window_attn_skip_freq` 1 leaves every layer full.
 
         Raises:
-            UserError: a pattern with another number of entries than the model has layers.
+            UserError: the pattern does not have one entry for each layer.
         """
         if window_size is None:
             return self
@@ -156,9 +156,9 @@ class Architecture(Section):
                 f"num_query_groups {self.num_query_groups}: every KV group serves the same number of heads"
             )
         if self.kv_channels % 2:
-            raise ValueError(f"kv_channels {self.kv_channels} must be even: rotary positions turn pairs of channels")
+            raise ValueError(f"kv_channels {self.kv_channels} must be even: RoPE rotates pairs of channels")
         if self.rope.rope_theta is None:
-            raise ValueError("rope.rope_theta is required: a model has a rotary base; Llama 3 writes 500000.0")
+            raise ValueError("rope.rope_theta is required: it is the rotary base, such as Llama 3's 500000.0")
         if self.rope.type in ("yarn", "llama3") and self.rope.original_max_position_embeddings is None:
             raise ValueError(
                 f"rope.original_max_position_embeddings is required with type {self.rope.type}: "
@@ -173,8 +173,8 @@ class Architecture(Section):
 
 
 NO_WINDOW = (
-    "window_attn_skip_freq without window_size: there is no window that a layer could do without; write window_size, "
-    "or leave both out"
+    "window_attn_skip_freq without window_size: it lists the layers without a window; write window_size, or leave both "
+    "out"
 )
 
 

@@ -1,8 +1,8 @@
-"""What an attention backend and a precision cannot do, on this machine or at all, and the nearest setting that works.
+"""Limits of attention backends and precisions, on this machine or on any, with the nearest setting that works.
 
-`check_attention` knows the configuration only and runs when the file is read; `check_machine` runs when a process
-knows its device. Neither needs torch. Transformer Engine's limits are those of version 2.20, read in its sources: what
-it cannot do it would refuse itself, in the middle of the first step.
+`check_attention` needs only the configuration and runs when the file is read; `check_machine` runs when a process knows
+its device. Neither needs torch. Transformer Engine's limits are those of version 2.20, taken from its sources. Without
+these checks it would fail in the middle of the first step.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from megalong.errors import UserError
 TORCH, ENGINE = "torch", "transformer_engine"
 FP8_CAPABILITY, FP8_ATTENTION_CAPABILITY, FP8_CURRENT_ATTENTION_CAPABILITY = (8, 9), (9, 0), (10, 0)
 HOPPER_FP8_HEAD = 128  # channels
-FP8_WIDTH = 16  # what Transformer Engine needs a matrix's sides to be multiples of
+FP8_WIDTH = 16  # Transformer Engine needs both sides of a matrix to be multiples of this
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a process finds: its GPU's compute capability (None: it has none), and Transformer Engine.
+    """A process's GPU (compute capability; None: no GPU), and whether Transformer Engine can be imported.
 
     `engine_recipe` is the environment's NVTE_DPA_FP8_RECIPE, which overrides the recipe for attention.
     """
@@ -30,7 +30,7 @@ class Machine:
 
 
 def check_attention(config: Sections) -> None:
-    """Refuse what no machine can do."""
+    """Refuse settings that no machine supports."""
     if config.attention.window_size is not None:
         check_window(config, f"attention.window_size {config.attention.window_size}", ", or leave window_size out")
     if config.attention.backend == ENGINE:
@@ -39,30 +39,30 @@ def check_attention(config: Sections) -> None:
         _check_engine(config)
 
 
-def check_window(config: Sections, window: str, mend: str = "") -> None:
-    """Refuse what no kernel can do in a sliding window, the configuration's or the loaded model's.
+def check_window(config: Sections, window: str, fix: str = "") -> None:
+    """Refuse settings that no kernel supports with a sliding window, the configuration's or the loaded model's.
 
-    `window` is what the message calls it, `mend` another way out of it.
+    `window` names the window in the message, `fix` is an additional fix.
     """
     if config.precision.fp8_dot_product_attention:
         raise UserError(
-            f"precision.fp8_dot_product_attention true with {window}: FP8 kernels know no sliding window; write "
-            f"fp8_dot_product_attention: false{mend}"
+            f"precision.fp8_dot_product_attention true with {window}: FP8 kernels have no sliding window; write "
+            f"fp8_dot_product_attention: false{fix}"
         )
     attention = config.attention
     shared = config.parallel.context_parallel_size > 1
     if shared and attention.backend == ENGINE and attention.exchange not in ("all_gather", "ulysses"):
         raise UserError(
-            f"attention.exchange: {attention.exchange} with {window} and attention.backend: {ENGINE}: it has sliding "
-            f"windows where keys are gathered or heads are shared; write exchange: all_gather, or ulysses{mend}"
+            f"attention.exchange: {attention.exchange} with {window} and attention.backend: {ENGINE}: it supports "
+            f"sliding windows only with all_gather and ulysses; write exchange: all_gather, or ulysses{fix}"
         )
 
 
 def check_machine(config: Sections, machine: Machine) -> None:
-    """Refuse what this machine cannot do.
+    """Refuse settings that this machine does not support.
 
     Raises:
-        UserError: naming the key, what is missing and what to write.
+        UserError: it names the key, what is missing and what to write.
     """
     attention, precision = config.attention, config.precision
     if attention.backend == ENGINE and machine.capability is None:
@@ -77,7 +77,7 @@ def check_machine(config: Sections, machine: Machine) -> None:
 
 
 def backend_of(config: Sections, machine: Machine) -> str:
-    """`attention.backend` with `auto` decided: Transformer Engine for what only it can do, which is FP8 on a GPU."""
+    """`attention.backend` with `auto` decided: Transformer Engine for FP8 attention on a GPU, else torch."""
     if config.attention.backend != "auto":
         return config.attention.backend
     return ENGINE if config.precision.fp8_dot_product_attention and machine.capability is not None else TORCH
@@ -96,8 +96,8 @@ def _check_fp8_on_gpu(config: Sections, machine: Machine, capability: tuple[int,
         )
     if capability < FP8_CAPABILITY:
         raise UserError(
-            f"precision.fp8: {precision.fp8}, but this GPU (compute capability {name}) has no FP8, which begins with "
-            "8.9; write fp8: null"
+            f"precision.fp8: {precision.fp8}, but this GPU (compute capability {name}) has no FP8, which needs 8.9; "
+            "write fp8: null"
         )
     if not precision.fp8_dot_product_attention:
         return
@@ -109,13 +109,13 @@ def _check_fp8_on_gpu(config: Sections, machine: Machine, capability: tuple[int,
     if capability < FP8_ATTENTION_CAPABILITY:
         raise UserError(
             f"precision.fp8_dot_product_attention: this GPU (compute capability {name}) has no FP8 attention, which "
-            "begins with 9.0; write fp8_dot_product_attention: false, which keeps FP8 in the linear layers"
+            "needs 9.0; write fp8_dot_product_attention: false, which keeps FP8 in the linear layers"
         )
     if config.data.masked:
         packs = config.data.packing == "naive"
         raise UserError(
             f"precision.fp8_dot_product_attention with {'seq_length in data.mixture' if packs else 'data.packing '}"
-            f"{'' if packs else config.data.packing}: FP8 kernels take whole sequences only, not documents; write "
+            f"{'' if packs else config.data.packing}: FP8 kernels have no document masks; write "
             f"fp8_dot_product_attention: false, or {'leave it out there' if packs else 'packing: naive'}"
         )
     _check_engine_length(config, "precision.fp8_dot_product_attention")
@@ -123,16 +123,17 @@ def _check_fp8_on_gpu(config: Sections, machine: Machine, capability: tuple[int,
     if capability < FP8_CURRENT_ATTENTION_CAPABILITY and not delayed:
         raise UserError(
             f"precision.fp8_recipe: {precision.fp8_recipe} with fp8_dot_product_attention: FP8 attention on this GPU "
-            f"(compute capability {name}) knows delayed scaling only; write fp8_recipe: delayed, or start with "
-            "NVTE_DPA_FP8_RECIPE=DelayedScaling in the environment, which leaves the linear layers tensorwise"
+            f"(compute capability {name}) supports delayed scaling only; write fp8_recipe: delayed, or set "
+            "NVTE_DPA_FP8_RECIPE=DelayedScaling in the environment, which keeps the linear layers tensorwise"
         )
 
 
 def check_fp8_model(config: Sections, machine: Machine, architecture: Architecture) -> None:
-    """Refuse what FP8 on this machine's GPU cannot do with this model.
+    """Refuse a model that FP8 on this machine's GPU does not support.
 
     Raises:
-        UserError: heads that Hopper's FP8 attention does not know, or matrices whose sides are no multiples of 16.
+        UserError: a head dimension that Hopper's FP8 attention does not support, or matrix sides that are not multiples
+            of 16.
     """
     precision, capability = config.precision, machine.capability
     if precision.fp8 is None or capability is None:
@@ -141,7 +142,7 @@ def check_fp8_model(config: Sections, machine: Machine, architecture: Architectu
     on_hopper = FP8_ATTENTION_CAPABILITY <= capability < FP8_CURRENT_ATTENTION_CAPABILITY
     if precision.fp8_dot_product_attention and on_hopper and channels != HOPPER_FP8_HEAD:
         raise UserError(
-            f"precision.fp8_dot_product_attention: FP8 attention trains on this GPU with heads of {HOPPER_FP8_HEAD} "
+            f"precision.fp8_dot_product_attention: on this GPU, FP8 attention trains heads of {HOPPER_FP8_HEAD} "
             f"channels only, and the model's have {channels}; write fp8_dot_product_attention: false"
         )
     tensor = config.parallel.tensor_model_parallel_size
@@ -158,7 +159,7 @@ def check_fp8_model(config: Sections, machine: Machine, architecture: Architectu
 
 
 def _check_engine(config: Sections) -> None:
-    """What Transformer Engine's attention cannot do, alone and over context-parallel ranks."""
+    """Refuse what Transformer Engine's attention does not support, alone and over context-parallel ranks."""
     attention, ranks = config.attention, config.parallel.context_parallel_size
     who = "attention.backend: transformer_engine"
     if config.precision.params_dtype != "bf16":
@@ -173,8 +174,8 @@ def _check_engine(config: Sections) -> None:
     fits = ("per_document_zigzag",) if documents else ("auto", "zigzag", "per_document_zigzag")
     if attention.layout not in fits:
         raise UserError(
-            f"attention.layout: {attention.layout} with {who}: with data.packing {config.data.packing} it takes tokens "
-            f"that lie in {layout}; write layout: {layout}, or backend: torch"
+            f"attention.layout: {attention.layout} with {who}: with data.packing {config.data.packing} it needs the "
+            f"layout {layout}; write layout: {layout}, or backend: torch"
         )
     _check_engine_length(config, who)
 
@@ -188,6 +189,7 @@ def _check_engine_length(config: Sections, who: str) -> None:
         divisor *= parallel.tensor_model_parallel_size
     if length % divisor:
         raise UserError(
-            f"data.seq_length {length} is not a multiple of {divisor}, as {who} over {parallel.context_parallel_size} "
-            f"context-parallel ranks needs it; write {-(-length // divisor) * divisor}, or backend: torch"
+            f"data.seq_length {length} is not a multiple of {divisor}, which {who} needs on "
+            f"{parallel.context_parallel_size} context-parallel ranks; write {-(-length // divisor) * divisor}, or "
+            "backend: torch"
         )

@@ -1,7 +1,7 @@
-"""Rules that span sections, the cluster or the model. Each failure names the rule, the values and the mend.
+"""Rules that span sections, the cluster or the model. Each error names the rule, the values and the fix.
 
-Three moments, three functions: `check_config` as soon as the file is read, `check_world` when the number of processes
-is known, `check_model` when the architecture is known. All three need no torch and run before a process is spawned.
+`check_config` runs when the file is read, `check_world` when the number of processes is known, `check_model` when the
+architecture is known. None needs torch, and all run before a process is spawned.
 """
 
 import math
@@ -13,9 +13,9 @@ from megalong.errors import UserError
 
 
 def check_config(config: Sections) -> None:
-    """Check what the configuration alone can tell.
+    """Check the rules that need only the configuration.
 
-    `sequence_parallel` with one tensor-parallel rank is refused rather than ignored: what a file says is what runs.
+    `sequence_parallel` with one tensor-parallel rank is refused, not ignored: a run does what its file says.
     """
     _check_task(config)
     _check_sequence(config)
@@ -36,7 +36,7 @@ def check_config(config: Sections) -> None:
     if config.evaluation.interval and not config.data.split_weights[1]:
         raise UserError(
             f"evaluation.interval {config.evaluation.interval} needs held-out data, but data.split "
-            f'"{config.data.split}" gives validation nothing; write data.split: "99,1", or evaluation.interval: 0'
+            f'"{config.data.split}" leaves nothing for validation; write data.split: "99,1", or evaluation.interval: 0'
         )
 
 
@@ -56,8 +56,8 @@ def _check_task(config: Sections) -> None:
         raise UserError("data.mixture is not read by task sft: leave it out, or write task: pretrain")
     if data.packing != "best_fit":
         raise UserError(
-            f"data.packing {data.packing} with task sft: conversations are kept whole and apart from each other; write "
-            "packing: best_fit"
+            f"data.packing {data.packing} with task sft: conversations must stay whole and masked from each other; "
+            "write packing: best_fit"
         )
     if sft.max_length is not None and sft.max_length > data.seq_length:
         raise UserError(
@@ -71,13 +71,13 @@ def _check_faults(config: Sections) -> None:
     if runtime.watchdog_minutes is not None and runtime.watchdog_minutes >= runtime.timeout_minutes:
         raise UserError(
             f"runtime.watchdog_minutes {runtime.watchdog_minutes:g} is not below runtime.timeout_minutes "
-            f"{runtime.timeout_minutes:g}, when a collective gives up and there is no stack left to see; write a "
-            "smaller one, or 0 for no watchdog"
+            f"{runtime.timeout_minutes:g}: collectives would time out before the stacks are written; write a smaller "
+            "value, or 0 for no watchdog"
         )
     if config.guard.replay and config.precision.fp8 is not None and config.precision.fp8_recipe == "delayed":
         raise UserError(
-            "guard.replay true with precision.fp8_recipe delayed: its scales change with every pass, so a second one "
-            "differs on sound hardware too; write fp8_recipe: tensorwise, or replay: false"
+            "guard.replay true with precision.fp8_recipe delayed: its scales change with every pass, so a replay "
+            "differs even on healthy hardware; write fp8_recipe: tensorwise, or replay: false"
         )
 
 
@@ -117,7 +117,7 @@ def _check_pipeline(config: Sections) -> None:
 
 
 def check_replicas(config: Sections, world_size: int) -> None:
-    """Refuse a number of processes that does not hold a whole number of replicas (world = TP * CP * PP * DP)."""
+    """Refuse a number of processes that is not a whole number of replicas (world = TP * CP * PP * DP)."""
     parallel, divisor = config.parallel, config.grid.model_parallel_size
     if world_size >= 1 and world_size % divisor == 0:
         return
@@ -141,7 +141,7 @@ def _listed(sizes: list[int]) -> str:
 
 
 def check_world(config: Sections, world_size: int) -> None:
-    """Refuse a configuration that `world_size` processes cannot run: whole replicas, and batches that come out even."""
+    """Refuse a configuration that does not divide `world_size` processes into replicas, or a batch among replicas."""
     check_replicas(config, world_size)
     replicas, training = config.grid.replicas(world_size), config.training
     step = training.micro_batch_size * replicas
@@ -162,9 +162,9 @@ def check_world(config: Sections, world_size: int) -> None:
 
 
 def check_model(config: Sections, architecture: Architecture) -> None:
-    """Refuse what the model cannot be: cut unevenly (heads, KV groups, MLP, vocabulary, layers), or windowed in FP8.
+    """Refuse a split that does not divide the model (heads, KV groups, MLP, vocabulary, layers), and windows in FP8.
 
-    `architecture` is the one that is trained, so its window is the configuration's or the loaded model's own.
+    `architecture` is the model as it is trained: its window comes from the configuration or from the loaded model.
     """
     if any(architecture.layer_windows):
         check_window(config, f"the model's window_size {architecture.window_size}")
@@ -187,15 +187,15 @@ def check_model(config: Sections, architecture: Architecture) -> None:
         if size % divisor:
             fits = [n for n in range(1, cut + 1) if cut % n == 0]
             raise UserError(
-                f"{key} {divisor} does not divide the model's {size} {what}: every rank holds the same share; "
+                f"{key} {divisor} does not divide the model's {size} {what}: every rank needs an equal share; "
                 f"sizes that fit: {_listed(fits)}{_processes(config, key, fits)}"
             )
 
 
 def _processes(config: Sections, key: str, sizes: list[int]) -> str:
-    """How many processes a replica takes at each of the `sizes` of a key, where they are more than the sizes."""
+    """The processes that a replica needs for each of the `sizes` of a key; empty if the key is a product."""
     own = getattr(config.parallel, key.removeprefix("parallel."), None)
-    if own is None:  # of a product: the number of processes depends on how it is shared
+    if own is None:  # a product: the number of processes depends on its factors
         return ""
     others = config.grid.model_parallel_size // own
     return f" (on multiples of {_listed([size * others for size in sizes])} processes)"

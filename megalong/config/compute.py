@@ -7,16 +7,16 @@ from pydantic import model_validator
 from megalong.config.architecture import NO_WINDOW, LayerPattern, Positive
 from megalong.config.section import Section
 
-FP8_TOKENS = 8  # what Transformer Engine needs a rank's number of tokens to be a multiple of
+FP8_TOKENS = 8  # Transformer Engine needs a rank's number of tokens to be a multiple of this
 
 
 class Parallel(Section):
-    """How the model and the sequence are cut; what is left of the world size is data parallel.
+    """How the model and the sequence are split; the rest of the world size is data parallel.
 
     `virtual_pipeline_model_parallel_size` V above 1 interleaves: each pipeline rank holds V parts of the model, layers
-    r, r + P, r + 2P, ... in units of layers / (P * V), which shortens the idle time at both ends of a step V times.
-    The two p2p switches follow from that unless they are set: an interleaved pipeline overlaps its sends with compute,
-    a plain one sends in batches.
+    r, r + P, r + 2P, ... in units of layers / (P * V), which shortens the pipeline bubble V times. The defaults of the
+    two p2p switches depend on this: an interleaved pipeline overlaps its sends with compute, a plain one sends in
+    batches.
     """
 
     tensor_model_parallel_size: Positive = 1
@@ -45,19 +45,19 @@ class Attention(Section):
     """Kernel, context-parallel exchange, token layout and sliding windows."""
 
     backend: Literal["auto", "torch", "transformer_engine"] = "auto"
-    """`auto` takes the fastest torch kernel of the device; FP8 attention takes Transformer Engine."""
+    """`auto`: Transformer Engine for FP8 attention on a GPU, else the device's fastest torch kernel."""
     exchange: Literal["auto", "ring", "all_gather", "ulysses", "ring_ulysses"] = "auto"
     """How context-parallel ranks share attention: `ring` sends K/V blocks, `all_gather` gathers all K/V, `ulysses`
-    swaps tokens for heads, `ring_ulysses` does the latter within groups of `ulysses_size` ranks. `auto` decides by
-    heads and lengths and logs the reason.
+    swaps tokens for heads, `ring_ulysses` does this within groups of `ulysses_size` ranks and a ring between them.
+    `auto` decides by heads and lengths and logs the reason.
     """
     ulysses_size: Positive | None = None
     """Ranks of a `ring_ulysses` group. Example: `8`"""
     layout: Literal["auto", "zigzag", "per_document_zigzag", "balanced"] = "auto"
-    """Which tokens lie on which context-parallel rank; `auto` is `zigzag` for naive packing, `balanced` otherwise."""
+    """Which tokens each context-parallel rank has; `auto` is `zigzag` for naive packing, `balanced` otherwise."""
     window_size: Positive | None = None
-    """Sliding window in tokens, the token itself included; becomes part of the model. Left out, the model keeps its
-    own. Example: `4096`
+    """Sliding window in tokens, the token itself included; becomes part of the model. Default: the model's own.
+    Example: `4096`
     """
     window_attn_skip_freq: Positive | LayerPattern | None = None
     """N keeps every N-th layer full; a list has 1 (window) or 0 (full) for each layer. Example: `4`"""
@@ -97,14 +97,14 @@ class Precision(Section):
             )
         if self.fp8 is not None and self.params_dtype != "bf16":
             raise ValueError(
-                f"fp8 {self.fp8} with params_dtype {self.params_dtype}: what 8-bit products are added up to is bf16; "
-                "write params_dtype: bf16, or fp8: null"
+                f"fp8 {self.fp8} with params_dtype {self.params_dtype}: the results of FP8 products are bf16; write "
+                "params_dtype: bf16, or fp8: null"
             )
         return self
 
 
 class Memory(Section):
-    """What backward recomputes instead of keeping."""
+    """What backward recomputes instead of storing."""
 
     recompute: Literal["none", "selective", "full"] = "none"
     """`selective` recomputes attention, `full` recomputes whole layers."""

@@ -19,9 +19,9 @@ class Data(Section):
     seq_length: Positive
     """Tokens per sample. Example: `1048576`"""
     packing: Literal["naive", "masked", "best_fit", "whole"] = "naive"
-    """`naive`: documents end to end, attention across them. `masked`: the same, without attention across. `best_fit`:
-    masked, cuts only documents that are longer than a sample, pads the rest. `whole`: as `best_fit`, and leaves
-    longer documents out.
+    """`naive`: documents end to end, attention across them. `masked`: the same, without attention across documents.
+    `best_fit`: masked, cuts only documents that are longer than a sample, pads samples. `whole`: as `best_fit`, but
+    leaves longer documents out.
     """
     separator: Text | None = None
     """The separator that the datasets must have been built with. Example: `"<s>"`"""
@@ -31,9 +31,9 @@ class Data(Section):
     split: Text = "99,1"
     """Shares of documents for training and validation."""
     allow_change: bool = False
-    """Resume although the data differs from what the checkpoint was trained on; the change is logged."""
+    """Allow a resume with other data than the checkpoint was trained on; the change is logged."""
     allow_other_tokenizer: bool = False
-    """Read datasets that were made with another tokenizer than the model's (one whose ids differ); it is logged."""
+    """Allow datasets built with a tokenizer whose ids differ from the model's; this is logged."""
     pose: Pose | None = None
     """PoSE: positions of training samples skip ahead. Example: `{target_length: 4194304, chunks: 2}`"""
     loader: Literal["torch", "dali"] = "torch"
@@ -41,7 +41,7 @@ class Data(Section):
     order.
     """
     prefetch: Count = 2
-    """Steps that are loaded ahead; 0 loads them when needed."""
+    """Steps loaded ahead; 0 loads each step when it is needed."""
     workers: Positive = 1
     """Threads or processes per rank."""
 
@@ -52,7 +52,7 @@ class Data(Section):
 
     @property
     def masked(self) -> bool:
-        """Whether documents, or packs side by side, are kept from seeing each other."""
+        """Whether documents, or the packs of a sample, are masked from each other."""
         return self.packing != "naive" or any(domain.seq_length is not None for domain in self.mixture)
 
     @property
@@ -74,7 +74,7 @@ class Data(Section):
             )
         if self.pose is not None and self.pose.chunks > self.seq_length:
             raise ValueError(
-                f"pose.chunks {self.pose.chunks} is above data.seq_length {self.seq_length}, and every chunk holds a "
+                f"pose.chunks {self.pose.chunks} is above data.seq_length {self.seq_length}, and every chunk needs a "
                 f"token; write {self.seq_length} or less"
             )
         for domain in self.mixture:
@@ -96,6 +96,6 @@ class Data(Section):
 
 
 def divisor_near(total: int, wanted: int) -> int:
-    """The largest divisor of `total` up to `wanted`, or where that is 1, `total` itself."""
+    """The largest divisor of `total` up to `wanted`; if that is 1, `total` itself."""
     found = next(divisor for divisor in range(min(wanted, total), 0, -1) if total % divisor == 0)
     return found if found > 1 else total

@@ -1,10 +1,10 @@
-"""One clear line from pydantic's report of a wrong configuration.
+"""Turn pydantic's report of an invalid configuration into one line.
 
     run.yaml: training.train_iter: unknown key; did you mean train_iters?
     command line: data.seq_length: '1M' is not a whole number; write 1048576
 
-A report may hold several problems; the first is told. An unknown key goes before the rest, because a typo is often
-reported twice: once as the key nobody knows, once as the key that is missing.
+Of several problems, only the first is shown. Unknown keys come before all others, because a typo is often reported
+twice: as an unknown key and as a missing key.
 """
 
 import difflib
@@ -27,7 +27,7 @@ def explain(error: ValidationError, root: type[BaseModel], source: Callable[[str
     report = next((r for r in reports if r["type"] == "extra_forbidden"), reports[0])
     path, models = _walk(root, report["loc"])
     if report["type"].endswith("_type"):
-        # A number or a list: whichever the value is, what is wrong with it as such says more than what it is not.
+        # If several types are allowed, an error about the value says more than "not of the other type".
         same = (r for r in reports if _walk(root, r["loc"])[0] == path)
         report = next((r for r in same if not r["type"].endswith("_type")), report)
     key = _dotted(path)
@@ -36,12 +36,12 @@ def explain(error: ValidationError, root: type[BaseModel], source: Callable[[str
 
 
 def nearest(word: str, known: list[str]) -> str | None:
-    """The known word most like `word`, or None where none is near."""
+    """The known word most similar to `word`, or None if none is close."""
     return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.6)), None)
 
 
 def _walk(root: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[int | str], list[type[BaseModel]]]:
-    """The part of a pydantic location that the user wrote, and the sections passed on the way."""
+    """The part of a pydantic location that the user wrote, and the sections along it."""
     path: list[int | str] = []
     models = [root]
     annotation: Any = root
@@ -51,7 +51,7 @@ def _walk(root: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[
             continue
         section = _section(annotation)
         if section is None:
-            break  # below a plain field, pydantic names the member of a union, which nobody wrote
+            break  # below a plain field, pydantic names the member of a union, which the user did not write
         path.append(part)
         field = section.model_fields.get(part)
         if field is None:
@@ -110,10 +110,10 @@ def _wrong_type(kind: str, value: Any, message: str) -> str:
     return {
         "float_type": f"{shown} is not a number" + _quoted_number(value),
         "finite_number": f"{shown} is not a finite number",
-        "bool_type": f"{shown} is not a switch; write true or false",
+        "bool_type": f"{shown} is not a boolean; write true or false",
         "string_type": f"{shown} is not text; write it in quotes",
         "string_too_short": "is empty; write a value, or leave the key out",
-        "string_pattern_mismatch": f"{shown} is no name; write letters, digits, '.', '_' and '-' only",
+        "string_pattern_mismatch": f"{shown} is not a valid name; write letters, digits, '.', '_' and '-' only",
         "model_type": f"{shown} is not a section; write it as `key: value` lines below",
         "tuple_type": f"{shown} is not a list; write its entries as `- ` lines",
         "too_short": "is an empty list; add an entry",
@@ -121,7 +121,7 @@ def _wrong_type(kind: str, value: Any, message: str) -> str:
 
 
 def _size_hint(value: Any) -> str:
-    """`1M` or `128k` tokens mean powers of two in this field; a whole float is one keystroke from right."""
+    """What to write for `1M` or `128k` (powers of two in this field), for a whole float and for a quoted number."""
     if isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
     match = (
@@ -133,7 +133,7 @@ def _size_hint(value: Any) -> str:
 
 
 def _quoted_number(value: Any) -> str:
-    """A number in quotes, or with the leading zeros that some take for octal."""
+    """What to write for a number in quotes, or with leading zeros, which YAML 1.1 reads as octal."""
     try:
         number = float(value) if isinstance(value, str) else math.nan
     except ValueError:
@@ -154,12 +154,12 @@ def _needs(section: type[BaseModel] | None) -> str:
 
 
 def _unknown_key(name: str, section: type[BaseModel], root: type[BaseModel]) -> str:
-    """Name the place where this very key belongs; else the nearest key of the same section; else what is known here."""
+    """Suggest the section that has this key; else the most similar key of this section; else list its keys."""
     elsewhere = [key for key in _all_keys(root) if key.rpartition(".")[2] == name]
     near = elsewhere[0] if elsewhere else nearest(name, list(section.model_fields))
     if near is not None:
         return f"unknown key; did you mean {near}?"
-    return f"unknown key; known here: {', '.join(section.model_fields)}"
+    return f"unknown key; this section has: {', '.join(section.model_fields)}"
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a run does about a step that it should not learn from."""
+"""How a run reacts to a step with a bad loss or gradient."""
 
 from typing import Literal
 
@@ -11,14 +11,15 @@ Action = Literal["skip", "rollback", "stop"]
 
 
 class Guard(Section):
-    """A loss or gradient that is NaN or infinite, and ones far above those of the last `window` good steps.
+    """Reactions to a loss or gradient that is NaN, infinite or far above those of the last `window` good steps.
 
-    `skip` leaves the weights as they are and goes on with the next batch; `rollback` goes back to the last checkpoint
-    and leaves the batch out from then on; `stop` ends the run; `log` (spikes only) tells and learns from the step.
-    A spike is a robust z-score above the threshold: distance from the median in units of 1.4826 * median absolute
-    deviation, of the loss and of the gradient norm's logarithm, once half a window of good steps is known.
-    More than `max_consecutive` events in a row end the run. `replay` computes such a step a second time from the same
-    weights, random states and batch: another result, bit for bit, tells a hardware fault from a bug or bad data.
+    `skip` keeps the weights and continues with the next batch; `rollback` returns to the last checkpoint and leaves the
+    batch out from then on; `stop` ends the run; `log` (spikes only) logs the spike and applies the update. A spike is a
+    robust z-score above the threshold: the distance from the median in units of 1.4826 * median absolute deviation. It
+    is computed for the loss and for the logarithm of the gradient norm, once half a window of good steps is known. More
+    than `max_consecutive` events in a row end the run. `replay` computes such a step a second time from the same
+    weights, random states and batch. If any bit of the result differs, the cause is a hardware fault; else it is a bug
+    or bad data.
     """
 
     non_finite: Action = "skip"
@@ -28,7 +29,7 @@ class Guard(Section):
     gradient_spike: Action | Literal["log"] = "log"
     """Reaction to a gradient norm above the threshold."""
     window: int = Field(default=64, ge=8)
-    """Good steps that the median is taken over."""
+    """Number of good steps for the median."""
     loss_threshold: float = Field(default=10.0, gt=0)
     """Robust z-score from which a loss is a spike."""
     gradient_threshold: float = Field(default=10.0, gt=0)

@@ -1,7 +1,7 @@
-"""From a file and a command line to checked configurations.
+"""Build checked configurations from a file and the command line.
 
-Values come in layers, the later one winning key by key: defaults, the file's sections, the stage's sections, the
-command line's `section.key=value`. Lists are replaced as a whole, and so is `model.load`: two half sources are none.
+Values come in layers, and a later layer overrides an earlier one key by key: defaults, the file's sections, the stage's
+sections, the command line's `section.key=value`. Lists and `model.load` are replaced as a whole.
 
     run: {name: extend, dir: runs/extend}        stage 1 runs as extend-short in runs/extend/01-short,
     model: {load: {hf: llama}}                   stage 2 as extend-long in runs/extend/02-long,
@@ -28,8 +28,8 @@ Tree = dict[str, Any]
 def load_config(path: str | Path, overrides: list[str] | None = None) -> list[Config]:
     """The stages of a run, in order; a file without `stages:` is one stage.
 
-    `overrides` are `section.key=value` with YAML values and hold for every stage. Raises `UserError` (one line: where,
-    key, value, what is allowed) for anything wrong in the file or the overrides.
+    `overrides` are `section.key=value` with YAML values and apply to every stage. Raises `UserError` (one line: where,
+    key, value, what is allowed) for any mistake in the file or the overrides.
     """
     base, pairs = read_yaml(path), [_parse_override(text) for text in overrides or []]
     stages = base.pop("stages", None)
@@ -105,7 +105,7 @@ def _name_stage(tree: Tree, number: int, name: str) -> None:
 
 
 def _sets_load(stage: Tree, pairs: list[tuple[str, Any]]) -> bool:
-    """Whether a stage says itself where it starts: by a `model.load` or by an architecture of random weights."""
+    """Whether a stage defines its own start: a `model.load`, or an architecture for random weights."""
     model = stage.get("model")
     return isinstance(model, dict) and (model.get("load") is not None or model.get("architecture") is not None)
 

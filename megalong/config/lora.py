@@ -2,8 +2,8 @@
 
     y = W x + s · B (A x)      A [rank, in], B [out, rank],  s = alpha / rank, with `rs` alpha / √rank
 
-rsLoRA's scale (Kalajdzievski, arXiv 2312.03732) keeps the update's size independent of the rank. Names of modules are
-Hugging Face's, so that an adapter is `peft`'s.
+rsLoRA's scale (Kalajdzievski, arXiv 2312.03732) keeps the update's size independent of the rank. Module names are
+Hugging Face's, so adapters are compatible with `peft`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MODULES: tuple[Module, ...] = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
 class Lora(Section):
-    """Adapters beside `target_modules`; all other weights are frozen. Without a rank there are none."""
+    """LoRA adapters on `target_modules`; all other weights are frozen. Without a rank there are no adapters."""
 
     rank: Annotated[int, Field(ge=1)] | None = None
     """Rank of the adapters. Example: `64`"""
@@ -36,13 +36,13 @@ class Lora(Section):
 
     @property
     def scale(self) -> float:
-        """What B A x is multiplied by."""
+        """The factor of B A x."""
         assert self.rank is not None
         return self.alpha / (math.sqrt(self.rank) if self.rs else self.rank)
 
     @property
     def shape(self) -> Lora:
-        """What a checkpoint's adapters are: everything but where they were first read from, modules in one order."""
+        """The settings that define a checkpoint's adapters: all but `load`, with the modules in a fixed order."""
         modules = tuple(name for name in MODULES if name in self.target_modules)
         return self.model_copy(update={"load": None, "target_modules": modules})
 

@@ -1,9 +1,9 @@
-"""`data.mixture`: the datasets of a run, the share of tokens each one gets, and what their lengths decide.
+"""`data.mixture`: the datasets of a run, the share of tokens of each, and rules by document length.
 
     - {name: books, path: books_text_document, weight: 0.3, lengths: {below: 4096, keep: 0.1, above: 8192, repeat: 2}}
     - {name: code, path: code_text_document, weight: 0.7, lengths: {drop_below: 64, above: 65536, share: 0.6}}
 
-Lengths are tokens as they stand in the dataset, a separator included.
+Lengths are in tokens of the dataset, separators included.
 """
 
 from itertools import pairwise
@@ -44,13 +44,13 @@ class Lengths(Section):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if all(value is None for value in (self.drop_below, self.drop_above, self.below, self.above, self.max_repeats)):
-            raise ValueError(f"no rule in it: write for example {EXAMPLE}, or leave lengths out")
+            raise ValueError(f"contains no rule: write for example {EXAMPLE}, or leave lengths out")
         if (self.below is None) != (self.keep is None):
             raise ValueError("below and keep belong together: write for example below: 4096, keep: 0.1")
         if (self.above is None) != (self.repeat is None and self.share is None):
             raise ValueError("above belongs with repeat or share: write for example above: 8192, repeat: 2")
         if self.repeat is not None and self.share is not None:
-            raise ValueError("repeat and share both say how often documents above come: write one of them")
+            raise ValueError("repeat and share both set how often documents over `above` occur: write one of them")
         self._refuse_empty_spans()
         return self
 
@@ -61,8 +61,8 @@ class Lengths(Section):
             none_between = (low, high) in (("drop_below", "below"), ("above", "drop_above"))
             if first > second or (none_between and first == second):
                 raise ValueError(
-                    f"{low} {first} and {high} {second} leave no length between them: write lengths that rise from "
-                    "drop_below over below and above to drop_above"
+                    f"{low} {first} and {high} {second} leave no length between them: write rising lengths in the "
+                    "order drop_below, below, above, drop_above"
                 )
 
 

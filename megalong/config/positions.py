@@ -1,19 +1,19 @@
-"""Which positions a run trains, and which the rotary embedding it starts from was made for.
+"""Which positions a run trains, and which positions the RoPE of its model covers.
 
-A model reads positions 0 to L - 1 well because it was trained on them. Beyond L its slow pairs of channels meet angles
-they have never seen, and the loss is that of a broken model, whatever the data. What covers which positions:
+A model reads positions 0 to L - 1 well because it was trained on them. Beyond L, slow channel pairs rotate by angles
+that they were never trained on, and the loss is that of a broken model on any data. Covered positions:
 
-    model.rope left out      the model's own length: max_position_embeddings of its config.json, or for a scaling that
-                             states its factor the longer of that and factor * original (llama3 says its own length)
-    linear, ntk, yarn,       factor * original, the original length being the model's own before any scaling
+    model.rope left out      the model's own length: max_position_embeddings of its config.json, or factor * original if
+                             its scaling states an original length and that is longer (except llama3)
+    linear, ntk, yarn,       factor * original; original is the model's own length before any scaling
     llama3
-    none, rope_theta raised  whatever the run trains: a base change (ABF) turns every pair slower and states no length
-    none otherwise           the model's own length before any scaling, since the scaling it came with is taken away
+    none, rope_theta raised  all that the run trains: a base change (ABF) slows every pair and states no length
+    none otherwise           the model's own length before any scaling, because its scaling is removed
 
-A base that is raised beside a factor changes nothing of that: the factor is what states a length. Positions end with a
-document where documents are masked from each other, so conversations of `sft.max_length` tokens need no more than that
-in packs of any length. Random weights have learnt no positions: there `max_position_embeddings` is what the run
-promises, and must hold what it trains. `model.allow_extrapolation` allows all that is refused here.
+Raising the base together with a factor does not change this: the factor states the length. Positions restart at every
+masked document, so conversations of `sft.max_length` tokens need no more positions than that in packs of any length.
+Random weights were never trained on any position: `max_position_embeddings` is the run's own statement and must cover
+what it trains. `model.allow_extrapolation` allows positions and original lengths that are refused here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from megalong.config.schema import Config
 
 _PACKS = "seq_length of data.mixture"
-_ALLOW = "model.allow_extrapolation: true trains all the same"
+_ALLOW = "model.allow_extrapolation: true trains anyway"
 
 
 def trained_positions(config: Config) -> tuple[int, str]:
@@ -45,10 +45,10 @@ def trained_positions(config: Config) -> tuple[int, str]:
 
 
 def covered_positions(architecture: Architecture) -> int:
-    """Positions that a model's rotary embedding was made for.
+    """Positions that a model's RoPE covers.
 
-    Models in the field give the length before scaling as `max_position_embeddings` beside a yarn or linear factor, or
-    the one after it; the longer one is meant. Llama 3.2 says 131072 at factor 32 of 8192, and means it.
+    With a yarn or linear factor, `max_position_embeddings` of published models is the length before or after scaling;
+    the longer one is meant. Llama 3.2 states 131072 with factor 32 of 8192, and means 131072.
     """
     rope, longest = architecture.rope, architecture.max_position_embeddings
     if rope.type == "llama3" or rope.original_max_position_embeddings is None:
@@ -57,10 +57,10 @@ def covered_positions(architecture: Architecture) -> int:
 
 
 def trained_architecture(config: Config, source: Architecture) -> Architecture:
-    """`source` under `model.rope`, and as a model that was trained on the positions of the run; twice is once.
+    """`source` with `model.rope`, as a model trained on the positions of the run. Idempotent.
 
-    After a base change, or beyond what a scaling covers, the length a model reads is the one it was trained on, and an
-    export says so. A yarn or linear model's follows from its factor in every reader, so it stays.
+    After a base change, or beyond what llama3 scaling covers, `max_position_embeddings` becomes the trained length,
+    also in an export. With other scalings every reader derives the length from the factor, so it stays.
     """
     architecture, positions = source.with_rope(config.model.rope), trained_positions(config)[0]
     if architecture.rope.type not in ("none", "llama3") or positions <= architecture.max_position_embeddings:
@@ -69,10 +69,10 @@ def trained_architecture(config: Config, source: Architecture) -> Architecture:
 
 
 def check_positions(config: Config, source: Architecture) -> None:
-    """Refuse positions that nothing covers, and a rope that contradicts the model it is for.
+    """Refuse positions that the RoPE does not cover, and a `model.rope` that contradicts the model.
 
     Args:
-        source: the model as the run finds it, before `model.rope`.
+        source: the model as it is loaded, before `model.rope`.
 
     Raises:
         UserError: with the factor, the length or the key to write.
@@ -81,10 +81,10 @@ def check_positions(config: Config, source: Architecture) -> None:
     scratch = config.model.load is None
     if rope is not None and rope.type != "none" and "factor" not in rope.model_fields_set:
         factor = _factor(positions, rope.original_max_position_embeddings or source.original_length)
-        mend = f"write factor: {factor}" if factor > 1 else f"the run needs {positions} only, so leave model.rope out"
+        fix = f"write factor: {factor}" if factor > 1 else f"the run needs only {positions}, so leave model.rope out"
         raise UserError(
             f"model.rope: type {rope.type} without factor, and the model reads {source.original_length} positions "
-            f"before any scaling; {mend}"
+            f"before any scaling; {fix}"
         )
     if config.model.allow_extrapolation:
         return
@@ -99,7 +99,7 @@ def refuse_uncovered(config: Config, architecture: Architecture, original: int |
     """Refuse a run whose samples use positions that `architecture`, the model it trains, does not cover.
 
     Args:
-        original: the model's length before any scaling; `architecture`'s own where it is not given.
+        original: the model's length before any scaling; None: `architecture`'s own.
     """
     (positions, key), covered = trained_positions(config), covered_positions(architecture)
     if positions <= covered or config.model.allow_extrapolation:
@@ -109,11 +109,11 @@ def refuse_uncovered(config: Config, architecture: Architecture, original: int |
     shorter = "shorter packs" if key == _PACKS else f"{key}: {covered}"
     raise UserError(
         f"{key} {positions}: {what} {covered} positions, and those beyond have never been trained; write "
-        f"{_mend(config, architecture, positions, original or architecture.original_length)}, or {shorter}"
+        f"{_fix(config, architecture, positions, original or architecture.original_length)}, or {shorter}"
     )
 
 
-def _mend(config: Config, architecture: Architecture, positions: int, original: int) -> str:
+def _fix(config: Config, architecture: Architecture, positions: int, original: int) -> str:
     rope, override = architecture.rope, config.model.rope
     factor = _factor(positions, rope.original_max_position_embeddings or original)
     if override is not None and rope.type != "none":
@@ -125,16 +125,16 @@ def _mend(config: Config, architecture: Architecture, positions: int, original: 
 
 
 def _refuse_other_original(config: Config, source: Architecture) -> None:
-    """A length before scaling that is neither the model's own one nor the length it was extended to."""
-    told = config.model.rope.original_max_position_embeddings if config.model.rope is not None else None
+    """Refuse an original length that is neither the model's own nor the length it was extended to."""
+    stated = config.model.rope.original_max_position_embeddings if config.model.rope is not None else None
     own = source.original_length
-    if told is None or told in (own, source.max_position_embeddings):
+    if stated is None or stated in (own, source.max_position_embeddings):
         return
     longer = source.max_position_embeddings
     scaled = f" ({longer} with its own rope {source.rope.type})" if longer != own else ""
     raise UserError(
-        f"model.rope.original_max_position_embeddings {told}: the model says that it was trained on {own} positions "
-        f"before any scaling{scaled}; write {own}, or leave it out (where the model is wrong, {_ALLOW})"
+        f"model.rope.original_max_position_embeddings {stated}: the model says that it was trained on {own} positions "
+        f"before any scaling{scaled}; write {own}, or leave it out (if the model is wrong, {_ALLOW})"
     )
 
 
@@ -144,5 +144,5 @@ def _raises_base(config: Config, source: Architecture) -> bool:
 
 
 def _factor(positions: int, original: int) -> int:
-    """The smallest whole factor of `original` that holds `positions`."""
+    """The smallest whole factor that extends `original` to `positions`."""
     return math.ceil(positions / original)

@@ -2,9 +2,9 @@
 
     python -m megalong.config.reference > docs/configuration.md
 
-The meaning of a key is the string below it in its class. Python keeps no such strings at run time, so they are read
-from the source, here alone: a run pays nothing for them. A key without a default ends its text with `Example: …`. A
-test validates these examples and finds keys without a text.
+The meaning of a key is the string below it in its class. Python drops these strings at run time, so this module reads
+them from the source; a run never does. A key without a default ends its text with `Example: …`. A test validates these
+examples and finds keys without a text.
 """
 
 import ast
@@ -34,7 +34,7 @@ refused. `task` is `pretrain` (default) or `sft`. A list `stages:` overrides sec
 
 
 def sections() -> Iterator[tuple[str, type[BaseModel]]]:
-    """(dotted name, class) of every section, each one followed by the sections inside it."""
+    """(dotted name, class) of every section, each followed by the sections inside it."""
     for name, field in Config.model_fields.items():
         yield from _with_inner(name, field)
 

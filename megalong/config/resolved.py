@@ -1,7 +1,7 @@
-"""What a configuration comes to for one model, on one machine, on so many processes: every `auto` decided, once.
+"""A configuration for one model, one machine and one number of processes: every `auto` is decided here, once.
 
-Training, its checks before any process starts, and whatever reports on a run use this one answer. `RUN/resolved.json`
-keeps it beside `config.yaml`. No torch.
+Training, the checks before it and every report about a run use this result. It is written to `RUN/resolved.json`,
+beside `config.yaml`. Needs no torch.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Resolved:
     """A configuration without `auto`.
 
     Attributes:
-        world: processes.
+        world: number of processes.
         grid: how they share the model; its `heads` are the exchange's.
         exchange: how context-parallel ranks share attention, and why.
         backend: of attention, torch or transformer_engine.
-        token_layout: how tokens lie on context-parallel ranks.
-        padded_length: tokens of a sample as ranks share it.
+        token_layout: which tokens each context-parallel rank has.
+        padded_length: tokens of a sample, padding included.
         replicas: data-parallel size.
-        micro_batches: that each rank runs for one step.
+        micro_batches: per rank and step.
     """
 
     world: int
@@ -47,15 +47,15 @@ class Resolved:
 
 
 def resolve(config: Config, architecture: Architecture, machine: Machine, world: int) -> Resolved:
-    """Decide what `config` leaves open.
+    """Decide every `auto` of `config`.
 
     Args:
         architecture: of the model as it is trained.
-        machine: what a process finds.
-        world: processes.
+        machine: of the processes.
+        world: number of processes.
 
     Raises:
-        UserError: they do not hold whole replicas, or the model's heads cannot be shared as the configuration asks.
+        UserError: `world` is not a whole number of replicas, or the model's heads cannot be shared as configured.
     """
     exchange, training = exchange_of(config, architecture), config.training
     replicas = config.data_parallel_size(world)
@@ -78,10 +78,10 @@ def dump(resolved: Resolved, run: Path) -> None:
 
 
 def exchange_of(config: Config, architecture: Architecture) -> Exchange:
-    """How context-parallel ranks share attention, whatever the machine and the number of replicas.
+    """How context-parallel ranks share attention; the machine and the number of replicas do not matter.
 
     Raises:
-        UserError: the model's heads cannot be shared as the configuration asks.
+        UserError: the model's heads cannot be shared as configured.
     """
     attention, grid = config.attention, config.grid
     return choose_exchange(
@@ -96,7 +96,7 @@ def exchange_of(config: Config, architecture: Architecture) -> Exchange:
 
 
 def padded_length(config: Config) -> int:
-    """`data.seq_length`, rounded up to what context parallelism, sequence parallelism and FP8 can share evenly."""
+    """`data.seq_length`, rounded up to what context parallelism, sequence parallelism and FP8 divide evenly."""
     return padded(config.data.seq_length, layout_multiple(config.grid.context), config.length_multiple)
 
 
@@ -107,5 +107,5 @@ def padded(length: int, *multiples: int) -> int:
 
 
 def layout_multiple(ranks: int) -> int:
-    """What tokens of a sequence on `ranks` context-parallel ranks are a multiple of: two chunks for each."""
+    """A sequence on `ranks` context-parallel ranks must be a multiple of this: each rank has two equal chunks."""
     return 1 if ranks == 1 else 2 * ranks

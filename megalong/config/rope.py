@@ -1,7 +1,7 @@
 """How positions are scaled: the settings of rotary embeddings, without their mathematics (that is `megalong/rope`).
 
-A model trained to `original_max_position_embeddings` positions is asked to read `factor` times as many. Each type
-says how the rotation frequencies give way:
+A model trained on `original_max_position_embeddings` positions is extended to `factor` times as many. The type decides
+how the rotation frequencies change:
 
     none     unchanged; with another `rope_theta` this is the base change of ABF
     linear   every frequency divided by factor (position interpolation)
@@ -13,7 +13,7 @@ says how the rotation frequencies give way:
     llama3   as yarn with its ramp between low_freq_factor and high_freq_factor rotations, without temperature
 
 Sources: position interpolation arXiv 2306.15595, YaRN arXiv 2309.00071, ABF arXiv 2309.16039; llama3 as in
-transformers' `modeling_rope_utils.py`. Keys bear the names of transformers' `rope_parameters`.
+transformers' `modeling_rope_utils.py`. Keys have the names of transformers' `rope_parameters`.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -26,7 +26,7 @@ RopeType = Literal["none", "linear", "ntk", "yarn", "llama3"]
 
 
 def whole(value: Any) -> Any:
-    """8192.0 as 8192: what wrote a `config.json` may not tell them apart. Anything else is left to be judged."""
+    """8192.0 as 8192, because some writers of `config.json` write either. Other values are left to validation."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -34,7 +34,7 @@ Length = Annotated[int, BeforeValidator(whole), Field(ge=1)]
 
 
 class RopeSettings(Section):
-    """Scaling of rotary positions; `None` for theta or the original length means "what the checkpoint says"."""
+    """RoPE scaling; `None` for theta or the original length means the checkpoint's value."""
 
     type: RopeType = "none"
     """Kind of scaling; see [RoPE scaling](attention.md)."""

@@ -1,7 +1,7 @@
 """A whole configuration: sections, and the rules that span them.
 
-A `Config` is valid by itself once it exists. Rules that depend on the number of processes or on the model are
-checked by `checks.check_world` and `checks.check_model`.
+A `Config` is valid by itself once it exists. Rules that depend on the number of processes or on the model are checked
+by `checks.check_world` and `checks.check_model`.
 
     world size = tensor parallel * context parallel * pipeline parallel * data parallel
     global batch = micro-batch * data parallel * micro-batches accumulated

@@ -1,8 +1,8 @@
 """What every section of the configuration has in common.
 
-Strict: `"4"` is no number and `1` is no boolean, so that a quoting mistake is told instead of guessed. Frozen: a
-configuration that has been checked stays as it was checked. Unknown keys are refused: a typo in an optional key would
-otherwise train for a week with the default.
+Strict: `"4"` is not a number and `1` is not a boolean, so a quoting mistake is an error instead of a guess. Frozen: a
+configuration cannot change after it has been checked. Unknown keys are refused: otherwise a typo in an optional key
+would train for a week with the default.
 """
 
 from pydantic import BaseModel, ConfigDict

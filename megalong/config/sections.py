@@ -38,10 +38,10 @@ class Run(Section):
 
 
 class Load(Section):
-    """Where weights come from at the first start: a Hugging Face folder, or a run or step of ours.
+    """Where weights come from at the first start: a Hugging Face folder, or a run of megalong or one of its steps.
 
-    Weights and tokenizer are taken over, nothing else: step, learning-rate schedule, optimizer and position in the data
-    start fresh. A run whose own folder holds a checkpoint resumes all of these from there and does not read `load`.
+    Only weights and tokenizer are loaded: step, learning-rate schedule, optimizer and position in the data start fresh.
+    A run whose own folder contains a checkpoint resumes all of these from there and does not read `load`.
     """
 
     hf: Text | None = None
@@ -71,8 +71,7 @@ class Model(Section):
     16}`
     """
     allow_extrapolation: bool = False
-    """Train positions that the model's RoPE does not cover, or from another original length than its own; else refused.
-    """
+    """Allow positions that the model's RoPE does not cover, or an original length other than the model's."""
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
@@ -87,9 +86,10 @@ class Optimizer(Section):
     """AdamW and its learning-rate schedule, a function of the step number (training/optimizer.py)."""
 
     lr: float = Field(gt=0)
-    """Highest learning rate. Example: `3.0e-5`"""
+    """Peak learning rate. Example: `3.0e-5`"""
     min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate of the last step. With 0 the schedule ends one step later, so that the last step learns."""
+    """Learning rate of the last step. If 0, the schedule ends one step later, so the last step still updates weights.
+    """
     lr_schedule: Literal["cosine", "constant"] = "cosine"
     """Shape of the decay from `lr` to `min_lr`."""
     warmup_iters: Count = 0
@@ -99,7 +99,7 @@ class Optimizer(Section):
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     """Decay of the second moment."""
     adam_eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay; not applied to norms and biases."""
     clip_grad: float = Field(default=1.0, ge=0)
@@ -135,12 +135,13 @@ class Checkpoint(Section):
     keep_every: Positive | None = None
     """Also keep every step that this divides. Example: `500`"""
     async_save: bool = True
-    """Write in the background; needs host memory for a copy of what a rank writes."""
+    """Write in the background; needs host memory for a copy of what each rank writes."""
     on_save_failure: Literal["stop", "continue"] = "stop"
     """`stop` ends the run when a save fails; `continue` logs it and tries again at the next save."""
     optimizer: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
-    """The form of the optimizer state. Any layout loads `fully_reshardable`. `dp_reshardable` is Megatron-Core's own
-    buffers: only data and context parallelism may change. Each rank writes what it holds in both, equally fast.
+    """Format of the optimizer state. Any layout can load `fully_reshardable`. `dp_reshardable` stores Megatron-Core's
+    own buffers; then only data and context parallelism may change. Both are equally fast: each rank writes what it
+    holds.
     """
 
 
@@ -184,7 +185,7 @@ class Runtime(Section):
 
     @property
     def hang_minutes(self) -> float:
-        """Minutes without a finished step that are taken for a hang; 0: none are."""
+        """Minutes without a finished step that count as a hang; 0: never."""
         return self.timeout_minutes / 2 if self.watchdog_minutes is None else self.watchdog_minutes
 
 
@@ -223,9 +224,9 @@ class Sections(Section):
 
     @property
     def length_multiple(self) -> int:
-        """What the length of a padded sample must be a multiple of, besides what its layout asks for.
+        """The length of a padded sample must be a multiple of this, in addition to what its token layout needs.
 
-        Sequence parallelism cuts a context-parallel shard over the tensor-parallel ranks, and FP8 matrices on a GPU
+        Sequence parallelism splits a context-parallel shard over the tensor-parallel ranks, and FP8 matrices on a GPU
         need a rank's number of tokens to be a multiple of 8.
         """
         multiple = (FP8_TOKENS if self.precision.fp8 is not None else 1) * self.parallel.context_parallel_size
@@ -233,7 +234,7 @@ class Sections(Section):
 
     @property
     def token_layout(self) -> Literal["zigzag", "per_document_zigzag", "balanced"]:
-        """How tokens lie on context-parallel ranks: `attention.layout`, with `auto` decided by the packing."""
+        """Which tokens each context-parallel rank has: `attention.layout`, with `auto` decided by the packing."""
         if self.attention.layout != "auto":
             return self.attention.layout
         return "balanced" if self.data.masked else "zigzag"

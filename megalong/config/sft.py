@@ -1,4 +1,4 @@
-"""`sft`: conversations to train on (`task: sft`), and what becomes of those that cannot be used.
+"""`sft`: conversations to train on (`task: sft`), and what happens to unusable ones.
 
     sft:
       sources:
@@ -6,7 +6,7 @@
         - {name: code, path: code/, weight: 0.3, max_samples: 20000}
       max_length: 8192
 
-Without weights every conversation comes once an epoch; weights are shares of tokens, and then an epoch ends where the
+Without weights, an epoch contains every conversation once. Weights are shares of tokens; an epoch then ends when the
 scarcest source has been seen once.
 """
 
@@ -34,9 +34,9 @@ class ConversationSource(Section):
     weight: float | None = Field(default=None, gt=0)
     """Share of tokens; give one to all sources or to none. Example: `0.7`"""
     max_samples: Positive | None = None
-    """Read at most this many good conversations. Example: `20000`"""
+    """Read at most this many usable conversations. Example: `20000`"""
     ignore_keys: tuple[Text, ...] = Field((), strict=False)
-    """Keys of records and turns to ignore although they would change what is said or learned. Example: `[system]`"""
+    """Keys of records and turns to ignore although they would change the text or the loss. Example: `[system]`"""
 
 
 class Sft(Section):
@@ -49,7 +49,7 @@ class Sft(Section):
     max_length: Positive | None = None
     """Tokens of a conversation; default and upper bound: `data.seq_length`. Example: `8192`"""
     loss_average: Literal["tokens", "conversations"] = "tokens"
-    """Average over all learned tokens of the global batch, or over its conversations."""
+    """Average the loss over all target tokens of the global batch, or over its conversations."""
     on_empty: Rule = "drop"
     """Reaction to a conversation without text."""
     on_no_assistant: Rule = "drop"
@@ -65,8 +65,8 @@ class Sft(Section):
     deduplicate: bool = True
     """Keep only the first of equal conversations."""
     decontaminate: tuple[Text, ...] = Field((), strict=False)
-    """Benchmark files. Conversations that share `decontaminate_ngram` consecutive words with one, or contain a turn
-    that equals one of its shorter texts, are dropped. Example: `[benchmarks/gsm8k.jsonl]`
+    """Benchmark files. Conversations are dropped if they share `decontaminate_ngram` consecutive words with one, or if
+    a turn equals one of its shorter texts. Example: `[benchmarks/gsm8k.jsonl]`
     """
     decontaminate_ngram: Positive = 13
     """Consecutive words that count as shared."""

@@ -1,7 +1,7 @@
-"""`slurm`: what `megalong slurm` asks a cluster for, and how its jobs end and start.
+"""`slurm`: the resources that `megalong slurm` requests, and how its jobs end and restart.
 
-Before the time limit SLURM tells the job, which saves and goes back into the queue. A signal is noticed between two
-steps, so the lead must hold one step and one save: a 4M-token step of UltraLong's layout lasts five minutes.
+SLURM signals the job before the time limit; the job saves and requeues itself. It reacts to the signal between two
+steps, so the lead must be longer than a step and a save: a 4M-token step of UltraLong's layout lasts five minutes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from megalong.config.section import Section
 
-# They stand in a script's #SBATCH lines, where a space or a quote would begin another option.
+# These are written to #SBATCH lines, where a space or a quote would start another option.
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:@+=/-]+$")]
 Time = Annotated[str, StringConstraints(pattern=r"^(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})$")]
 Option = Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[^\n]*)?$")]
@@ -30,9 +30,9 @@ class Slurm(Section):
     qos: Word | None = None
     """SLURM quality of service. Example: `normal`"""
     time: Time = "08:00:00"
-    """Time limit in SLURM's spelling: `minutes`, `hours:minutes:seconds` or `days-hours`."""
+    """Time limit in SLURM's format: `minutes`, `hours:minutes:seconds` or `days-hours`."""
     lead_minutes: float = Field(default=20.0, gt=0, le=1092)
-    """Minutes before the time limit at which the job is told to save; must be longer than a step and a save."""
+    """Minutes before the time limit when SLURM signals the job to save; must be longer than a step and a save."""
     gpus_per_node: int = Field(default=8, ge=0)
     """GPUs per node; 0 trains on CPUs."""
     processes_per_node: int = Field(default=1, ge=1)
@@ -61,8 +61,8 @@ class Slurm(Section):
     def _agrees(self) -> Self:
         if self.lead_minutes * 60 >= seconds(self.time):
             raise ValueError(
-                f"lead_minutes {self.lead_minutes:g} is not below time {self.time}: the job would be told to save as "
-                "soon as it starts; write a longer time or a shorter lead"
+                f"lead_minutes {self.lead_minutes:g} is not below time {self.time}: the job would save and end as soon "
+                "as it starts; write a longer time or a shorter lead"
             )
         if self.container_mounts is not None and self.container is None:
             raise ValueError(f"container_mounts {self.container_mounts} without container: name the image, or drop it")

@@ -1,11 +1,11 @@
-"""`data.split` in Megatron's spelling: "99,1" is 99 parts for training and 1 for validation.
+"""`data.split` in Megatron's format: "99,1" is 99 parts for training and 1 for validation.
 
-Read by the schema and by the data package, which does without pydantic.
+The schema uses it, and so does the data package, which does not import pydantic.
 """
 
 
 def split_weights(split: str) -> tuple[float, float]:
-    """Weights of training and validation, in Megatron's way of writing: "99,1" gives (99.0, 1.0)."""
+    """Weights of training and validation: "99,1" gives (99.0, 1.0)."""
     try:
         train, validation = (float(part) for part in split.split(","))
     except ValueError:

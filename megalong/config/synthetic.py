@@ -1,4 +1,4 @@
-"""`synthetic:` of a domain in `data.mixture`: its samples are long documents made up on the fly from its dataset.
+"""`synthetic:` of a domain in `data.mixture`: its samples are long documents, built on the fly from its dataset.
 
 - {name: needles, path: books_text_document, weight: 0.1, synthetic: {task: multi_key, needles: 8}}
 - {name: joined, path: code_text_document, weight: 0.3, synthetic: {task: related}}
@@ -21,7 +21,7 @@ Some = Annotated[int, Field(ge=1, le=1000)]
 
 
 class Synthetic(Section):
-    """What each synthetic document is; one per sample."""
+    """The synthetic documents of a domain; one per sample."""
 
     task: Literal["needle", "multi_key", "variable_tracking", "word_count", "related"]
     """`related` joins similar documents. `needle`, `multi_key`, `variable_tracking` and `word_count` hide facts in real
@@ -40,7 +40,7 @@ class Synthetic(Section):
     words: Annotated[int, Field(ge=1, le=100)] = 3
     """`word_count`: number of words asked for."""
     loss: Literal["answer", "all"] | None = None
-    """Learn the `answer` alone (default for tasks with one) or `all` tokens. Example: `all`"""
+    """Train on the `answer` only (default for tasks with one) or on `all` tokens. Example: `all`"""
     tokenizer: Annotated[str, StringConstraints(min_length=1)] | None = None
     """Tokenizer folder for the questions; default: the one the dataset was built with. Example:
     `checkpoints/Llama-3.1-8B-Instruct`

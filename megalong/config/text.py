@@ -1,8 +1,8 @@
-"""YAML in and out, with YAML 1.1's traps closed.
+"""Read and write YAML without the traps of YAML 1.1.
 
-PyYAML reads `3e-5` as text (its float needs a dot and a signed exponent), `010` as 8, `4:00:00` as 14400, and lets the
-second of two equal keys win in silence. Here every usual spelling of a number is that number, no other is one, and a
-key written twice is refused with its line.
+PyYAML reads `3e-5` as text (its float needs a dot and a signed exponent), `010` as 8 and `4:00:00` as 14400, and it
+silently keeps the second of two equal keys. Here every usual spelling of a number is a number, everything else is not,
+and a duplicate key is refused with its line.
 """
 
 import re
@@ -55,13 +55,13 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{source}{line}: {error.problem or error.context}; mend the YAML there") from None
+        raise UserError(f"{source}{line}: {error.problem or error.context}; fix the YAML there") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{source}: cannot read it as YAML: {' '.join(str(error).split())}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The sections of a configuration file; `UserError` where it cannot be read or holds no sections."""
+    """The sections of a configuration file; `UserError` if it cannot be read or has no sections."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read it as a YAML text file: {error}") from None
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds no sections; a configuration starts with lines such as `run:` and `model:`")
+        raise UserError(f"{path}: has no sections; a configuration starts with lines such as `run:` and `model:`")
     return tree
 
 
@@ -80,6 +80,6 @@ def config_text(config: Config) -> str:
 
 
 def dump_config(config: Config, path: str | Path) -> None:
-    """Write `config_text` to `path`: aside first, renamed last, so that a file that exists is whole."""
+    """Write `config_text` to a temporary file and rename it to `path`, so a file that exists is complete."""
     with file_aside(Path(path)) as aside:
         aside.write_text(config_text(config), encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Measuring what long context is worth: losses by position, tables and pictures."""
+"""Measure the benefit of long context: losses by position, tables and plots."""

@@ -1,15 +1,15 @@
-"""`megalong evaluate perplexity`: models on one text, perplexity by position.
+"""`megalong evaluate perplexity`: the perplexity of several models on one text, by position.
 
     megalong evaluate perplexity --hf BASE --checkpoint RUN --data PREFIX --seq-length 4096 --samples 16 --output DIR
 
-writes DIR/perplexity.json (read again by `load_results`), perplexity.md and perplexity.png, with a row and a line for
-each model, and never over others. A dataset is taken whole, in one shuffled order that depends on nothing but the
-dataset, so all models are measured on the same sequences: give documents that none was trained on, or `--held-out` for
-those that a run set aside. With `--nproc N` the sequence is split over N processes by context parallelism, which is
-what makes lengths fit that one process cannot hold.
+writes DIR/perplexity.json (which `load_results` reads), perplexity.md and perplexity.png, with a row and a line for
+each model. Existing files are kept unless `--overwrite` is given. The whole dataset is used, in a shuffled order that
+depends only on the dataset, so all models are measured on the same sequences: give documents that no model was trained
+on, or `--held-out` for those that a run held out. `--nproc N` splits the sequence over N processes by context
+parallelism, for lengths that do not fit into one process.
 
-The length measured may exceed the one a model was trained for: seeing that it breaks there is the point. `--rope`
-measures a model under other positions than its own, without training.
+The length may exceed the one that a model was trained on, to show that the model breaks there. `--rope` measures a
+model with another RoPE scaling than its own, without training.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from megalong.data.samples.sampler import PackedSamples
 from megalong.errors import UserError
 from megalong.evaluation.fit import free_bytes, refuse_what_cannot_fit
 from megalong.evaluation.source import (
-    Asked,
+    ModelOption,
     ModelSource,
     Text,
+    distinct_names,
     find_models,
     given_text,
     held_out_text,
     open_text,
     tokenizer_notes,
-    told_apart,
 )
 from megalong.runtime import gpus
 from megalong.runtime.folders import refuse_overwriting, refuse_unwritable
@@ -51,7 +51,7 @@ FILES = ("perplexity.json", "perplexity.md", "perplexity.png")
 
 def perplexity(
     *,
-    models: Sequence[Asked],
+    models: Sequence[ModelOption],
     data: str | None = None,
     held_out: str | None = None,
     seq_length: int,
@@ -62,22 +62,22 @@ def perplexity(
     overwrite: bool = False,
     allow_other_tokenizer: bool = False,
 ) -> None:
-    """Measure models, print their table, and write table, numbers and picture to `output` (if given).
+    """Measure models, print their table, and write table, numbers and plot to `output` (if given).
 
     Args:
-        models: `("checkpoint", RUN_OR_STEP)`, `("hf", DIR)` and `("rope", YAML)`, as `find_models` has them.
-        data: prefix of an indexed dataset, tokenized with the models' tokenizer; or else `held_out`, a domain of the
-            first run among the models, or `all`.
+        models: `("checkpoint", RUN_OR_STEP)`, `("hf", DIR)` and `("rope", YAML)`, see `find_models`.
+        data: prefix of an indexed dataset, tokenized with the models' tokenizer.
+        held_out: instead of `data`, a domain of the first run among the models, or `all`.
         seq_length: tokens per sample.
         samples: sequences to average over.
-        nproc: context-parallel processes to start here; None joins torchrun's, or runs in this one.
-        dtype: type to compute in, as `find_model` has it.
-        overwrite: replace what an earlier measurement left in `output`.
-        allow_other_tokenizer: measure although the dataset was made with another tokenizer than a model's.
+        nproc: context-parallel processes to start; None: use torchrun's, or this process.
+        dtype: type to compute in, see `find_model`.
+        overwrite: replace the files of an earlier measurement in `output`.
+        allow_other_tokenizer: measure even if the dataset was made with another tokenizer than a model's.
 
     Raises:
-        UserError: no such model or dataset, a length the processes cannot share or hold, fewer tokens than asked for,
-            an earlier measurement in `output`.
+        UserError: no such model or dataset, a length that the processes cannot split or that does not fit, too few
+            tokens, an earlier measurement in `output`.
     """
     launched = "RANK" in os.environ
     if nproc is not None and launched:
@@ -117,14 +117,14 @@ def _text(data: str | None, held_out: str | None, sources: Sequence[ModelSource]
 def _spawn(command: list[str], nproc: int) -> None:
     status = run_local(command, nproc)
     if status:
-        # The processes have told what went wrong; only their status is left to pass on.
+        # The processes have printed the error; only their status is passed on.
         raise SystemExit(status)
 
 
 def _measure(
     opened: Sequence[tuple[ModelSource, PackedSamples]], text: Text, samples: int, notes: Sequence[str]
 ) -> list[PerplexityResult]:
-    """Join the world, log `notes`, measure one model after the other, leave it."""
+    """Join the world, log `notes`, measure one model after another, leave the world."""
     import torch.distributed as dist
 
     from megalong.evaluation.perplexity import PerplexityResult
@@ -133,7 +133,7 @@ def _measure(
 
     device, results = choose_device(), []
     with world(device), logged():
-        # Imports the model, and with it Megatron-Core: only now is the process prepared for that.
+        # These import Megatron-Core, for which the process must be prepared first.
         from megalong.evaluation.measure import measure_losses
         from megalong.runtime.distributed import set_grid
 
@@ -142,7 +142,7 @@ def _measure(
         for note in notes if dist.get_rank() == 0 else ():
             log.warning("%s", note)
         set_grid(Grid(context=dist.get_world_size()))
-        for (source, packed), name in zip(opened, told_apart([source for source, _ in opened]), strict=True):
+        for (source, packed), name in zip(opened, distinct_names([source for source, _ in opened]), strict=True):
             positions = measure_losses(source, packed, samples, device)
             results.append(
                 PerplexityResult(
@@ -161,14 +161,14 @@ def _measure(
 
 
 def _refuse_what_cannot_fit(source: ModelSource, seq_length: int, device: torch.device) -> None:
-    """By the rank that has least memory, so that all ranks refuse together; before any of them reads weights."""
+    """Decide by the rank with the least memory, so that all ranks refuse together, before any rank reads weights."""
     from megalong.runtime.distributed import from_all_ranks
 
-    # A process that was started by hand is alone here.
+    # A process that was started without a launcher is alone here.
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = from_all_ranks([float(free_bytes(device, local_world))])
-    there = min(one for (one,) in free)
-    refuse_what_cannot_fit(source.architecture, seq_length, len(free), there, device.type == "cuda")
+    least = min(one for (one,) in free)
+    refuse_what_cannot_fit(source.architecture, seq_length, len(free), least, device.type == "cuda")
 
 
 def _publish(results: list[PerplexityResult], output: str | None) -> None:
@@ -184,5 +184,5 @@ def _publish(results: list[PerplexityResult], output: str | None) -> None:
     title = "Perplexity by position" + (f": {results[0].name}" if len(results) == 1 else "")
     plot_perplexity(results, folder / "perplexity.png", title=title)
     (folder / "perplexity.md").write_text(table + "\n")
-    save_results(results, folder / "perplexity.json")  # last: where it stands, the others do too
+    save_results(results, folder / "perplexity.json")  # last: if it exists, the others do too
     print(f"written: {folder}/{', '.join(FILES)}")

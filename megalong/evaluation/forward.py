@@ -1,4 +1,4 @@
-"""Loss without learning: the forward pass that held-out evaluation and `megalong evaluate perplexity` share."""
+"""The forward pass without training that held-out evaluation and `megalong evaluate perplexity` share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megalong.model.schedule import LossObserver, reduce_losses, run_microbatche
 
 
 def adding_to(positions: PositionLoss) -> LossObserver:
-    """An observer for `run_microbatches` that gathers losses by position, in training and evaluation alike."""
+    """An observer for `run_microbatches` that adds losses to `positions`, in training and evaluation."""
 
     def observe(losses: torch.Tensor, batch: MicroBatch) -> None:
         positions.add(losses, batch.positions, batch.loss_mask)
@@ -26,12 +26,12 @@ def forward_losses(
     """Add the losses of one global batch to `positions`; every rank of the world calls it.
 
     Args:
-        chunks: this rank's model, wrapped for training or bare.
+        chunks: this rank's model, wrapped for training or not.
         micro_batches: this rank's share of the global batch, at least one.
-        positions: gathers losses on the ranks that have them; `positions.reduce(None)` adds the world up.
+        positions: collects losses on the ranks that have them; `positions.reduce(None)` sums over the world.
 
     Returns:
-        float64 [4], as `run_microbatches` has them, over the global batch, on every rank.
+        float64 [4], the sums of `run_microbatches` over the global batch, on every rank.
     """
     for chunk in chunks:
         chunk.eval()

@@ -1,13 +1,11 @@
-"""`megalong generate`: a prompt in, the model's continuation out, on one process.
+"""`megalong generate`: continue a prompt, in one process.
 
     prompt ─ tokenizer ─▶ ids ─ prefill, `prefill_chunk` tokens at a time ─▶ cache ─ one token at a time ─▶ text
 
-The prompt's length is bounded by the cache alone: activations are those of one chunk, and logits are computed for the
-last token only. Sampling draws on the CPU from float32 probabilities, so that a seed gives the same tokens wherever
-the logits are the same.
+Only the cache limits the prompt's length: activations are those of one chunk, and logits are computed only for the last
+token. Sampling draws on the CPU from float32 probabilities, so equal logits and an equal seed give equal tokens.
 
-Cuts are applied in the order of `transformers`: temperature, then top-k, then top-p (Holtzman et al.,
-arXiv 1904.09751).
+The order is that of `transformers`: temperature, then top-k, then top-p (Holtzman et al., arXiv 1904.09751).
 """
 
 from __future__ import annotations
@@ -36,10 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; temperature 0 takes the likeliest.
+    """How the next token is chosen; temperature 0 takes the most likely one.
 
     Raises:
-        UserError: a value outside its range, or a cut without a temperature.
+        UserError: a value is out of range, or top-k or top-p is set without a temperature.
     """
 
     temperature: float = 0.0
@@ -49,12 +47,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature:g}: must be 0 (the likeliest token) or above; write 0.7")
+            raise UserError(f"--temperature {self.temperature:g}: must be 0 (most likely token) or above; write 0.7")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p:g}: a share of probability, above 0 and up to 1; write 0.9")
+            raise UserError(f"--top-p {self.top_p:g}: must be a probability above 0 and up to 1; write 0.9")
         cut = "--top-p" if self.top_p is not None else "--top-k" if self.top_k is not None else None
         if cut and not self.temperature:
-            raise UserError(f"{cut} cuts what is sampled, but temperature 0 samples nothing; add --temperature 1")
+            raise UserError(f"{cut} limits sampling, but temperature 0 does not sample; add --temperature 1")
 
 
 def generate(
@@ -76,11 +74,11 @@ def generate(
 
     Args:
         checkpoint: a run's folder (its newest step) or one step's; or else `hf`, a Hugging Face folder.
-        prompt: the text itself; or else `prompt_file`, a file that holds it.
-        dtype: type to compute in, as `find_model` has it.
+        prompt: the text; or else `prompt_file`, a file with the text.
+        dtype: type to compute in, see `find_model`.
 
     Raises:
-        UserError: no such model, tokenizer, template or file; nothing to read; sampling that contradicts itself.
+        UserError: no such model, tokenizer, template or file; an empty prompt; contradicting sampling options.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("generate runs in one process, but torchrun started several; start it without torchrun")
@@ -94,14 +92,14 @@ def generate(
     text = _read_prompt(prompt, prompt_file)
     if chat:
         template = ChatTemplate(folder, "--chat")
-        words, ids, named = template.words, _asked(template, text), template.tokenizer
+        words, ids, tokenizer = template.words, _chat_prompt(template, text), template.tokenizer
     else:
-        named = open_tokenizer(folder, str(source))
-        words = Words(folder, named)
+        tokenizer = open_tokenizer(folder, str(source))
+        words = Words(folder, tokenizer)
         ids = words.prompt(text)
     _check_ids(ids, source)
-    ends = end_ids(folder, words.tokenizer.token_to_id(named.eos_token) if named.eos_token else None)
-    answer = _answer(source, ids, max_new_tokens, sampling, prefill_chunk, ends)
+    ends = end_ids(folder, words.tokenizer.token_to_id(tokenizer.eos_token) if tokenizer.eos_token else None)
+    answer = _generate(source, ids, max_new_tokens, sampling, prefill_chunk, ends)
     print(words.decode(answer))
 
 
@@ -113,8 +111,8 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
             prompt.encode("utf-8")
             return prompt
         return Path(str(prompt_file)).read_text(encoding="utf-8")
-    except UnicodeEncodeError:  # the shell's bytes were no UTF-8
-        raise UserError("--prompt: not UTF-8 text; write it to a file of that encoding, --prompt-file F") from None
+    except UnicodeEncodeError:  # the shell's bytes were not UTF-8
+        raise UserError("--prompt: not UTF-8 text; write it to a UTF-8 file and give --prompt-file F") from None
     except UnicodeDecodeError:
         raise UserError(f"--prompt-file {prompt_file}: not UTF-8 text; convert it first") from None
     except OSError as error:
@@ -123,11 +121,11 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
 
 def _check_tokenizer(folder: Path, source: ModelSource) -> None:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise UserError(f"{source} holds no tokenizer; put the model's tokenizer.json into {folder}")
+        raise UserError(f"{source} has no tokenizer; put the model's tokenizer.json into {folder}")
 
 
-def _asked(template: ChatTemplate, text: str) -> list[int]:
-    """Ids of `text` as a user's turn, up to where the answer begins; a template writes its special tokens itself."""
+def _chat_prompt(template: ChatTemplate, text: str) -> list[int]:
+    """Ids of `text` as a user's turn, up to the start of the answer; the template adds the special tokens."""
     from megalong.sft.formats import BadSampleError, Conversation
 
     turns = Conversation([{"role": "user", "content": text}])
@@ -135,7 +133,7 @@ def _asked(template: ChatTemplate, text: str) -> list[int]:
         template.refuse_added(turns)
         return template.tokens(template.text(turns.messages, prompt=True))[0]
     except BadSampleError as error:
-        raise UserError(f"--chat: {error}; leave --chat out, and write all of the conversation in the prompt") from None
+        raise UserError(f"--chat: {error}; leave --chat out, and write the whole conversation in the prompt") from None
 
 
 def _check_ids(ids: list[int], source: ModelSource) -> None:
@@ -143,15 +141,15 @@ def _check_ids(ids: list[int], source: ModelSource) -> None:
         raise UserError("the prompt is empty; write at least one word")
     if max(ids) >= source.architecture.vocab_size:
         raise UserError(
-            f"the tokenizer of {source} has id {max(ids)}, its model only {source.architecture.vocab_size} ids; take "
-            "both from one release"
+            f"the tokenizer of {source} has id {max(ids)}, its model only {source.architecture.vocab_size} ids; use "
+            "both of one release"
         )
 
 
 def end_ids(folder: Path, of_tokenizer: int | None = None) -> set[int]:
-    """Ids that end an answer: generation_config.json's `eos_token_id` (one or a list), config.json's, the tokenizer's.
+    """Ids that end an answer: `eos_token_id` of generation_config.json (one or a list) or config.json, the tokenizer's.
 
-    The first file that names any decides, as in `transformers`.
+    The first of these that is set is used, as in `transformers`.
     """
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
@@ -161,15 +159,15 @@ def end_ids(folder: Path, of_tokenizer: int | None = None) -> set[int]:
     return set() if of_tokenizer is None else {of_tokenizer}
 
 
-def _answer(
+def _generate(
     source: ModelSource, ids: list[int], max_new_tokens: int, sampling: Sampling, prefill_chunk: int, ends: set[int]
 ) -> list[int]:
-    """Join a world of one, load, generate, leave."""
+    """Join a world of one process, load the model, generate, leave the world."""
     from megalong.runtime.distributed import choose_device
     from megalong.runtime.world import logged, world
 
     with world(choose_device(), Grid()), logged():
-        # Imports the model, and with it Megatron-Core: only now is the process prepared for that.
+        # These import Megatron-Core, for which the process must be prepared first.
         from megalong.evaluation.measure import load_model
         from megalong.model.build import unwrap
 
@@ -187,10 +185,10 @@ def new_tokens(
     prefill_chunk: int = 4096,
     ends: set[int] | None = None,
 ) -> Iterator[int]:
-    """The ids that follow `prompt` (at least one id), one by one, up to and without the first of `ends`.
+    """The ids that follow `prompt` (at least one id), one by one, up to but without the first of `ends`.
 
     Args:
-        model: whole on this rank, in evaluation or training mode (there is no dropout).
+        model: the whole model, in evaluation or training mode (there is no dropout).
         prefill_chunk: prompt tokens read at a time; the result does not depend on it.
     """
     import torch
@@ -204,17 +202,17 @@ def new_tokens(
     cache = KVCache(len(prompt) + max_new_tokens)
     for chunk in torch.tensor(prompt, device=device).split(prefill_chunk):
         logits = model.next_logits(chunk[None], cache)
-    for made in range(max_new_tokens):
+    for index in range(max_new_tokens):
         token = choose_token(logits[0], sampling, generator)
         if token in (ends or ()):
             return
         yield token
-        if made + 1 < max_new_tokens:
+        if index + 1 < max_new_tokens:
             logits = model.next_logits(torch.tensor([[token]], device=device), cache)
 
 
 def choose_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One id from float32 logits [V]; `generator` lies on the CPU."""
+    """One id from float32 logits [V]; `generator` is on the CPU."""
     import torch
 
     if not sampling.temperature:
@@ -225,6 +223,6 @@ def choose_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Gene
         probabilities[sampling.top_k :] = 0
         probabilities /= probabilities.sum()
     if sampling.top_p is not None:
-        # Those before which less than top_p has been gathered: the first one always is.
+        # Keep the tokens before which the sum is below top_p; the first is always kept.
         probabilities[probabilities.cumsum(0) - probabilities >= sampling.top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -32,7 +32,7 @@ log = logging.getLogger("megalong")
 
 
 def load_model(source: ModelSource, context_parallel: int = 1) -> list[torch.nn.Module]:
-    """The whole model on this rank, in the type that `source` names."""
+    """The whole model on this rank, in the dtype of `source`."""
     dtype = getattr(torch, source.architecture.torch_dtype)
     log.info("%s computes in %s, %s", source, source.architecture.torch_dtype, source.why)
     settings = ModelSettings(Grid(context=context_parallel), params_dtype=dtype, lora=source.lora)
@@ -47,10 +47,10 @@ def load_model(source: ModelSource, context_parallel: int = 1) -> list[torch.nn.
 
 
 def measure_losses(source: ModelSource, packed: PackedSamples, samples: int, device: torch.device) -> PositionLoss:
-    """Losses of the first `samples` sequences, summed over the world; every rank calls it, every rank gets all."""
+    """Losses of the first `samples` sequences, summed over the world; every rank calls it and gets the sums."""
     world, rank = dist.get_world_size(), dist.get_rank()
     chunks = load_model(source, world)
-    log.info("measuring %s: rope %s, %d tokens a sample", source, source.architecture.rope.type, packed.seq_length)
+    log.info("measuring %s: rope %s, %d tokens per sample", source, source.architecture.rope.type, packed.seq_length)
     if rank == 0 and (warning := beyond_trained(source, packed.seq_length, "--seq-length")) is not None:
         log.warning(warning)
     positions, share = PositionLoss(packed.seq_length), ContextShard(TokenLayout(world), rank)

@@ -1,17 +1,17 @@
-"""Perplexity by position: what a measurement is, how it is kept, and the table a person reads.
+"""Perplexity by position: the result of a measurement, its file and its table.
 
     perplexity = exp(mean negative log-likelihood in nats per token)
 
-taken per position bucket (`buckets.py`) over the same held-out sequences for every model compared. A model that uses
-its context has a falling row; one whose positions break beyond the trained length has a row that shoots up there.
+per position bucket (`buckets.py`), over the same held-out sequences for every model. The row of a model that uses its
+context falls; the row of a model that breaks beyond its trained length rises steeply there.
 
     position          0-64  64-128  128-256  256-512  512-1K
     base              31.0    22.4     19.8     58.1   240.3
     extended          33.2    23.0     20.1     18.7    17.2
 
-A file holds one measurement as one table of values, several as a list of such under `results`.
+A file contains one measurement as one JSON object, several as a list under `results`.
 
-Perplexities are only comparable between models of one tokenizer: they are per token, not per character.
+Perplexities are comparable only between models of one tokenizer: they are per token, not per character.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class PerplexityResult:
     """One model measured at one sequence length.
 
     Attributes:
-        name: what tables and pictures call it.
-        source: the checkpoint or Hugging Face folder measured.
-        data: dataset prefixes the sequences came from.
+        name: name in tables and plots.
+        source: the measured checkpoint or Hugging Face folder.
+        data: prefixes of the datasets.
         seq_length: tokens per sequence.
-        samples: sequences measured.
+        samples: number of sequences.
         edges: `n + 1` bucket edges, see `bucket_edges`.
         nll: `n` mean negative log-likelihoods in nats per token, None in an empty bucket.
-        tokens: `n` numbers of tokens measured.
-        text: what tables and pictures call the text read.
+        tokens: `n` numbers of measured tokens.
+        text: name of the text in plots.
     """
 
     name: str
@@ -72,7 +72,7 @@ class PerplexityResult:
         return _exp(self.mean_nll)
 
     def save(self, path: Path) -> None:
-        """`save_results` of this one."""
+        """Write this result with `save_results`."""
         save_results([self], path)
 
     @classmethod
@@ -80,16 +80,16 @@ class PerplexityResult:
         """Read what `save` wrote.
 
         Raises:
-            UserError: the file is missing, was not written by `save`, or holds several models.
+            UserError: the file is missing, was not written by `save`, or contains several models.
         """
         found = load_results(path)
         if len(found) > 1:
-            raise UserError(f"{path}: holds {len(found)} models ({', '.join(one.name for one in found)}), not one")
+            raise UserError(f"{path}: contains {len(found)} models ({', '.join(one.name for one in found)}), not one")
         return found[0]
 
 
 def save_results(results: Sequence[PerplexityResult], path: Path) -> None:
-    """Write as JSON; the file appears whole or not at all."""
+    """Write as JSON; the file is then complete or absent."""
     records = [{**asdict(one), "perplexity": one.perplexity} for one in results]
     whole = {"format": FORMAT, **(records[0] if len(records) == 1 else {"results": records})}
     with file_aside(path) as aside:
@@ -97,7 +97,7 @@ def save_results(results: Sequence[PerplexityResult], path: Path) -> None:
 
 
 def load_results(path: Path) -> list[PerplexityResult]:
-    """Read what `save_results` wrote, at least one.
+    """Read what `save_results` wrote; at least one result.
 
     Raises:
         UserError: the file is missing or was not written by `save_results`.
@@ -121,7 +121,7 @@ def _exp(nats: float) -> float:
 
 
 def perplexity_table(results: list[PerplexityResult]) -> str:
-    """One row a model, one column a bucket, in Markdown that also reads well in a terminal.
+    """One row per model, one column per bucket, in Markdown that is also readable in a terminal.
 
     Raises:
         ValueError: the results have different buckets.
@@ -135,7 +135,7 @@ def perplexity_table(results: list[PerplexityResult]) -> str:
 
 
 def markdown_table(rows: list[list[str]]) -> str:
-    """A Markdown table of `rows` (the first is the head), columns padded, all but the first right-aligned."""
+    """A Markdown table of `rows` (the first is the header), columns padded, all but the first right-aligned."""
     widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = []
@@ -160,5 +160,5 @@ def _require_same_buckets(results: list[PerplexityResult]) -> None:
         if result.edges != results[0].edges:
             raise ValueError(
                 f"{result.name} was measured at {result.seq_length} tokens, {results[0].name} at "
-                f"{results[0].seq_length}: only equal lengths compare"
+                f"{results[0].seq_length}: only equal lengths are comparable"
             )

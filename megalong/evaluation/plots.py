@@ -1,13 +1,13 @@
-"""The picture of an extension: perplexity against position, one line a model.
+"""Plot perplexity against position, one line per model.
 
-Both axes are logarithmic: positions double from bucket to bucket, and a model beyond its length is not a little worse
-but many times. A point sits at the geometric middle of its bucket (the first, which starts at 0, as if it too began at
-half its end). A dashed line marks the length the base model was trained at. The axis names the text that was read.
+Both axes are logarithmic: positions double from bucket to bucket, and a model beyond its length is many times worse. A
+point is at the geometric middle of its bucket (the first bucket starts at 0 and is treated as if it started at half its
+end). A dashed line marks the length that the base model was trained on. The axis names the text.
 
-Ticks are round numbers, the same in every decade where the range is wide; where it is not, evenly spaced ones, so that
-2.6 and 3.6 are told apart by the axis and not by the eye.
+Ticks are round numbers. In a wide range they are the same in every decade; in a narrow one they are evenly spaced, so
+that the axis shows the difference between 2.6 and 3.6.
 
-Drawn on matplotlib's Agg canvas without pyplot: no display, no global state, safe inside a training process.
+Drawn on matplotlib's Agg canvas without pyplot: no display, no global state, safe in a training process.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from megalong.evaluation.buckets import bucket_labels
 from megalong.evaluation.perplexity import PerplexityResult
 from megalong.plots import new_figure, save
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 _COLOURS = ["#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000"]
 _MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
-_WIDE = 5  # from a range of so many times on, ticks stand at the same numbers in every decade
+_WIDE = 5  # if high / low is at least this, ticks are at the same numbers in every decade
 
 
 def plot_perplexity(
@@ -38,12 +38,12 @@ def plot_perplexity(
     title: str = "Perplexity by position",
     original_length: int | None = None,
 ) -> None:
-    """Draw `results` (same buckets) into the PNG `path`, which appears whole or not at all.
+    """Draw `results` (same buckets) into the PNG `path`, which is then complete or absent.
 
     Args:
-        original_length: where to draw the line "trained length of the base model"; None draws none.
+        original_length: trained length of the base model, for the dashed line; None draws none.
     """
-    # What is infinite or was not measured has no place on the axis.
+    # Infinite and missing values cannot be drawn.
     drawn = [
         [(x, y) for x, y in zip(_middles(one.edges), one.perplexity, strict=True) if y is not None and math.isfinite(y)]
         for one in results
@@ -84,7 +84,7 @@ def plot_perplexity(
 
 
 def _label(results: Sequence[PerplexityResult]) -> str:
-    """What was measured, and on what, in lines that are no longer than the axis."""
+    """The label of the vertical axis with the name of the text, wrapped to the length of the axis."""
     texts = dict.fromkeys(one.text or ", ".join(Path(data).name for data in one.data) for one in results)
     name = "; ".join(text for text in texts if text)
     return textwrap.fill(f"perplexity{' of ' if name else ''}{name} (lower is better)", 42)
@@ -95,13 +95,13 @@ def _middles(edges: list[int]) -> list[float]:
 
 
 def _range(least: float, most: float) -> tuple[float, float]:
-    """The ends of the axis: a little room at both, and a twentieth of the value where all are the same."""
+    """The ends of the axis, with some room at both, even if all values are the same."""
     room = max((most / least) ** 0.08, 1.02)
     return least / room, most * room
 
 
 def _apart(last: Sequence[float | None], low: float, high: float) -> list[float | None]:
-    """Where to write each line's last value: beside its end, moved up where that would lie on another's."""
+    """The height of each line's last value as text: at the line's end, moved up if it would overlap another."""
     gap = (high / low) ** 0.05
     places: list[float | None] = [None] * len(last)
     floor = 0.0
@@ -112,7 +112,7 @@ def _apart(last: Sequence[float | None], low: float, high: float) -> list[float 
 
 
 def _scale(axes: Axes, edges: list[int], low: float, high: float) -> None:
-    """Logarithmic axes with a tick under every bucket and readable numbers at the side."""
+    """Set logarithmic axes, with a tick under every bucket and readable numbers on the vertical axis."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(_middles(edges)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -126,7 +126,7 @@ def _scale(axes: Axes, edges: list[int], low: float, high: float) -> None:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers from `low` to `high`, 4 to 12 of them."""
+    """4 to 12 round numbers from `low` to `high`."""
     if high / low < _WIDE:
         even = MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
         return [float(value) for value in even if low <= value <= high]

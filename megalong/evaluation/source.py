@@ -1,6 +1,6 @@
-"""What is measured and on what: models by their folders; text by a prefix, or by what a run held out. No torch here.
+"""Models and texts to measure: models by their folders; a text by a prefix, or by what a run held out. Needs no torch.
 
-A text has a name, which tables and pictures show: whether a run was trained on it decides what its perplexity means.
+A text has a name, which plots show: the meaning of a perplexity depends on whether a run was trained on the text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megalong.hf.config import read_architecture
 
 SHUFFLE_SEED = 1234  # one order of documents for every model measured
 _FILES = re.compile(r"data\.mixture\.(.+)\.files")
-Asked = tuple[Literal["checkpoint", "hf", "rope"], str]  # an option that names a model, or how to read its positions
+ModelOption = tuple[Literal["checkpoint", "hf", "rope"], str]  # a command-line option for a model or its RoPE scaling
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class ModelSource:
     """Where weights come from; exactly one of `checkpoint` (a step's folder) and `hf` is set.
 
     Attributes:
-        architecture: with the positions to measure under; its `torch_dtype` is the type to compute in.
-        lora: what the checkpoint's adapters are, None where it has none.
-        why: who says that type.
-        rope: what was asked for instead of the model's own positions, in a few words; empty: nothing.
-        trained_on: digests of the datasets of the run that wrote the checkpoint, by the name of their domain.
+        architecture: with the RoPE scaling to measure; its `torch_dtype` is the type to compute in.
+        lora: the checkpoint's adapters, None if there are none.
+        why: the reason for that type.
+        rope: short description of the RoPE scaling if it is not the model's own, else empty.
+        trained_on: digests of the datasets of the run that wrote the checkpoint, by domain.
     """
 
     architecture: Architecture
@@ -57,23 +57,23 @@ class ModelSource:
 
     @property
     def tokenizer(self) -> Path:
-        """Where its tokenizer is, if it has one."""
+        """The folder of its tokenizer, if it has one."""
         return self.checkpoint / ASSETS if self.checkpoint is not None else self.hf or Path()
 
     @property
     def run(self) -> Path | None:
-        """The folder of the run that the checkpoint lies in."""
+        """The folder of the run that contains the checkpoint."""
         folder = self.checkpoint.resolve() if self.checkpoint is not None else None
         return folder.parent.parent if folder is not None and folder.parent.name == FOLDER else None
 
     @property
     def name(self) -> str:
-        """The run's name, or the folder's: what tables and pictures call this model."""
+        """The name in tables and plots: the run's or the folder's."""
         return self.names[0]
 
     @property
     def names(self) -> list[str]:
-        """What to call it, the shortest first; a longer one where that is another model's too."""
+        """Possible names, the shortest first; longer ones are used if another model has the same."""
         folder = (self.run or self.checkpoint or self.hf or Path()).resolve()
         step = self.checkpoint.resolve().name if self.run is not None and self.checkpoint is not None else ""
         rope = f" ({self.rope})" if self.rope else ""
@@ -82,8 +82,8 @@ class ModelSource:
         return [short + rope, short + at_step + rope, far + rope, far + at_step + rope, str(folder) + at_step + rope]
 
 
-def told_apart(sources: Sequence[ModelSource]) -> list[str]:
-    """A name for each model, no two the same; the same model twice is numbered."""
+def distinct_names(sources: Sequence[ModelSource]) -> list[str]:
+    """A different name for each model; if a model appears twice, its names are numbered."""
     for names in zip(*(source.names for source in sources), strict=True):
         if len(set(names)) == len(names):
             return list(names)
@@ -91,15 +91,15 @@ def told_apart(sources: Sequence[ModelSource]) -> list[str]:
     return [f"{name} ({1 + long[:at].count(name)})" for at, name in enumerate(long)]
 
 
-def find_models(asked: Sequence[Asked], dtype: str | None = None) -> list[ModelSource]:
-    """The models of a command line, in order: `("rope", …)` is for the model before it, and before the first for all.
+def find_models(options: Sequence[ModelOption], dtype: str | None = None) -> list[ModelSource]:
+    """The models of a command line, in order; `("rope", …)` applies to the model before it, or to all if it is first.
 
     Raises:
-        UserError: no model, a folder that holds none, or a scaling that is none.
+        UserError: no model, a folder without a model, or an invalid scaling.
     """
     everywhere: str | None = None
-    models: list[tuple[Asked, str | None]] = []
-    for one in asked:
+    models: list[tuple[ModelOption, str | None]] = []
+    for one in options:
         if one[0] != "rope":
             models.append((one, None))
         elif models:
@@ -107,28 +107,28 @@ def find_models(asked: Sequence[Asked], dtype: str | None = None) -> list[ModelS
         else:
             everywhere = one[1]
     if not models:
-        raise UserError("give a model: --checkpoint CKPT_OR_RUN or --hf DIR, and as many more as are to be compared")
+        raise UserError("give a model: --checkpoint CKPT_OR_RUN or --hf DIR, and any number of others to compare")
     found = []
     for (kind, path), own in models:
         source = find_model(**{kind: path}, dtype=dtype)
         text = own if own is not None else everywhere
-        found.append(source if text is None else _under(source, text))
+        found.append(source if text is None else _with_rope(source, text))
     return found
 
 
-def _under(source: ModelSource, text: str) -> ModelSource:
-    """The model under the positions that `--rope TEXT` says."""
+def _with_rope(source: ModelSource, text: str) -> ModelSource:
+    """The model with the RoPE scaling of `--rope TEXT`."""
     values = parse_yaml(text, "--rope")
     if not isinstance(values, dict):
-        raise UserError(f"--rope {text}: not a section of settings; write such as --rope '{{type: yarn, factor: 4}}'")
+        raise UserError(f"--rope {text}: not a section; write for example --rope '{{type: yarn, factor: 4}}'")
     try:
         rope = RopeSettings.model_validate(values)
     except ValidationError as error:
         raise explain(error, RopeSettings, lambda key: "--rope") from None
-    named = rope.type if rope.factor == 1 else f"{rope.type} × {rope.factor:g}"
+    description = rope.type if rope.factor == 1 else f"{rope.type} × {rope.factor:g}"
     if rope.rope_theta is not None:
-        named += f", base {rope.rope_theta:g}"
-    return replace(source, architecture=source.architecture.with_rope(rope), rope=named)
+        description += f", base {rope.rope_theta:g}"
+    return replace(source, architecture=source.architecture.with_rope(rope), rope=description)
 
 
 def find_model(
@@ -136,11 +136,11 @@ def find_model(
 ) -> ModelSource:
     """The model of a run (its newest step), of one step's folder, or of a Hugging Face folder.
 
-    It is computed in `dtype` (float32, bfloat16, float16), or where None in the type it was trained in, which for a
-    Hugging Face folder is what config.json says.
+    It is computed in `dtype` (float32, bfloat16, float16), or if None in the type that it was trained in; for a Hugging
+    Face folder that is the type in config.json.
 
     Raises:
-        UserError: not exactly one was given, or it is no model.
+        UserError: not exactly one was given, or it is not a model.
     """
     if (checkpoint is None) == (hf is None):
         raise UserError("give exactly one model: --checkpoint CKPT_OR_RUN or --hf DIR")
@@ -166,22 +166,22 @@ def _in_dtype(source: ModelSource, dtype: str | None) -> ModelSource:
 
 
 def beyond_trained(source: ModelSource, tokens: int, key: str) -> str | None:
-    """What to say of a length that the model's positions do not cover; None where they do.
+    """A warning if the model's RoPE does not cover `tokens` positions; else None.
 
-    Measuring and generating there is no mistake, as training would be: seeing where a model ends can be the point.
+    Unlike in training, this is not an error: a measurement may be meant to show where a model breaks.
     """
     covered = covered_positions(source.architecture)
     if tokens <= covered:
         return None
     return (
         f"{key}: {tokens} positions are used, and the rope of {source} ({source.architecture.rope.type}) covers "
-        f"{covered}: expect bad predictions beyond"
+        f"{covered}: expect bad predictions beyond that"
     )
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What `PackedSamples` asks of an entry of a mixture."""
+    """An entry of a mixture, as `PackedSamples` needs it."""
 
     name: str
     path: str
@@ -191,13 +191,13 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Text:
-    """What is read.
+    """A text to measure on.
 
     Attributes:
-        name: what tables and pictures call it.
+        name: name in plots.
         key: the option that named it.
-        split, part: which documents of each dataset, as `PackedSamples` has it.
-        notes: what is to be said of it.
+        split, part: which documents of each dataset, see `PackedSamples`.
+        notes: warnings about it.
     """
 
     name: str
@@ -209,36 +209,36 @@ class Text:
 
 
 def given_text(data: str, models: Iterable[ModelSource] = ()) -> Text:
-    """A dataset, taken whole; which of `models` were trained on it becomes part of its name."""
+    """A whole dataset; its name lists those of `models` that were trained on it."""
     name, digest, notes, runs = Path(data).name, dataset_digest(data), [], []
     for model in models:
         for domain in [domain for domain, found in model.trained_on.items() if found == digest]:
             run = model.run or model.checkpoint
             runs.append(model.name)
             notes.append(
-                f"--data {data}: {run} was trained on it (data.mixture: {domain}), so this is no held-out text; write "
+                f"--data {data}: {run} was trained on it (data.mixture: {domain}), so it is not held-out text; write "
                 f"--held-out {domain} for the documents that it has not seen"
             )
-    told = f" (training data of {', '.join(dict.fromkeys(runs))})" if runs else ""
-    return Text(name + told, f"--data {data}", (Dataset(name, data),), notes=tuple(dict.fromkeys(notes)))
+    seen_by = f" (training data of {', '.join(dict.fromkeys(runs))})" if runs else ""
+    return Text(name + seen_by, f"--data {data}", (Dataset(name, data),), notes=tuple(dict.fromkeys(notes)))
 
 
 def held_out_text(domain: str, models: Sequence[ModelSource]) -> Text:
     """The documents that the first run among `models` held out: of one of its domains, or of `all`.
 
     Raises:
-        UserError: none of them is a run's, the run does not say what it read, or has no such domain.
+        UserError: no model belongs to a run, the run has no configuration, or it has no such domain.
     """
     run = next((model.run for model in models if model.run is not None), None)
     key = f"--held-out {domain}"
     if run is None:
-        raise UserError(f"{key}: what was held out is known of a run; give one with --checkpoint RUN, or write --data")
+        raise UserError(f"{key}: only a run has held-out text; give one with --checkpoint RUN, or write --data")
     file = run / "config.yaml"
     if not file.is_file():
         raise UserError(f"{key}: {run} has no config.yaml, which says what it held out; write --data PREFIX")
     config = load_config(file)[0]
     if config.task != "pretrain":
-        raise UserError(f"{key}: {run} learnt from conversations, which perplexity is not measured on; write --data")
+        raise UserError(f"{key}: {run} was trained on conversations, which have no perplexity here; write --data")
     known = [entry.name for entry in config.data.mixture]
     if domain != "all" and domain not in known:
         raise UserError(f"{key}: {run} has no such domain; write one of {', '.join(known)}, or all")
@@ -252,24 +252,24 @@ def held_out_text(domain: str, models: Sequence[ModelSource]) -> Text:
     datasets = tuple(Dataset(entry.name, entry.path, entry.weight) for entry in entries)
     name = f"held-out text of {run.name}" + (f" ({domain})" if domain != "all" else "")
     others = [str(model) for model in models if model.run != run]
-    note = f"{key}: {run} held these documents out; nothing says whether {', '.join(others)} did" if others else ""
+    note = f"{key}: {run} held these documents out; it is not known whether {', '.join(others)} did" if others else ""
     return Text(name, key, datasets, config.data.split, "validation", (note,) if note else ())
 
 
 def open_held_out(
     data: str, seq_length: int, samples: int, source: ModelSource, allow_other_tokenizer: bool = False
 ) -> PackedSamples:
-    """`open_text` of a dataset taken whole."""
+    """`open_text` of a whole dataset."""
     return open_text(given_text(data), seq_length, samples, source, allow_other_tokenizer)
 
 
 def open_text(
     text: Text, seq_length: int, samples: int, source: ModelSource, allow_other_tokenizer: bool = False
 ) -> PackedSamples:
-    """The text packed, with at least `samples` sequences in it.
+    """The packed text, with at least `samples` sequences.
 
     Raises:
-        UserError: no such dataset, too few tokens, ids the model does not have, or another tokenizer's.
+        UserError: no such dataset, too few tokens, ids that the model does not have, or another tokenizer.
     """
     vocabulary = source.architecture.vocab_size
     packed = PackedSamples(text.datasets, seq_length, SHUFFLE_SEED, text.split, text.part, vocabulary=vocabulary)
@@ -277,8 +277,8 @@ def open_text(
     shares = zip(packed.describe(samples), text.datasets, strict=True)
     held = min(int(share.tokens_per_epoch // seq_length * (total / one.weight)) for share, one in shares)
     if samples > held:
-        mend = f"write --samples {held}" if held else "write a shorter --seq-length"
-        raise UserError(f"--samples {samples}: {_read(text)} holds only {held} samples of {seq_length} tokens; {mend}")
+        fix = f"write --samples {held}" if held else "write a shorter --seq-length"
+        raise UserError(f"--samples {samples}: {_label(text)} has only {held} samples of {seq_length} tokens; {fix}")
     if (packed.vocabulary_size or 0) > source.architecture.vocab_size:
         raise UserError(
             f"{text.key}: tokenized with a vocabulary of {packed.vocabulary_size}, but {source} has "
@@ -289,15 +289,15 @@ def open_text(
     return packed
 
 
-def _read(text: Text) -> str:
+def _label(text: Text) -> str:
     return text.datasets[0].path if text.part == "train" else f"the {text.name}"
 
 
 def tokenizer_notes(packed: PackedSamples, source: ModelSource, allow_other_tokenizer: bool = False) -> list[str]:
-    """What is not known of the tokenizers of data and model, or was let through.
+    """Warnings if the tokenizer of data or model is not known, or if they differ and this is allowed.
 
     Raises:
-        UserError: they are others, and that is not allowed.
+        UserError: they differ, and this is not allowed.
     """
     made = [
         replace(one, name=f"--data {entry.path}") for one, entry in zip(packed.made_with(), packed.mixture, strict=True)

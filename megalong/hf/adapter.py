@@ -3,10 +3,10 @@
     base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight   [rank, in]
     base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight   [out, rank]
 
-Only plain LoRA is read, and nothing that belongs to another kind may be passed over: a setting either is read, or is
-known not to change what the adapter computes, or must be off; a tensor is either the A or B of a module that every
-layer has, or refused by its name. The tensors, not `target_modules`, say which modules there are: peft writes these as
-a list, a regular expression or "all-linear", with exclusions beside.
+Only plain LoRA is read, and nothing of another kind is ignored. A setting is read, or is known not to change what the
+adapter computes, or must be off. A tensor is the A or B of a module that every layer has, or it is refused by name. The
+modules are taken from the tensors, not from `target_modules`, which may be a list, a regular expression or
+"all-linear", with exclusions in another key.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from megalong.runtime.folders import folder_aside, with_default_mode
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _READ = {"peft_type", "task_type", "r", "lora_alpha", "use_rslora", "target_modules", "bias", "init_lora_weights"}
-# What the adapter computes does not depend on these. Exclusions show in the tensors; dropout is training's alone; how
-# A and B were drawn does not matter once they are trained, unless the base was changed with them (`_INITS`).
+# What the adapter computes does not depend on these. Exclusions show in the tensors; dropout applies only in training;
+# how A and B were initialized does not matter after training, unless the base was changed with them (`_INITS`).
 _HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -50,11 +50,11 @@ _HARMLESS = {
     "revision",
     "runtime_config",
 }
-# The other ways to begin (pissa, olora, corda, loftq, lora_ga, ...) take what A and B hold out of the base weights.
+# Other initializations (pissa, olora, corda, loftq, lora_ga, ...) subtract the initial A and B from the base weights.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
 _DTYPES = ("F32", "BF16", "F16")
-_MEND = "only plain LoRA is read; where peft can merge it into its base (merge_and_unload), start from that instead"
+_FIX = "only plain LoRA is read; if peft can merge it into its base (merge_and_unload), start from the merged model"
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -65,16 +65,16 @@ def tensor_names(module: str) -> tuple[str, str]:
 
 
 def read_adapter_config(folder: Path) -> Lora:
-    """What the adapter in `folder` is.
+    """The settings of the adapter in `folder`.
 
     Raises:
-        UserError: it is no adapter of `peft`, or not plain LoRA beside the same linear layers of every layer.
+        UserError: it is not an adapter of `peft`, or not plain LoRA on the same modules in every layer.
     """
     return _read(folder, _shapes(folder))
 
 
 def check_adapter(lora: Lora, architecture: Architecture) -> None:
-    """Refuse `lora.load` where the folder's adapter is not what the section says, or of another model than this."""
+    """Refuse `lora.load` if the folder's adapter differs from the section or belongs to another model."""
     if lora.load is None:
         return
     folder = Path(lora.load)
@@ -90,16 +90,19 @@ def check_adapter(lora: Lora, architecture: Architecture) -> None:
             wanted.add(name)
             if shapes.get(name) != shape:
                 have = f"has {name} as {list(shapes[name])}" if name in shapes else f"has no {name}"
-                raise UserError(f"lora.load: {folder} {have}, this model needs {list(shape)}; it is another model's")
+                raise UserError(
+                    f"lora.load: {folder} {have}, but this model needs {list(shape)}; it belongs to another model"
+                )
     if len(shapes) > len(wanted):
         name = next(name for name in shapes if name not in wanted)
         raise UserError(
-            f"lora.load: {folder} has {name}, and this model {architecture.num_layers} layers; it is another model's"
+            f"lora.load: {folder} has {name}, but this model has {architecture.num_layers} layers; it belongs to "
+            "another model"
         )
 
 
 class AdapterReader:
-    """The tensors of an adapter folder that `check_adapter` has seen, called as `Adapter.fill` calls its source."""
+    """The tensors of an adapter folder that `check_adapter` has checked; a source for `Adapter.fill`."""
 
     def __init__(self, folder: Path) -> None:
         self._file = open_tensors(folder / WEIGHTS, "lora.load: ")
@@ -112,16 +115,16 @@ class AdapterReader:
 
 
 def _shapes(folder: Path) -> Shapes:
-    """Every tensor of the adapter's file, from its header alone."""
+    """The shape of every tensor in the adapter's file, from its header."""
     for name in (CONFIG, WEIGHTS):
         if (folder / name).is_file() or (folder / name).is_symlink():
             continue
         if name == WEIGHTS and (folder / PICKLE).is_file():
             raise UserError(
-                f"lora.load: {folder} holds {PICKLE} (a pickle, which can run code when loaded); load it with peft and "
+                f"lora.load: {folder} has {PICKLE} (a pickle, which can run code when loaded); load it with peft and "
                 "save_pretrained(NEW), which writes safetensors"
             )
-        raise UserError(f"lora.load: {folder} holds no {name}; give a folder that peft's save_pretrained wrote")
+        raise UserError(f"lora.load: {folder} has no {name}; give a folder that peft's save_pretrained wrote")
     file = open_tensors(folder / WEIGHTS, "lora.load: ")
     shapes: Shapes = {}
     for name in file.keys():  # noqa: SIM118 (a safe_open is no mapping)
@@ -144,13 +147,13 @@ def _read(folder: Path, shapes: Shapes) -> Lora:
 
 
 def _refuse_settings(folder: Path, config: dict[str, Any]) -> None:
-    """Everything that `_read` does not turn into a `Lora`, and that may be more than it."""
+    """Refuse every setting that `_read` does not turn into a `Lora` and that may change what the adapter computes."""
     targets = config.get("target_modules")
     if config.get("peft_type") != "LORA":
-        raise UserError(f"lora.load: {folder} is a {config.get('peft_type')} adapter, not LORA; {_MEND}")
+        raise UserError(f"lora.load: {folder} is a {config.get('peft_type')} adapter, not LORA; {_FIX}")
     if isinstance(targets, list) and {str(target).rpartition(".")[2] for target in targets} - set(MODULES):
         raise UserError(
-            f"lora.load: {folder} is a LORA adapter of {targets}; only LORA beside {', '.join(MODULES)} is read"
+            f"lora.load: {folder} is a LORA adapter of {targets}; only LORA on {', '.join(MODULES)} is read"
         )
     refused = {key: value for key, value in config.items() if key not in _READ | _HARMLESS and not _off(value)}
     if config.get("bias", "none") not in ("none", None):
@@ -160,21 +163,21 @@ def _refuse_settings(folder: Path, config: dict[str, Any]) -> None:
     if config.get("init_lora_weights") not in _INITS:
         refused["init_lora_weights"] = config["init_lora_weights"]
     for key, value in refused.items():
-        raise UserError(f"lora.load: {folder} has {key} {str(value)[:60]!r}, which is not read; {_MEND}")
+        raise UserError(f"lora.load: {folder} has {key} {str(value)[:60]!r}, which is not read; {_FIX}")
 
 
 def _check_tensors(folder: Path, shapes: Shapes, config: dict[str, Any]) -> tuple[Any, ...]:
-    """The modules that have an A and a B in every layer; every tensor is one of these."""
+    """The modules that have an A and a B in every layer; any other tensor is refused."""
     found = {name: match.groups() for name in shapes if (match := _TENSOR.fullmatch(name))}
     strange = [name for name in shapes if name not in found or not _belongs(*found[name][1:3])]
     if strange:
         raise UserError(
-            f"lora.load: {folder}: tensor {strange[0]} (one of {len(strange)}) is not read, but only "
-            f"{tensor_names('…')[0]} and B of {', '.join(MODULES)}; {_MEND}"
+            f"lora.load: {folder}: tensor {strange[0]} (one of {len(strange)}) is not read; only "
+            f"{tensor_names('…')[0]} and B of {', '.join(MODULES)} are; {_FIX}"
         )
     modules = tuple(name for name in MODULES if any(name == groups[2] for groups in found.values()))
     targets, layers = config.get("target_modules"), 1 + max((int(groups[0]) for groups in found.values()), default=0)
-    by_name = isinstance(targets, list) and not config.get("exclude_modules")  # else a name may have no module
+    by_name = isinstance(targets, list) and not config.get("exclude_modules")  # else a listed name may have no module
     listed = [target for target in targets if target in MODULES] if by_name and targets else []
     wanted = tuple(name for name in MODULES if name in modules or name in listed)
     for module in _modules(layers, wanted):
@@ -184,12 +187,12 @@ def _check_tensors(folder: Path, shapes: Shapes, config: dict[str, Any]) -> tupl
                     f"lora.load: {folder} has no {name}; only adapters of the same modules in every layer are read"
                 )
     if not modules:
-        raise UserError(f"lora.load: {folder / WEIGHTS} holds no tensor; copy it again")
+        raise UserError(f"lora.load: {folder / WEIGHTS} has no tensor; copy it again")
     return modules
 
 
 def _modules(layers: int, names: tuple[Any, ...]) -> list[str]:
-    """Hugging Face names of these modules in so many layers."""
+    """Hugging Face names of the modules `names` in `layers` layers."""
     return [f"model.layers.{layer}.{_part(name)}.{name}" for layer in range(layers) for name in names]
 
 
@@ -202,12 +205,12 @@ def _belongs(part: str, module: str) -> bool:
 
 
 def _off(value: Any) -> bool:
-    """Unset: 0 is not, where layer 0 can be meant."""
+    """Whether a setting is off; 0 is not, because it can mean layer 0."""
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
 def _positive(value: Any) -> float | None:
-    """A finite number above 0; JSON does not tell 8 from 8.0."""
+    """A finite number above 0, or None; 8 and 8.0 are the same in JSON."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if number and 0 < value < math.inf else None
 
@@ -220,7 +223,7 @@ def write_adapter(
     base: str | None,
     revision: str | None = None,
 ) -> None:
-    """Write an adapter folder; `base` is what `peft` loads it onto, in its `revision`, where they are known."""
+    """Write an adapter folder; `base` and `revision` are the model that `peft` loads it onto, if known."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

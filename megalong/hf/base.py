@@ -1,8 +1,8 @@
-"""What an adapter's base is called, so that `peft` finds it again.
+"""The name of an adapter's base model, so that `peft` can find it.
 
-A checkpoint with adapters remembers the folder its frozen weights came from (`Meta.base`), with its whole path: a
-relative one, such as `checkpoints/llama`, would be looked for on the hub wherever the folder is not. A folder of the
-hub's own cache is called what it is on the hub:
+A checkpoint with adapters stores the absolute path of the folder that its frozen weights came from (`Meta.base`). A
+relative path, such as `checkpoints/llama`, would be taken for a name on the hub if the folder is not there. A folder in
+the hub's cache gets its name on the hub:
 
     ~/.cache/huggingface/hub/models--meta-llama--Llama-3.1-8B/snapshots/d04e592b   →   meta-llama/Llama-3.1-8B, d04e592b
 """
@@ -16,12 +16,12 @@ from pathlib import Path
 _SNAPSHOT = re.compile(r"(?:^|/)models--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)$")
 
 
-def whole_path(folder: str | Path) -> str:
-    """The folder's path from the root, its links kept."""
+def absolute_path(folder: str | Path) -> str:
+    """The folder's absolute path; symbolic links are kept."""
     return os.path.abspath(folder)
 
 
-def named(base: str) -> tuple[str, str | None]:
-    """(name, revision) of a base for `adapter_config.json`: the hub's for its cache, else the path and None."""
+def hub_name(base: str) -> tuple[str, str | None]:
+    """(name, revision) of a base for `adapter_config.json`: the hub's for a folder of its cache, else path and None."""
     found = _SNAPSHOT.search(base) or _SNAPSHOT.search(os.path.realpath(base))
     return (base, None) if found is None else (found["name"].replace("--", "/"), found["revision"])

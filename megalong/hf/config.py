@@ -1,13 +1,13 @@
-"""`config.json` of a Llama, or of its kin with windows, to an `Architecture` and back, read as plain JSON.
+"""`config.json` of a Llama, Mistral or Ministral to an `Architecture` and back, read as plain JSON.
 
-What cannot be trained faithfully is refused by name instead of being read as something close to it: another
-`model_type`, biases, another activation, a quantized checkpoint, code shipped with the model, which is never run.
-Keys that are left out mean what transformers' configurations say they mean; the sizes of the model have no default.
+A model that cannot be trained faithfully is refused with the key that says so, never read as something similar: another
+`model_type`, biases, another activation, a quantized checkpoint, code shipped with the model (which is never run).
+Missing keys have the defaults of transformers' configurations; the sizes of the model have no default.
 
-Export starts from the original `config.json` where there is one, so that fields nobody here knows survive, and
-writes what transformers renamed over the years under both names: `torch_dtype` and `dtype`, and the rope fields as
-`megalong.rope` spells them. The length a model was extended to is the architecture's `max_position_embeddings`, and
-what it is called follows from its windows (`megalong.hf.family`).
+Export starts from the original `config.json` if there is one, so unknown fields are kept. It writes fields that
+transformers has renamed under both names: `torch_dtype` and `dtype`, and the RoPE fields as `megalong.rope` spells
+them. The length that a model was extended to is the architecture's `max_position_embeddings`; its `model_type` depends
+on its windows (`megalong.hf.family`).
 """
 
 import json
@@ -47,7 +47,7 @@ _FIXED = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-# Replaced by what was trained, or true only of the folder the model came from.
+# Fields that training replaces, or that are true only of the folder the model came from.
 _DROPPED = (
     "rope_theta",
     "rope_scaling",
@@ -60,7 +60,7 @@ _DROPPED = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file; UserError where there is none."""
+    """The object in a JSON file; UserError if there is none."""
     if not path.is_file() and not path.is_symlink():
         raise UserError(f"{path}: no such file; give the folder of a whole Hugging Face checkpoint")
     try:
@@ -70,15 +70,15 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a table of settings; download it again")
+        raise UserError(f"{path}: contains a {type(content).__name__}, not an object of settings; download it again")
     return content
 
 
 def read_architecture(hf_dir: str | Path) -> Architecture:
     """The architecture that `hf_dir/config.json` describes.
 
-    A config without a dtype gives float32, which is what transformers takes it for. Raises UserError, one line, for
-    a missing or malformed file and for every model that is not a plain Llama, Mistral or Ministral.
+    A config without a dtype means float32, as in transformers. Raises UserError, one line, for a missing or malformed
+    file and for every model that is not a plain Llama, Mistral or Ministral.
     """
     path = Path(hf_dir) / CONFIG_FILE
     if not path.is_file() and not path.is_symlink():
@@ -99,8 +99,8 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
 def write_config(architecture: Architecture, base_config: dict[str, Any] | None = None) -> dict[str, Any]:
     """The content of `config.json` for `architecture`, as trained.
 
-    `base_config` is the checkpoint's original config.json: its other fields are kept, all that the architecture knows
-    is overridden. A model whose positions are still those of `base_config` keeps its `max_position_embeddings`.
+    `base_config` is the checkpoint's original config.json: fields of the architecture are overridden, all others kept.
+    A model with the same positions as `base_config` keeps its `max_position_embeddings`.
     """
     config = {key: value for key, value in (base_config or {}).items() if key not in _DROPPED}
     config.update(_FIXED)
@@ -114,46 +114,46 @@ def write_config(architecture: Architecture, base_config: dict[str, Any] | None 
 
 
 def _same_positions(architecture: Architecture, base_config: dict[str, Any] | None) -> bool:
-    """Whether `architecture` reads positions as the model did that `base_config` describes, and as many."""
+    """Whether `architecture` has the RoPE and the length of the model that `base_config` describes."""
     if not base_config:
         return False
     try:
-        before = from_hf(base_config)
+        rope = from_hf(base_config)
     except UserError:
         return False
     longest = base_config.get("max_position_embeddings")
-    return before == architecture.rope and whole(longest) == architecture.max_position_embeddings
+    return rope == architecture.rope and whole(longest) == architecture.max_position_embeddings
 
 
 def _where_a_model_is(folder: Path) -> str:
-    """What to give instead of a folder without config.json."""
+    """Advice on what to give instead of a folder without config.json."""
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-        return f"if it is a model of the Hugging Face hub, fetch it first: hf download {folder} --local-dir DIR"
+        return f"if it is a model on the Hugging Face hub, download it first: hf download {folder} --local-dir DIR"
     if (folder / ADAPTER_FILE).is_file():
-        return f"the folder holds an adapter; give its base model here, and write lora.load: {folder}"
+        return f"the folder contains an adapter; give its base model here, and write lora.load: {folder}"
     inner = sorted([*folder.glob(f"snapshots/*/{CONFIG_FILE}"), *folder.glob(f"*/{CONFIG_FILE}")])
     return f"give {inner[0].parent}" if inner else "give the folder of a whole Hugging Face checkpoint"
 
 
 def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
-    """UserError for everything that is not a plain, unquantized Llama, Mistral or Ministral."""
+    """Raise UserError for everything that is not a plain, unquantized Llama, Mistral or Ministral."""
     names = list(FAMILIES)
     refused = (
         ("auto_map", config.get("auto_map") is not None, "code shipped with a model is never run; use a plain Llama"),
         ("model_type", config.get("model_type") not in names, f"supported are {', '.join(names)}; write which it is"),
         ("quantization_config", config.get("quantization_config") is not None, "use the bf16, fp16 or fp32 release"),
-        ("hidden_act", config.get("hidden_act", "silu") != "silu", 'Llama\'s MLP is gated by "silu"'),
+        ("hidden_act", config.get("hidden_act", "silu") != "silu", 'Llama\'s MLP uses "silu"'),
         ("attention_bias", bool(config.get("attention_bias")), "Llamas with biases are not supported; use false"),
         ("mlp_bias", bool(config.get("mlp_bias")), "Llamas with biases are not supported; use false"),
     )
-    for key, wrong, mend in refused:
+    for key, wrong, fix in refused:
         if wrong:
             value = json.dumps(config.get(key))
-            raise UserError(f"{path}: {key} = {value[:60]}: {mend}")
+            raise UserError(f"{path}: {key} = {value[:60]}: {fix}")
 
 
 def _fields(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Architecture fields under our names, transformers' defaults filled in."""
+    """Architecture fields under our names, with transformers' defaults for missing ones."""
     values: dict[str, Any] = {}
     default = FAMILIES[config["model_type"]].defaults
     for theirs, ours in _FIELDS.items():
@@ -162,20 +162,20 @@ def _fields(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         elif theirs in default:
             values[ours] = default[theirs]
         elif theirs not in _OPTIONAL:
-            raise UserError(f"{path}: {theirs} is missing; a Llama's config.json states it")
+            raise UserError(f"{path}: {theirs} is missing; every Llama's config.json has it")
     if values.get("num_query_groups") is None:
         values["num_query_groups"] = values["num_attention_heads"]
     return values
 
 
 def _dtype(config: dict[str, Any]) -> str:
-    """The dtype under either spelling, the newer first, with or without torch's prefix."""
+    """The dtype under either name, the newer first, without torch's prefix."""
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     return str(dtype).removeprefix("torch.")
 
 
 def _first_problem(error: ValidationError) -> str:
-    """The first complaint of pydantic, in config.json's own words and on one line."""
+    """pydantic's first error, with config.json's names, in one line."""
     theirs = {ours: name for name, ours in _FIELDS.items()} | {"window_size": "sliding_window"}
     problem = error.errors()[0]
     where = ".".join(theirs.get(str(part), str(part)) for part in problem["loc"])

@@ -1,13 +1,13 @@
 """`checkpoint import` and `checkpoint export`: Hugging Face folder → sharded checkpoint → Hugging Face folder.
 
-Both build the model as one process holds it (TP 1, PP 1) on the CPU, in the dtype that is written, and fill it in
-place: import from slices of the mapped files, export from the sharded checkpoint, whatever layout saved it. The model
-is held once; shards of the export are views of its parameters. A round trip is bit-exact, because import
-keeps the dtype the weights are stored in and both follow the table of megalong.hf.weight_map.
+Both build the whole model in one process (TP 1, PP 1) on the CPU, in the dtype that is written, and fill it in place:
+import from slices of the mapped files, export from a sharded checkpoint of any layout. The model is in memory once;
+shards of the export are views of its parameters. A round trip is bit-exact, because import keeps the stored dtype and
+both use megalong.hf.weight_map.
 
-The checkpoint's architecture records the trained RoPE and length, so an export after a context extension has
-them, and its windows under a model type that supports them. Everything else of config.json, the tokenizer
-and the generation config are the original's, kept in the checkpoint since import.
+The checkpoint's architecture contains the trained RoPE, length and windows, so an export after a context extension has
+them too, with a model type that supports its windows. All other fields of config.json, the tokenizer and the generation
+config are the original's, kept in the checkpoint since import.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from megalong.config.architecture import Architecture
 from megalong.config.lora import Lora
 from megalong.errors import UserError
 from megalong.hf.adapter import tensor_names, write_adapter
-from megalong.hf.base import named, whole_path
+from megalong.hf.base import absolute_path, hub_name
 from megalong.hf.config import CONFIG_FILE, read_architecture, read_json, write_config
 from megalong.hf.lengths import raise_lengths
 from megalong.hf.load import fill
@@ -52,9 +52,9 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def import_hf(hf: str | Path, output: str | Path) -> Path:
-    """Turn the Hugging Face folder `hf` into a checkpoint of weights at `output`; returns its step-0 folder.
+    """Convert the Hugging Face folder `hf` to a checkpoint of weights at `output`; returns its step-0 folder.
 
-    Raises UserError for a folder that is no whole, plain Llama and for an output that holds a checkpoint already.
+    Raises UserError if the folder is not a complete, plain Llama, or if the output already has a checkpoint.
     """
     hf, output = Path(hf), Path(output)
     architecture = read_architecture(hf)
@@ -69,13 +69,13 @@ def import_hf(hf: str | Path, output: str | Path) -> Path:
         with logged(), world(CPU, Grid()):
             log.info("importing %s: %s", hf, _summary(architecture))
             if not any((hf / name).is_file() for name in _TOKENIZERS):
-                log.warning("%s holds no tokenizer: the checkpoint, and exports from it, will have none", hf)
+                log.warning("%s has no tokenizer: the checkpoint, and exports from it, will have none", hf)
             try:
                 _import_weights(reader, architecture, dtype, target)
             finally:
-                for made in (target.parent, output):  # where nothing was written
+                for empty in (target.parent, output):  # rmdir fails if something was written
                     with contextlib.suppress(OSError):
-                        made.rmdir()
+                        empty.rmdir()
             log.info("imported to %s", target)
     return target
 
@@ -89,8 +89,8 @@ def export_hf(
 ) -> Path:
     """Write the checkpoint (a run's newest, its `step`, or a step folder) as a Hugging Face folder to `output`.
 
-    `dtype` is float32, bfloat16 or float16; None keeps the dtype that the weights were trained, or imported, in.
-    Raises UserError where there is no such checkpoint or `output` is there already.
+    `dtype` is float32, bfloat16 or float16; None keeps the dtype that the weights were trained or imported in. Raises
+    UserError if there is no such checkpoint or `output` exists.
     """
     output = Path(output)
     folder = find_checkpoint(checkpoint, step)
@@ -113,14 +113,14 @@ def export_hf(
 
 def _import_weights(reader: HFReader, architecture: Architecture, dtype: torch.dtype, target: Path) -> None:
     """Fill a one-process model from the reader and save it with the folder's tokenizer and config files."""
-    # Megatron-Core may only be imported once the process has been prepared for it.
+    # Megatron-Core may only be imported after the process has been prepared for it.
     from megalong.checkpoint.store import save_weights, versions
     from megalong.model.build import build_model
     from megalong.model.config import ModelSettings
 
     chunks = build_model(architecture, ModelSettings(params_dtype=dtype))
     fill(chunks, reader, architecture)
-    meta = Meta(step=0, architecture=architecture, base=whole_path(reader.folder), versions=versions())
+    meta = Meta(step=0, architecture=architecture, base=absolute_path(reader.folder), versions=versions())
     save_weights(target, chunks, meta, reader.folder)
 
 
@@ -133,10 +133,8 @@ def export_adapter(
 ) -> Path:
     """Write the adapters of a checkpoint as a folder that `peft` loads.
 
-    `base` is the model that `peft` is to load them onto, a folder or its name on the hub; None writes the one that the
-    run started from.
-
-    Raises UserError where there is no such checkpoint, it has no adapters, or `output` is there already.
+    `base` is the model that `peft` loads them onto, a folder or a name on the hub; None: the one that the run started
+    from. Raises UserError if there is no such checkpoint, it has no adapters, or `output` exists.
     """
     output = Path(output)
     folder = find_checkpoint(checkpoint, step)
@@ -156,17 +154,17 @@ def export_adapter(
         tensors: dict[str, torch.Tensor] = {}
         for adapter in adapters(chunks[0]):
             tensors.update(zip(tensor_names(adapter.module), (adapter.a, adapter.b), strict=True))
-        name, revision = (base, None) if base is not None else named(meta.base) if meta.base else (None, None)
+        name, revision = (base, None) if base is not None else hub_name(meta.base) if meta.base else (None, None)
         write_adapter(output, meta.lora, tensors, torch_dtype, name, revision)
         log.info("%s", _about_dtype(meta, dtype))
         log.info("exported the adapters (%s) to %s, for the base %s", meta.lora, output, name or "that is not known")
-        for told in _about_base(folder, meta, name):
-            log.warning("%s", told)
+        for warning in _base_warnings(folder, meta, name):
+            log.warning("%s", warning)
     return output
 
 
-def _about_base(folder: Path, meta: Meta, name: str | None) -> Iterator[str]:
-    """Warnings: why `peft` may not load the named base as it was during training."""
+def _base_warnings(folder: Path, meta: Meta, name: str | None) -> Iterator[str]:
+    """Reasons why `peft` may not load the base as it was during training."""
     if name is None:
         yield f"{folder} does not say which model its adapters belong to: give peft the base, or write --base NAME"
     elif (Path(name) / META).is_file():
@@ -176,15 +174,15 @@ def _about_base(folder: Path, meta: Meta, name: str | None) -> Iterator[str]:
         )
     if not (folder / ASSETS / CONFIG_FILE).is_file():
         return
-    before, now = read_architecture(folder / ASSETS), meta.architecture
+    base, trained = read_architecture(folder / ASSETS), meta.architecture
     other = []
-    if before.rope != now.rope:
-        other.append(f"rope {now.rope.type} × {now.rope.factor:g} (the base has {before.rope.type})")
-    if before.layer_windows != now.layer_windows:
+    if base.rope != trained.rope:
+        other.append(f"rope {trained.rope.type} × {trained.rope.factor:g} (the base has {base.rope.type})")
+    if base.layer_windows != trained.layer_windows:
         other.append("another window than the base")
     if other:
         yield (
-            f"the adapters learnt under {' and '.join(other)}: load them onto the base with the config.json of an "
+            f"the adapters were trained with {' and '.join(other)}: load them onto the base with the config.json of an "
             "export without --adapter"
         )
 
@@ -209,7 +207,7 @@ def _load_parameters(
 def _hf_tensors(
     parameters: Mapping[str, torch.Tensor], architecture: Architecture
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hugging Face tensors, in order; a view of the parameter where one piece makes up the tensor."""
+    """Hugging Face tensors, in order; a view of the parameter if one piece makes up the tensor."""
     for tensor, sources in hf_sources(architecture):
         parts = [parameters[name].detach().narrow(p.dim, p.local_start, p.length) for name, p in sources]
         yield tensor, parts[0] if len(parts) == 1 else torch.cat(parts, sources[0][1].dim)
@@ -228,7 +226,7 @@ def _prepare_config(architecture: Architecture, kept: Path, assets: Path) -> dic
 
 
 def _about_dtype(meta: Meta, asked: str | None) -> str:
-    """Which type is written, and why."""
+    """Log line: which dtype is written, and why."""
     own = f"they were {'imported' if meta.optimizer is None else 'trained'} in"
     if asked is not None and asked != meta.dtype:
         return f"weights are written in {asked}, as --dtype says; {own} {meta.dtype}"
@@ -249,7 +247,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _summary(architecture: Architecture) -> str:
-    """One line on a model's size, for the log."""
+    """Log line: the size of a model."""
     parameters = sum(torch.Size(shape).numel() for shape in hf_shapes(architecture).values())
     windowed = sum(window is not None for window in architecture.layer_windows)
     windows = f" ({windowed} see {architecture.window_size} tokens)" if windowed else ""

@@ -1,15 +1,16 @@
-"""Llama, Mistral and Ministral: one network with the same weights, told apart by how far back its layers see.
+"""Llama, Mistral and Ministral: one network with the same weights; they differ in the windows of their layers.
 
     llama        every layer sees everything
-    mistral      every layer has `sliding_window`; null is everything
-    ministral    `layer_types` says layer by layer: sliding_attention or full_attention
+    mistral      every layer has `sliding_window`; null means everything
+    ministral    `layer_types` lists for each layer: sliding_attention or full_attention
 
-All three mask alike: with a window of W a query sees a key if query - key < W, so W tokens, its own included, which is
-what `Architecture.window_size` counts. A model leaves under the name it came with where that name can say its windows
-(its tokenizer and servers know it by that), and otherwise under the first of `FAMILIES` that can: a Llama trained in
-windows leaves as a Mistral, and a Ministral whose windows were taken away stays one. The logits are the same.
+All three use the same mask: with a window of W, a query sees a key if query - key < W, so W tokens, its own included,
+which is what `Architecture.window_size` counts. An export keeps the family that the model came with if it can describe
+the model's windows, because tokenizer and servers know the model by it. Otherwise it uses the first of `FAMILIES` that
+can: a Llama trained with windows becomes a Mistral; a Ministral without windows stays a Ministral. The logits are the
+same.
 
-A family is an entry of `FAMILIES`; nothing else names one.
+A family is one entry of `FAMILIES`; no other code names a family.
 
 Source: the configurations and masks of transformers 5.23.
 """
@@ -38,28 +39,28 @@ _DEFAULT_WINDOW = 4096
 
 @dataclass(frozen=True)
 class Family:
-    """What a `model_type` of Hugging Face's means.
+    """A `model_type` of Hugging Face's.
 
     Attributes:
         class_name: the class that transformers loads it with.
-        defaults: what a key that a `config.json` leaves out means; the sizes of the model have no default.
+        defaults: the values of keys that a `config.json` leaves out; the sizes of the model have no default.
         read: `window_size` and `window_attn_skip_freq` of the model that a `config.json` describes; raises UserError
-            for `layer_types` that are not one known type for each layer, or that the family does not read.
-        can_say: whether a `config.json` of this family can describe the windows of a model.
+            if `layer_types` is not one known type for each layer, or if the family has no `layer_types`.
+        can_describe: whether a `config.json` of this family can describe the windows of a model.
         write: the fields of `config.json` that describe them.
     """
 
     class_name: str
     defaults: dict[str, Any]
     read: Callable[[dict[str, Any]], dict[str, Any]]
-    can_say: Callable[[Architecture], bool]
+    can_describe: Callable[[Architecture], bool]
     write: Callable[[Architecture], dict[str, Any]]
 
 
 def write_family(architecture: Architecture, original: str | None = None) -> dict[str, Any]:
-    """Model type, class and windows as `config.json` has them; `original` is the type the model came with."""
-    can_say = [name for name, family in FAMILIES.items() if family.can_say(architecture)]
-    name = original if original in can_say else can_say[0]
+    """Model type, class and windows for `config.json`; `original` is the type that the model came with."""
+    possible = [name for name, family in FAMILIES.items() if family.can_describe(architecture)]
+    name = original if original in possible else possible[0]
     family = FAMILIES[name]
     return {"model_type": name, "architectures": [family.class_name], **family.write(architecture)}
 
@@ -88,7 +89,7 @@ def _read_layer_types(config: dict[str, Any]) -> dict[str, Any]:
     if _SLIDING not in types:
         return {}
     if window is None:
-        raise _wrong_types(types, f"{_SLIDING} without sliding_window, the tokens it sees; write both")
+        raise _wrong_types(types, f"{_SLIDING} without sliding_window, its number of tokens; write both")
     pattern = tuple(int(kind == _SLIDING) for kind in types)
     return {"window_size": window, "window_attn_skip_freq": None if all(pattern) else pattern}
 
@@ -97,8 +98,8 @@ def _write_layer_types(architecture: Architecture) -> dict[str, Any]:
     return {**_write_one_window(architecture), "layer_types": _types(architecture)}
 
 
-def _wrong_types(types: Any, mend: str) -> UserError:
-    return UserError(f"layer_types = {json.dumps(types)[:60]}: {mend}")
+def _wrong_types(types: Any, fix: str) -> UserError:
+    return UserError(f"layer_types = {json.dumps(types)[:60]}: {fix}")
 
 
 FAMILIES = {
@@ -106,21 +107,21 @@ FAMILIES = {
         "LlamaForCausalLM",
         _DEFAULTS,
         read=lambda config: {},
-        can_say=lambda architecture: _SLIDING not in _types(architecture),
+        can_describe=lambda architecture: _SLIDING not in _types(architecture),
         write=lambda architecture: {},
     ),
     "mistral": Family(
         "MistralForCausalLM",
         _WINDOWED_DEFAULTS,
         read=_read_one_window,
-        can_say=lambda architecture: len(set(_types(architecture))) == 1,
+        can_describe=lambda architecture: len(set(_types(architecture))) == 1,
         write=_write_one_window,
     ),
     "ministral": Family(
         "MinistralForCausalLM",
         _WINDOWED_DEFAULTS,
         read=_read_layer_types,
-        can_say=lambda architecture: True,
+        can_describe=lambda architecture: True,
         write=_write_layer_types,
     ),
 }

@@ -1,7 +1,7 @@
-"""The model that a configuration starts from, where its files are here: for reports and checks that come before a run.
+"""The model that a configuration starts from, if its files are on this machine: for reports and checks before a run.
 
-Without torch, and without opening weights: config.json, or the megalong.json of a run's newest step. Whether a
-checkpoint is whole is judged where it is loaded.
+Reads config.json, or the megalong.json of a run's newest step; needs no torch and opens no weights. Whether a
+checkpoint is complete is checked when it is loaded.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from megalong.hf.config import CONFIG_FILE, read_architecture
 
 
 def known_architecture(config: Config) -> Architecture | None:
-    """The model before `model.rope`; None where its files are not here (yet), or cannot be read.
+    """The model before `model.rope`; None if its files are not here (yet) or cannot be read.
 
     Raises:
-        UserError: a config.json that is there and describes no model that can be trained.
+        UserError: config.json describes a model that cannot be trained.
     """
     load = config.model.load
     if load is None:
@@ -32,12 +32,12 @@ def known_architecture(config: Config) -> Architecture | None:
 
 
 def check_stages(stages: Sequence[Config]) -> None:
-    """`check_positions` for every stage that has not begun and whose model is known.
+    """Run `check_positions` for every stage that has not begun and whose model is known.
 
-    A stage that starts from the one before has its model, trained or not.
+    A stage that starts from an earlier stage has that stage's model, whether it has been trained or not.
 
     Raises:
-        UserError: samples of a stage use positions that nothing covers, or its rope contradicts its model.
+        UserError: samples of a stage use positions that its RoPE does not cover, or `model.rope` contradicts its model.
     """
     trained: dict[str, Architecture] = {}
     for config in stages:
@@ -45,8 +45,8 @@ def check_stages(stages: Sequence[Config]) -> None:
         if own is not None:
             trained[config.run.dir] = own
             continue
-        before = trained.get(load.checkpoint or "") if load is not None else None
-        architecture = before or known_architecture(config)
+        earlier = trained.get(load.checkpoint or "") if load is not None else None
+        architecture = earlier or known_architecture(config)
         if architecture is not None:
             check_positions(config, architecture)
             trained[config.run.dir] = trained_architecture(config, architecture)

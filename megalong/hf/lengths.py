@@ -1,9 +1,9 @@
-"""Every place of a Hugging Face folder, beside `max_position_embeddings`, that says how much a model reads.
+"""Every length limit in a Hugging Face folder besides `max_position_embeddings`.
 
-An extended model is no use behind a limit that its files still carry: `generate` raises on a prompt longer than
-`max_length`, servers take the smallest length that config.json names under any of the names that families use, and cap
-a request at the tokenizer's. Each limit below the new length is raised to it; none is added, and lengths of new tokens
-(`max_new_tokens`) and windows are not the model's length.
+An extended model is useless if its files still contain the old limit: `generate` raises on a prompt longer than
+`max_length`; servers use the smallest length in config.json, under any family's name for it, and cap requests at the
+tokenizer's. Each limit below the new length is raised to it; none is added. Limits of new tokens (`max_new_tokens`) and
+windows are not the model's length and stay.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from megalong.config.rope import whole
 from megalong.hf.config import read_json
 
-# `max_length` is generation's, which config.json may hold too; the others are what vLLM and its kin look for.
+# `max_length` belongs to generation, but config.json may contain it too; servers such as vLLM read the others.
 _OF_CONFIG = (
     "max_length",
     "max_seq_len",
@@ -31,7 +31,7 @@ _TOKENIZER = "tokenizer.json"
 
 
 def raise_lengths(config: dict[str, Any], assets: Path, length: int) -> None:
-    """Let the folder read `length` tokens: `config` is its config.json, `assets` holds its other files."""
+    """Raise the limits of a folder to `length` tokens: `config` is its config.json, `assets` has its other files."""
     _raise(config, _OF_CONFIG, length)
     for name, keys in _OF_FILES.items():
         settings = read_json(assets / name) if (assets / name).is_file() else {}
@@ -41,7 +41,7 @@ def raise_lengths(config: dict[str, Any], assets: Path, length: int) -> None:
 
 
 def _raise_truncation(path: Path, length: int) -> None:
-    """A tokenizer.json may cut texts by itself, for whoever reads it without transformers."""
+    """Raise the truncation of tokenizer.json, which applies if it is used without transformers."""
     if not path.is_file():
         return
     tokenizer = read_json(path)
@@ -51,7 +51,7 @@ def _raise_truncation(path: Path, length: int) -> None:
 
 
 def _raise(settings: dict[str, Any], keys: tuple[str, ...], length: int) -> bool:
-    """Raise what is a length and below; whether there was any."""
+    """Raise the lengths below `length`. Returns whether there were any."""
     low = [key for key in keys if type(whole(settings.get(key))) is int and settings[key] < length]
     settings.update(dict.fromkeys(low, length))
     return bool(low)

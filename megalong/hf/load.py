@@ -1,8 +1,8 @@
-"""Filling a rank's parameters from a Hugging Face folder, in place.
+"""Fill a rank's parameters from a Hugging Face folder, in place.
 
-Each rank reads only the rows and columns it owns, one piece at a time, so the extra memory is one piece however large
-the model is. `copy_` casts to the parameter's dtype and moves to its device. What must hold afterwards: every
-parameter of the module was filled exactly once, and rows that pad the vocabulary are zero.
+Each rank reads only the rows and columns that it owns, one piece at a time, so the extra memory is one piece for any
+model size. `copy_` casts to the parameter's dtype and moves to its device. Afterwards every parameter of the module has
+been filled exactly once, and the rows that pad the vocabulary are zero.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ from megalong.runtime.distributed import grid, place
 
 
 class WeightSource(Protocol):
-    """Where weights come from: an `HFReader`, or `RandomWeights`, which draws them."""
+    """Where weights come from: `HFReader` or `RandomWeights`."""
 
     @property
     def folder(self) -> Path | str:
-        """What messages call it."""
+        """Its name in messages."""
 
     def read(self, name: str, dim: int = 0, start: int = 0, length: int | None = None) -> torch.Tensor:
         """`length` rows (`dim` 0) or columns (`dim` 1) of the Hugging Face tensor `name` from `start` on."""
@@ -52,11 +52,11 @@ def load_into(
     tp_size: int = 1,
     layer_offset: int = 0,
 ) -> None:
-    """Fill every parameter of `module` (or of a table name → tensor) from `source`; adapters are left alone.
+    """Fill every parameter of `module` (or of a mapping name → tensor) from `source`, but no adapters.
 
-    `module` is one pipeline chunk without wrappers, whose parameters bear the names of megalong.hf.weight_map;
-    `layer_offset` is the number of layers before it. Raises UserError where the source does not fit `architecture`
-    or `tp_size` does not divide it, RuntimeError where the module's own parameters are not those of this Llama.
+    `module` is one pipeline chunk without wrappers; its parameters have the names of megalong.hf.weight_map.
+    `layer_offset` is the number of layers before it. Raises UserError if the source does not fit `architecture` or
+    `tp_size` does not divide it, RuntimeError if the module's parameters are not those of this Llama.
     """
     named = module.named_parameters() if isinstance(module, nn.Module) else module.items()
     parameters = {name: parameter for name, parameter in named if not is_adapter(name)}
@@ -68,7 +68,7 @@ def load_into(
 
 
 def _fill(parameter: torch.Tensor, layout: LocalParameter, source: WeightSource) -> None:
-    """Copy the pieces; zero first where they do not cover the parameter (vocabulary padding)."""
+    """Copy the pieces; zero the parameter first if they do not cover it (vocabulary padding)."""
     if sum(piece.length for piece in layout.pieces) < _extent(layout):
         parameter.zero_()
     for piece in layout.pieces:
@@ -81,8 +81,8 @@ def _copy(parameter: torch.Tensor, piece: Piece, source: WeightSource) -> None:
     target = parameter.narrow(piece.dim, piece.local_start, piece.length)
     if values.shape != target.shape:
         raise UserError(
-            f"{source.folder}: tensor {piece.tensor} gives {list(values.shape)} where {list(target.shape)} is needed; "
-            "take config.json and weights from the same release"
+            f"{source.folder}: tensor {piece.tensor} gives {list(values.shape)}, but {list(target.shape)} is needed; "
+            "use config.json and weights of the same release"
         )
     target.copy_(values)
 
@@ -98,7 +98,7 @@ def _check_parameters(
     architecture: Architecture,
     layer_offset: int,
 ) -> None:
-    """Shapes as laid out, all six parameters of every layer, no layer past the last."""
+    """Check that shapes match, that every layer has all six parameters and that no layer is past the last."""
     for name, layout in layouts.items():
         if tuple(parameters[name].shape) != layout.shape:
             raise RuntimeError(f"{name} has shape {list(parameters[name].shape)}, its layout {list(layout.shape)}")

@@ -1,7 +1,7 @@
-"""Weights for a start from nothing, drawn so that no layout changes them.
+"""Random initial weights, the same under every layout.
 
-Each tensor has a generator of its own, seeded by the run's seed and the tensor's Hugging Face name. A rank draws whole
-tensors and keeps its slice, so TP 8 × PP 4 starts from the very numbers that one process starts from.
+Each tensor has its own generator, seeded by the run's seed and the tensor's Hugging Face name. A rank draws whole
+tensors and keeps its slice, so TP 8 × PP 4 starts from the same numbers as one process.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ STANDARD_DEVIATION = 0.02
 
 
 class RandomWeights:
-    """Reads like an `HFReader` of a checkpoint that was never trained.
+    """Random weights with the interface of `HFReader`.
 
-    Norms are one; everything else is normal with σ = 0.02, and the two projections that write into the residual
-    stream with σ = 0.02 / √(2 · layers) (Megatron's and GPT-2's rule).
+    Norms are one. Everything else is normal with σ = 0.02; the two projections that write into the residual stream have
+    σ = 0.02 / √(2 · layers) (the rule of Megatron and GPT-2).
     """
 
     folder = "random weights"

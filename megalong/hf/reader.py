@@ -1,11 +1,11 @@
-"""Reading a Hugging Face checkpoint's tensors without loading it: every rank takes its own rows or columns.
+"""Read a Hugging Face checkpoint's tensors without loading it: every rank reads only its own rows or columns.
 
-Files are memory-mapped through `safetensors.safe_open`; `read` touches only the asked-for range, so eight ranks that
-each read an eighth of a 16 GB checkpoint touch 2 GB each, and no rank ever holds a whole one. Only safetensors is
-read: a `pytorch_model.bin` is a pickle, and loading one runs whatever code it carries.
+Files are memory-mapped by `safetensors.safe_open`. `read` touches only the requested range: eight ranks that each read
+an eighth of a 16 GB checkpoint touch 2 GB each, and no rank ever holds a whole one. Only safetensors is read: a
+`pytorch_model.bin` is a pickle, and loading one runs any code in it.
 
-`check` compares the files with config.json before anything is filled, so that a wrong or half-downloaded folder is
-one line at the start and not a half-filled model.
+`check` compares the files with config.json before any parameter is filled, so a wrong or half-downloaded folder gives
+one line at the start, not a half-filled model.
 """
 
 from collections.abc import Iterable
@@ -27,8 +27,8 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 class HFReader:
     """Tensors of one Hugging Face folder, by name.
 
-    Opens the files that `hf.weight_files` chooses, each with all it holds, listed or not. Raises UserError where files
-    are missing, unreadable, truncated or not safetensors. Use it as a context manager, or call `close`.
+    Opens the files that `hf.weight_files` chooses, with all their tensors, listed or not. Raises UserError if files are
+    missing, unreadable, truncated or not safetensors. Use it as a context manager, or call `close`.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -41,8 +41,8 @@ class HFReader:
         for name, file in listed.items():
             if self._file_of.get(name) != file:
                 raise UserError(
-                    f"{self.folder / INDEX_FILE}: lists tensor {name} in {file}, which does not hold it; download both "
-                    "again"
+                    f"{self.folder / INDEX_FILE}: lists tensor {name} in {file}, which does not contain it; download "
+                    "both again"
                 )
 
     def __enter__(self) -> "HFReader":
@@ -54,7 +54,7 @@ class HFReader:
         self.close()
 
     def close(self) -> None:
-        """Let go of the mapped files."""
+        """Close the mapped files."""
         self._files.clear()
 
     @property
@@ -63,7 +63,7 @@ class HFReader:
         return list(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of tensor `name`; UserError where there is none."""
+        """Shape of tensor `name`; UserError if there is none."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
@@ -77,7 +77,7 @@ class HFReader:
         return DTYPES[stored]
 
     def widest_dtype(self, names: Iterable[str]) -> torch.dtype:
-        """The dtype that holds all of the tensors without losing a bit (bf16 and fp16 together need fp32)."""
+        """The narrowest dtype that represents all the tensors exactly (bf16 and fp16 together need fp32)."""
         found = {self.dtype(name) for name in names}
         return found.pop() if len(found) == 1 else torch.float32
 
@@ -92,24 +92,24 @@ class HFReader:
         return part
 
     def check(self, architecture: Architecture) -> None:
-        """Compare names, shapes and dtypes with `architecture`; UserError names the first that does not fit."""
+        """Compare names, shapes and dtypes with `architecture`; UserError names the first mismatch."""
         wanted = hf_shapes(architecture)
         for name, shape in wanted.items():
             self.dtype(name)
             if self.shape(name) != shape:
                 raise UserError(
                     f"{self._path_of(name)}: tensor {name} has shape {list(self.shape(name))}, config.json says "
-                    f"{list(shape)}; take config.json and weights from the same release"
+                    f"{list(shape)}; use config.json and weights of the same release"
                 )
         extra = [name for name in self.names if name not in wanted and not self._harmless(name, architecture)]
         if extra:
             raise UserError(
-                f"{self._path_of(extra[0])}: tensor {extra[0]} (one of {len(extra)}) belongs to no plain Llama; "
+                f"{self._path_of(extra[0])}: tensor {extra[0]} (one of {len(extra)}) is not part of a plain Llama; "
                 "only Llama checkpoints without biases, adapters or quantization are read"
             )
 
     def _harmless(self, name: str, architecture: Architecture) -> bool:
-        """Tensors that add nothing: old rotary tables, and a tied model's spelled-out copy of the embedding."""
+        """Whether a tensor adds nothing: an old rotary table, or a tied model's copy of the embedding."""
         if name.endswith(".rotary_emb.inv_freq"):
             return True
         if name != "lm_head.weight" or not architecture.tie_word_embeddings:
@@ -141,7 +141,7 @@ class HFReader:
         return self.folder / self._file_of[name]
 
     def _open(self, file: str, listed: bool) -> None:
-        """Map one file and note its tensors."""
+        """Map one file and record its tensors."""
         path = self.folder / file
         if listed and not path.is_file() and not path.is_symlink():
             raise UserError(f"{path}: this shard is listed in {INDEX_FILE} but missing; download it again")
@@ -149,7 +149,7 @@ class HFReader:
         for name in self._files[file].keys():  # noqa: SIM118 (a safe_open is no mapping)
             if name in self._file_of:
                 raise UserError(
-                    f"{self.folder}: tensor {name} is in {self._file_of[name]} and in {file}; delete what is left "
-                    "over, or download all again"
+                    f"{self.folder}: tensor {name} is in {self._file_of[name]} and in {file}; delete the file that is "
+                    "left over, or download all again"
                 )
             self._file_of[name] = file

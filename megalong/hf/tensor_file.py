@@ -1,9 +1,9 @@
-"""Opening a safetensors file, and saying truly why one cannot be opened.
+"""Open a safetensors file, or say exactly why it cannot be opened.
 
     8 bytes: N, little-endian | N bytes: JSON, name → dtype, shape, data_offsets | data
 
-The header says how long the file must be, so a file that is cut short is told from one that may not be read, from a
-Git LFS pointer and from a page that a server sent instead. Only what download would mend is said to need one.
+The header gives the length of the file. So a truncated file is distinguished from one without read permission, from a
+Git LFS pointer and from a web page. A message advises a download only if that would help.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from megalong.errors import UserError
 from megalong.runtime.files import unopened
 
 _LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
-_STRANGERS = (
+_OTHER_FORMATS = (  # (first bytes, message)
     (
         b"version https://git-lfs",
         "a Git LFS pointer instead of the weights; run `git lfs pull` there, or download it again",
     ),
     (b"PK\x03\x04", "a zip or a pickle of PyTorch, not a safetensors file; save it with safe_serialization=True"),
     (b"<", "a web page instead of the weights (a login or an error); download it again"),
-    (b"GGUF", "a GGUF file, not a safetensors file; take the model's bf16, fp16 or fp32 release"),
+    (b"GGUF", "a GGUF file, not a safetensors file; use the model's bf16, fp16 or fp32 release"),
 )
 
 
@@ -34,10 +34,10 @@ def open_tensors(path: Path, what: str = "") -> Any:
     """`safe_open` of `path`, on the CPU.
 
     Args:
-        what: stands before the path in a message, such as "lora.load: ".
+        what: put before the path in a message, such as "lora.load: ".
 
     Raises:
-        UserError: it is not there, may not be read, is empty, truncated, or of another format.
+        UserError: it is missing, unreadable, empty, truncated or of another format.
     """
     try:
         fault = _fault(path)
@@ -46,28 +46,28 @@ def open_tensors(path: Path, what: str = "") -> Any:
     except OSError as error:
         fault = unopened(path, error)
     except SafetensorError as error:
-        fault = f"not readable as safetensors ({error}); download it again"
+        fault = f"cannot be read as safetensors ({error}); download it again"
     raise UserError(f"{what}{path}: {fault}")
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with the file's length or format, None where nothing is."""
+    """What is wrong with the file's length or format; None if nothing."""
     with path.open("rb") as file:
         size, head = os.fstat(file.fileno()).st_size, file.read(64)
         if not size:
             return "empty (0 bytes); download it again"
-        for start, told in _STRANGERS:
+        for start, message in _OTHER_FORMATS:
             if head.startswith(start):
-                return told
+                return message
         if size < 8:
-            return f"truncated: {size} bytes, not even the length of a header; download it again"
+            return f"truncated: {size} bytes, less than the length field of a header; download it again"
         length = int.from_bytes(head[:8], "little")
         if length > _LONGEST_HEADER or (size > 8 and head[8:9] != b"{"):
             return "not a safetensors file; give the model's *.safetensors, or download it again"
         file.seek(8)
         header = file.read(length)
     if len(header) < length:
-        return f"truncated: {size} bytes, its header alone takes {length + 8}; download it again"
+        return f"truncated: {size} bytes, but its header alone needs {length + 8}; download it again"
     return _wrong_length(header, size)
 
 
@@ -77,9 +77,9 @@ def _wrong_length(header: bytes, size: int) -> str | None:
         ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
         expected = 8 + len(header) + max(ends, default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        return "damaged: its header is not that of a safetensors file; download it again"
+        return "damaged: its header is not a safetensors header; download it again"
     if size == expected:
         return None
     if size < expected:
         return f"truncated: {size} of {expected} bytes; download it again"
-    return f"damaged: {size} bytes, its header describes {expected}; download it again"
+    return f"damaged: {size} bytes, but its header describes {expected}; download it again"

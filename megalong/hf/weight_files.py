@@ -1,12 +1,12 @@
-"""Which files of a Hugging Face folder hold its weights: those that transformers reads, or a line that says why not.
+"""Find the weight files of a Hugging Face folder: those that transformers reads, or one line that says why not.
 
-    model.safetensors                    one file; transformers takes it even where an index lies beside it
-    model.safetensors.index.json         else the shards this lists
+    model.safetensors                    one file; transformers uses it even if there is an index too
+    model.safetensors.index.json         else the shards that it lists
     model.fp16.safetensors, *.bin, ...   never read by default, and not here
 
-Two sets of weights in one folder are two answers to what the model is: an index whose shards are there beside a single
-file, or an adapter beside the weights, which transformers would apply. Both are refused. An index of which no shard is
-left is what an interrupted or earlier download leaves behind, and is passed over, as transformers does.
+Two sets of weights in one folder are ambiguous: a single file and the shards of an index, or weights and an adapter,
+which transformers would apply. Both are refused. An index without any of its shards is left over from an interrupted or
+earlier download; it is ignored, as transformers does.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ log = logging.getLogger("megalong")
 
 
 def shards(folder: Path) -> dict[str, str]:
-    """Tensor name → file by the index; empty where `model.safetensors` holds everything.
+    """Tensor name → file, from the index; empty if `model.safetensors` contains everything.
 
     Raises:
-        UserError: there are no weights, two sets of them, or an index that is none.
+        UserError: there are no weights, two sets of them, or an invalid index.
     """
     single, index = _is_there(folder / SINGLE_FILE), _is_there(folder / INDEX_FILE)
     if not single and not index:
         raise UserError(_nothing_to_read(folder))
     if _is_there(folder / ADAPTER_FILE):
         raise UserError(
-            f"{folder}: holds a model and an adapter ({ADAPTER_FILE}), and transformers reads both; move the adapter "
-            "to a folder of its own (and name it by lora.load)"
+            f"{folder}: contains a model and an adapter ({ADAPTER_FILE}), and transformers reads both; move the "
+            "adapter to its own folder (and give that as lora.load)"
         )
     _refuse_named_weights(folder)
     if not single:
@@ -47,7 +47,7 @@ def shards(folder: Path) -> dict[str, str]:
 
 
 def _refuse_second_set(folder: Path) -> None:
-    """With one file and an index: fine where nothing else that the index lists is there."""
+    """Refuse a single file and an index if any other file that the index lists is there."""
     try:
         listed = set(_read_index(folder / INDEX_FILE).values())
     except UserError:
@@ -55,23 +55,23 @@ def _refuse_second_set(folder: Path) -> None:
     others = sorted(file for file in listed - {SINGLE_FILE} if _is_there(folder / file))
     if others:
         raise UserError(
-            f"{folder}: holds two sets of weights, {SINGLE_FILE} (which transformers reads) and {others[0]} with what "
-            f"else {INDEX_FILE} lists; delete the set that is out of date"
+            f"{folder}: contains two sets of weights, {SINGLE_FILE} (which transformers reads) and the shards of "
+            f"{INDEX_FILE}, such as {others[0]}; delete the outdated set"
         )
     if listed - {SINGLE_FILE}:
-        log.warning("%s: %s lists shards that are not there; %s is read alone", folder, INDEX_FILE, SINGLE_FILE)
+        log.warning("%s: %s lists shards that are not there; only %s is read", folder, INDEX_FILE, SINGLE_FILE)
 
 
 def _refuse_named_weights(folder: Path) -> None:
-    """`transformers_weights` in config.json sends transformers to another file."""
+    """Refuse `transformers_weights` in config.json, which makes transformers read another file."""
     try:
         named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError):
-        return  # told where config.json is read
+        return  # reported where config.json is read
     if named not in (None, SINGLE_FILE):
         raise UserError(
             f"{folder}/config.json: transformers_weights = {json.dumps(named)[:60]}: only {SINGLE_FILE} or "
-            f"{INDEX_FILE} is read; give that file this name and drop the key"
+            f"{INDEX_FILE} is read; rename that file and drop the key"
         )
 
 
@@ -82,7 +82,7 @@ def _read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a safetensors index ({error!r}); download it again") from error
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path}: weight_map must be a table of tensor name to file name; download it again")
+        raise UserError(f"{path}: weight_map must map tensor names to file names; download it again")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file:
             raise UserError(f"{path}: {file!r} is not the name of a file beside the index; download it again")
@@ -90,27 +90,27 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _is_there(path: Path) -> bool:
-    """Also a link whose file is gone: what is wrong with it is told when it is opened."""
+    """Whether there is a file, or a broken link, which is reported when it is opened."""
     return path.is_file() or path.is_symlink()
 
 
 def _nothing_to_read(folder: Path) -> str:
     """Why a folder without safetensors cannot be read, and what to do."""
     if folder.is_file():
-        return f"{folder}: a file; give the folder it lies in (config.json, *.safetensors)"
+        return f"{folder}: a file; give the folder that contains it (config.json, *.safetensors)"
     if not folder.is_dir():
         return f"{folder}: no such folder; give the folder of a Hugging Face checkpoint (config.json, *.safetensors)"
     if _is_there(folder / ADAPTER_FILE):
-        return f"{folder}: holds an adapter, not a model; give its base here, and this folder by lora.load"
+        return f"{folder}: contains an adapter, not a model; give its base here, and this folder as lora.load"
     if any(folder.glob("pytorch_model*.bin*")):
         return (
-            f"{folder}: holds only pytorch_model.bin (a pickle, which can run code when loaded); convert it with "
+            f"{folder}: contains only pytorch_model.bin (a pickle, which can run code when loaded); convert it with "
             "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW, safe_serialization=True)"
         )
     others = sorted(path.name for kind in ("*.safetensors", "*.gguf", "*.pth") for path in folder.glob(kind))
     if others:
         return (
             f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there, only {others[0]} ({len(others)} such), "
-            "another format, a variant or a part; give the folder as the model's Hugging Face release has it"
+            "another format, a variant or a part; give the complete folder of the model's Hugging Face release"
         )
     return f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; give the folder of a Hugging Face checkpoint"

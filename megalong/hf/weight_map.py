@@ -1,17 +1,17 @@
-"""The weight map: which rows and columns of Hugging Face tensors a Megatron parameter is made of.
+"""The weight map: which rows and columns of Hugging Face tensors make up a Megatron parameter.
 
-It is data, `LAYER` and its neighbours below, read in both directions. A local parameter (one tensor-parallel rank's
-shard) is a list of `Piece`s: `length` rows (dim 0) or columns (dim 1) of a Hugging Face tensor from `hf_start` on are
-the parameter's rows or columns from `local_start` on. Import copies Hugging Face → parameter along the pieces, export
-copies back along the same ones, so the two cannot disagree.
+The map is data (`EMBEDDING`, `LAYER`, `FINAL_NORM`, `OUTPUT`) and is read in both directions. A local parameter (one
+tensor-parallel rank's shard) is a list of `Piece`s: `length` rows (dim 0) or columns (dim 1) of a Hugging Face tensor
+from `hf_start` on are the parameter's rows or columns from `local_start` on. Import copies Hugging Face → parameter by
+these pieces and export copies back by the same ones, so the two cannot disagree.
 
 A row of the map has a kind, which says how Megatron-Core shards the parameter:
 
     whole       every rank has all of it
     columns     row-parallel: each rank has a contiguous range of the input features
-    vocabulary  rows of the padded vocabulary; padding has no piece: zero on import, dropped at export
+    vocabulary  rows of the padded vocabulary; padding has no piece: zero on import, dropped on export
     gate_up     column-parallel: the rank's rows of each tensor, stacked: [gate; up] per rank
-    qkv         column-parallel: query groups one after the other, each with its rows of every tensor
+    qkv         column-parallel: one query group after the other, each with its rows of every tensor
 
 Example of qkv: 4 query heads, 2 query groups, head size 8, one rank:
 
@@ -35,7 +35,7 @@ Kind = Literal["whole", "columns", "vocabulary", "gate_up", "qkv"]
 
 @dataclass(frozen=True)
 class Tensor:
-    """A Hugging Face tensor; without `columns` it is a vector."""
+    """A Hugging Face tensor; a vector if `columns` is None."""
 
     name: str
     rows: Size
@@ -44,7 +44,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """A Megatron parameter and the Hugging Face tensors that it is made of."""
+    """A Megatron parameter and the Hugging Face tensors that make it up."""
 
     parameter: str
     kind: Kind
@@ -56,7 +56,7 @@ EMBEDDING = Row(
 )
 FINAL_NORM = Row("decoder.final_layernorm.weight", "whole", (Tensor("model.norm.weight", "hidden"),))
 OUTPUT = Row("output_layer.weight", "vocabulary", (Tensor("lm_head.weight", "vocabulary", "hidden"),))
-# Names within a layer: `decoder.layers.N.` there, `model.layers.N.` here.
+# Names within a layer, after `decoder.layers.N.` in Megatron and `model.layers.N.` in Hugging Face.
 LAYER = (
     Row("input_layernorm.weight", "whole", (Tensor("input_layernorm.weight", "hidden"),)),
     Row(
@@ -93,7 +93,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class LocalParameter:
-    """A parameter of one tensor-parallel rank: its shape and the pieces that fill it (rest is padding)."""
+    """A parameter of one tensor-parallel rank: its shape and the pieces that fill it (the rest is padding)."""
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
@@ -112,7 +112,7 @@ def local_names(architecture: Architecture) -> list[str]:
 
 
 def local_layer(name: str) -> int | None:
-    """The layer number inside a local parameter name, None for embedding, final norm and output layer."""
+    """The layer number in a local parameter name; None for embedding, final norm and output layer."""
     match = _LAYER_NAME.fullmatch(name)
     return int(match.group(1)) if match else None
 
@@ -120,10 +120,10 @@ def local_layer(name: str) -> int | None:
 def local_parameter(
     name: str, architecture: Architecture, tp_rank: int = 0, tp_size: int = 1, layer_offset: int = 0
 ) -> LocalParameter:
-    """The shard of rank `tp_rank` of `tp_size` of the parameter `name`.
+    """The shard of the parameter `name` on rank `tp_rank` of `tp_size`.
 
-    `layer_offset` is added to the layer number in `name` (layers before this pipeline stage).
-    Raises KeyError for a name that is no parameter of the model, UserError where `tp_size` does not divide the model.
+    `layer_offset` is added to the layer number in `name` (layers before this pipeline stage). Raises KeyError for a
+    name that is not a parameter of the model, UserError if `tp_size` does not divide the model.
     """
     check_tensor_parallel(architecture, tp_size)
     row, prefix = _find(name, architecture, layer_offset)
@@ -154,7 +154,7 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def hf_sources(architecture: Architecture) -> Iterator[tuple[str, list[tuple[str, Piece]]]]:
-    """For each Hugging Face tensor, the pieces that make it up (with their TP=1 parameter's name), in its own order."""
+    """For each Hugging Face tensor, the pieces that make it up, in its order, with their TP=1 parameter's name."""
     sources: dict[str, list[tuple[str, Piece]]] = {name: [] for name in hf_shapes(architecture)}
     for name in local_names(architecture):
         for piece in local_parameter(name, architecture).pieces:
@@ -164,7 +164,7 @@ def hf_sources(architecture: Architecture) -> Iterator[tuple[str, list[tuple[str
 
 
 def check_tensor_parallel(architecture: Architecture, tp_size: int) -> None:
-    """Raise UserError where `tp_size` ranks cannot share heads, query groups, MLP or vocabulary evenly."""
+    """Raise UserError if `tp_size` does not divide heads, query groups, MLP or vocabulary."""
     shared = {
         "num_query_groups": architecture.num_query_groups,
         "num_attention_heads": architecture.num_attention_heads,
@@ -217,10 +217,10 @@ def _pieces(row: Row, prefix: str, architecture: Architecture, tp_rank: int, tp_
         shard = architecture.padded_vocab_size // tp_size
         start = tp_rank * shard
         length = min(start + shard, architecture.vocab_size) - start
-        if length > 0:  # else the rank has nothing but padding
+        if length > 0:  # else the rank has only padding
             yield Piece(prefix + first.name, 0, start, 0, length)
     else:
-        # Blocks of rows: with gate_up a rank has one, with qkv one for each of its query groups.
+        # Blocks of rows: one per rank with gate_up, one per query group with qkv.
         blocks = architecture.num_query_groups // tp_size if row.kind == "qkv" else 1
         local_start = 0
         for block in range(tp_rank * blocks, (tp_rank + 1) * blocks):

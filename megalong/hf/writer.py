@@ -1,12 +1,12 @@
-"""Writing a Hugging Face folder shard by shard, so that it is either whole or not there.
+"""Write a Hugging Face folder shard by shard; the folder is either complete or absent.
 
-Everything goes into `DIR.tmp-PID` beside the target, is flushed to disk, and is renamed to `DIR` as the last step; a
-killed export leaves only a folder whose name says that it is not one. The small files come after the weights, so that
-not even that folder can be loaded while weights are missing.
+Everything is written to `DIR.tmp-PID` beside the target and flushed to disk; the last step renames it to `DIR`. A
+killed export leaves only a folder with a temporary name. The small files are written after the weights, so even that
+folder cannot be loaded while weights are missing.
 
-Shards are planned from the shapes before the first tensor is made (their number is part of their names:
-`model-00002-of-00004.safetensors`), then filled one at a time: memory is one shard, and tensors that are views of the
-model's own parameters cost nothing.
+Shards are planned from the shapes before the first tensor exists, because their number is part of their names
+(`model-00002-of-00004.safetensors`). They are filled one at a time, so memory is one shard; tensors that are views of
+the model's parameters cost nothing.
 """
 
 import json
@@ -39,7 +39,7 @@ def check_target(output: Path) -> None:
 
 
 def plan_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> list[list[str]]:
-    """Names per shard, in order: a shard is closed when the next tensor would take it past `max_bytes`."""
+    """Names per shard, in order: a new shard starts when the next tensor would exceed `max_bytes`."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():
@@ -65,13 +65,13 @@ def write_folder(
 
     Args:
         shapes: every tensor's name and shape, in the order in which `tensors` yields them.
-        tensors: the tensors, on any device; cast to `dtype` on their way out.
+        tensors: the tensors, on any device; cast to `dtype` when written.
         config: the content of config.json.
-        assets: folder whose tokenizer and generation config are copied along.
+        assets: folder whose tokenizer and generation config are copied too.
 
     Raises:
         UserError: `output` exists and is not empty, or the disk has no room for it.
-        RuntimeError: `tensors` does not yield what `shapes` announces.
+        RuntimeError: `tensors` does not yield what `shapes` lists.
     """
     check_target(output)
     _check_room(output, shapes, dtype)
@@ -89,7 +89,7 @@ def _write_shards(
     dtype: torch.dtype,
     max_bytes: int,
 ) -> None:
-    """One safetensors file per planned shard, and the index where there is more than one."""
+    """Write one safetensors file per planned shard, and the index if there is more than one."""
     shards = plan_shards(shapes, dtype.itemsize, max_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
@@ -100,7 +100,7 @@ def _write_shards(
         log.info("wrote %s (%d of %d)", file, number, len(shards))
     extra = next(tensors, None)
     if extra is not None:
-        raise RuntimeError(f"tensor {extra[0]} was not announced")
+        raise RuntimeError(f"tensor {extra[0]} is not in shapes")
     if len(shards) > 1:
         total = _total_bytes(shapes, dtype)
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -112,7 +112,7 @@ def _gather(
     tensors: Iterator[tuple[str, torch.Tensor]],
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
-    """The next shard's tensors, checked against what was announced."""
+    """The next shard's tensors, checked against `shapes`."""
     shard: dict[str, torch.Tensor] = {}
     for wanted in names:
         name, tensor = next(tensors, ("nothing", torch.empty(0)))
@@ -127,7 +127,7 @@ def _total_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> i
 
 
 def _check_room(output: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-    """Refuse to start what the disk cannot hold."""
+    """Refuse to start if the disk has too little room."""
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     needed, free = _total_bytes(shapes, dtype), shutil.disk_usage(parent).free
     if needed > free:

@@ -1,4 +1,4 @@
-"""`megalong quickstart`: the whole story in minutes, on this machine's own text. See `story.py`."""
+"""`megalong quickstart`: the whole pipeline in minutes, on this machine's own text. See `story.py`."""
 
 from megalong.quickstart.story import quickstart
 

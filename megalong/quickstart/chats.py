@@ -1,10 +1,10 @@
-"""Conversations for the fine-tuning stage: questions about Python's own library, answered by its docstrings.
+"""Conversations for the fine-tuning stage: questions about Python's standard library, answered by its docstrings.
 
     What does the function textwrap.dedent(text) do?
     Remove any common leading whitespace from every line in `text`.
 
-Sources are parsed, never imported. Modules whose source was held out of pretraining are held out here too: the question
-the quickstart asks before and after is about one of them.
+Sources are parsed, never imported. Modules that were held out of pretraining are held out here too: the question that
+the quickstart asks before and after fine-tuning is about one of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 def questions(module: str, source: str) -> list[Pair]:
     """(question, answer) for a module, its public classes, functions and methods that have a docstring."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of old escapes in old code
+        warnings.simplefilter("ignore")  # about invalid escapes in old code
         try:
             tree = ast.parse(source)
         except (SyntaxError, ValueError):
@@ -55,7 +55,7 @@ def _arguments(function: _Function) -> list[str]:
 
 
 def _first_paragraph(node: ast.Module | ast.ClassDef | _Function) -> str:
-    """A docstring up to its first empty line, as one line; nothing where there is none."""
+    """A docstring up to its first empty line, as one line; empty if there is none."""
     text = ast.get_docstring(node) or ""
     return " ".join(text.split("\n\n")[0].split())
 
@@ -64,25 +64,25 @@ def write_chats(corpus: Path, folder: Path) -> None:
     """Write `folder/train.jsonl`, and `folder/asked.json`: the question that is asked, and its answer.
 
     Args:
-        corpus: what `write_corpus` has written: its held-out texts are those that nothing is learnt about.
+        corpus: the folder that `write_corpus` wrote; no question in train.jsonl is about its held-out texts.
     """
     with (corpus / "heldout.jsonl").open(encoding="utf-8") as lines:
         held_out = {json.loads(line)["text"] for line in lines}
-    kept: list[Pair] = []
-    apart: list[Pair] = []
+    train: list[Pair] = []
+    unseen: list[Pair] = []
     for module, text in library_sources().items():
-        (apart if text in held_out else kept).extend(questions(module, text))
-    answered = {question for question, _ in kept}
-    records = [{"prompt": question, "completion": answer} for question, answer in kept]
+        (unseen if text in held_out else train).extend(questions(module, text))
+    answered = {question for question, _ in train}
+    records = [{"prompt": question, "completion": answer} for question, answer in train]
     (folder / CHATS).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    question, answer = min((pair for pair in apart if pair[0] not in answered), key=_liking)
+    question, answer = min((pair for pair in unseen if pair[0] not in answered), key=_preference)
     (folder / ASKED).write_text(json.dumps({"question": question, "docstring": answer}), encoding="utf-8")
-    print(f"{len(kept):,} questions and answers to learn, for example:")
-    for question, answer in kept[:: max(1, len(kept) // 3)][:3]:
+    print(f"{len(train):,} questions and answers to train on, for example:")
+    for question, answer in train[:: max(1, len(train) // 3)][:3]:
         print(f"   {question}\n      {answer}")
 
 
-def _liking(pair: Pair) -> tuple[bool, bool, int, str]:
-    """Functions before other things, those whose docstring says something, and the shortest question of these."""
+def _preference(pair: Pair) -> tuple[bool, bool, int, str]:
+    """Sort key: functions first, then docstrings of at least 40 characters, then the shortest question."""
     question, answer = pair
     return not question.startswith("What does the function"), len(answer) < 40, len(question), question

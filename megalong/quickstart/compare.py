@@ -1,8 +1,8 @@
-"""Does `transformers` see the same model in the export as we do in the checkpoint?
+"""Compare the logits of `transformers` on the export with ours on the checkpoint.
 
 Both read the same held-out tokens, far beyond the original length, in fp32. transformers also multiplies position and
-frequency in fp32, so its rotary angles are rounded, more so the farther the position; ours are exact. So it is asked
-twice: as it is, and with its angles computed in float64, which leaves nothing but the order of fp32 additions.
+frequency in fp32, so its rotary angles are rounded, more so at larger positions; ours are exact. So transformers runs
+twice: unchanged, and with angles in float64, which leaves only the order of fp32 additions as a difference.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two models' logits are apart on the same tokens.
+    """The difference between two models' logits on the same tokens.
 
     Attributes:
-        tokens: length of the sequence read.
-        largest_difference: largest |ours - theirs| of any logit, transformers as it is.
+        tokens: length of the sequence.
+        largest_difference: largest |ours - theirs| of any logit, with transformers unchanged.
         with_exact_angles: the same with transformers' rotary angles in float64.
-        deviation: standard deviation of the logits, to compare it with.
-        agreement: share of positions where both find the same token most likely.
+        deviation: standard deviation of the logits, as a scale.
+        agreement: share of positions where the same token is most likely in both.
     """
 
     tokens: int
@@ -49,7 +49,7 @@ class Comparison:
 
 def compare_with_transformers(run: Path, export: Path, data: Path, seq_length: int) -> Comparison:
     """Read the first held-out sample with the run's newest checkpoint and with its Hugging Face export, in fp32."""
-    # The adapter asks whether there is a GPU: on a machine with one, this comparison stays on the CPU too.
+    # The CPU adapter looks for a GPU; this comparison runs on the CPU even if there is one.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
@@ -69,20 +69,20 @@ def compare_with_transformers(run: Path, export: Path, data: Path, seq_length: i
 
 
 def _their_logits(export: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of transformers as it is, and with rotary angles in float64."""
+    """Logits of unchanged transformers, and with rotary angles in float64."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
-    as_it_is = model(tokens).logits[0]
+    unchanged = model(tokens).logits[0]
     model.model.rotary_emb.forward = partial(_exact_rotary, model.model.rotary_emb)
-    return as_it_is, model(tokens).logits[0]
+    return unchanged, model(tokens).logits[0]
 
 
 def _exact_rotary(rotary: Any, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What transformers' rotary embedding returns, (cos, sin) [b, s, d], from angles in float64."""
+    """The result of transformers' rotary embedding, (cos, sin) [b, s, d], from angles in float64."""
     half = position_ids[..., None].double() * rotary.inv_freq.double()
     angles = half.repeat(1, 1, 2)
     scale = rotary.attention_scaling
@@ -96,7 +96,7 @@ def _our_logits(source: ModelSource, sample: torch.Tensor) -> torch.Tensor:
     from megalong.runtime.world import world
 
     with world(torch.device("cpu"), Grid()):
-        # Imports Megatron-Core, for which the process is prepared only now.
+        # These import Megatron-Core, for which the process must be prepared first.
         from megalong.attention.layout import TokenLayout
         from megalong.batches.context_shard import ContextShard
         from megalong.batches.micro_batch import make_micro_batch

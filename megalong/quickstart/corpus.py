@@ -1,11 +1,11 @@
-"""The corpus: real text that lies on every machine with Python.
+"""The corpus: real text that every machine with Python has.
 
-    code      the standard library's own sources, one document a file (about 10 MB, files of up to 230 KB)
-    prose     the language reference of `pydoc_data.topics`, one document a topic (about 0.5 MB)
-    heldout   every 15th document of both: never trained on, what perplexity is measured on
+    code      the standard library's sources, one document per file (about 10 MB, files of up to 230 KB)
+    prose     the language reference of `pydoc_data.topics`, one document per topic (about 0.5 MB)
+    heldout   every 15th document of both: never trained on, used to measure perplexity
 
-Long documents matter here: at 4096 tokens a sample is mostly one file, so far context has something to say about the
-next token. Tests, caches, installed packages and the tables of `encodings` (numbers, no language) are left out.
+Documents must be long: a sample of 4096 tokens is mostly one file, so far context helps to predict the next token.
+Tests, caches, installed packages and the tables of `encodings` (numbers, not language) are left out.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _ENOUGH_CHARACTERS = 2_000_000
 
 
 def library_sources() -> dict[str, str]:
-    """Text of every source file of the running Python's standard library, by its module, in the order of their paths.
+    """The text of every source file of this Python's standard library by module, in the order of paths.
 
     Raises:
-        UserError: this Python was installed without them.
+        UserError: this Python was installed without sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = [path for path in sorted(root.rglob("*.py")) if not _LEFT_OUT.intersection(path.relative_to(root).parts)]
@@ -40,19 +40,19 @@ def library_sources() -> dict[str, str]:
     }
     if sum(map(len, texts.values())) < _ENOUGH_CHARACTERS:
         raise UserError(
-            f"{root}: no sources of the standard library ({len(files)} files); the quickstart's corpus is made of "
-            "them, so run it with a Python that was installed with its .py files"
+            f"{root}: no sources of the standard library ({len(files)} files), which are the quickstart's corpus; run "
+            "it with a Python that was installed with its .py files"
         )
     return {module: text for module, text in texts.items() if text.strip()}
 
 
 def standard_library() -> list[str]:
-    """Their texts alone."""
+    """The texts of `library_sources`."""
     return list(library_sources().values())
 
 
 def language_reference() -> list[str]:
-    """The topics of Python's built-in help, in the order of their names.
+    """The topics of Python's built-in help, sorted by name.
 
     Raises:
         UserError: this Python was installed without them.
@@ -65,7 +65,7 @@ def language_reference() -> list[str]:
 
 
 def split_corpus(code: list[str], prose: list[str], seed: int = 1234) -> dict[str, list[str]]:
-    """Shuffle both domains and take every 15th document out of them: texts by the names of `DOMAINS`."""
+    """Shuffle both domains and hold out every 15th document of each: texts by the names of `DOMAINS`."""
     kept: dict[str, list[str]] = {"heldout": []}
     for name, texts in (("code", code), ("prose", prose)):
         shuffled = random.Random(seed).sample(texts, len(texts))
@@ -75,7 +75,7 @@ def split_corpus(code: list[str], prose: list[str], seed: int = 1234) -> dict[st
 
 
 def write_corpus(folder: Path) -> None:
-    """Write `folder/{code,prose,heldout}.jsonl` and say what is in them."""
+    """Write `folder/{code,prose,heldout}.jsonl` and print their sizes."""
     corpus = split_corpus(standard_library(), language_reference())
     for name in DOMAINS:
         lines = [json.dumps({"text": text}) + "\n" for text in corpus[name]]
@@ -85,7 +85,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def training_texts(folder: Path) -> list[str]:
-    """Every document that `write_corpus` put aside for training."""
+    """Every training document that `write_corpus` wrote."""
     texts = []
     for name in ("code", "prose"):
         with (folder / f"{name}.jsonl").open(encoding="utf-8") as lines:

@@ -1,10 +1,9 @@
-"""The starting point, as it would come from the Hugging Face hub: a tokenizer and a small Llama with random weights.
+"""The initial model, in the format of the Hugging Face hub: a tokenizer and a small Llama with random weights.
 
-The tokenizer is a byte-level BPE (no text is out of vocabulary) of 512 entries: small, because in minutes a model
-meets only a few million tokens and must see each of its embeddings often.
+The tokenizer is a byte-level BPE (no text is out of vocabulary) of 512 entries. It is small because in a few minutes a
+model sees only a few million tokens, and must see each embedding often.
 
-`transformers` and `tokenizers` are imported where they are used: the story skips what is done already, and then
-needs neither.
+`transformers` and `tokenizers` are imported where they are used: if these steps are already done, neither is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ VOCABULARY = 512
 SEPARATOR = "<s>"
 END_OF_TEXT = "<|end_of_text|>"
 ORIGINAL_LENGTH = 256
-# How the tokenizer writes a conversation; `generation` marks what is learnt.
+# How the tokenizer writes a conversation; `generation` marks the text to train on.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}"

@@ -1,6 +1,6 @@
-"""The end of the story: a table, a picture, and where everything lies.
+"""The report of the quickstart: a table, a plot, and the list of all files.
 
-`report.md` and `perplexity.png` are written into the story's folder; the terminal gets the same text.
+`report.md` and `perplexity.png` are written to the quickstart's folder; the terminal shows the same text.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ PLACES = {
     "tokenizer/": "the byte-level BPE tokenizer, Hugging Face format",
     "data/": "tokens: Megatron's .bin and .idx",
     "random-llama/": "the untrained Llama, Hugging Face format",
-    "imported/": "the same as a checkpoint any TP/PP layout loads",
+    "imported/": "the same as a checkpoint for any TP/PP layout",
     "runs/base/": "pretraining: config, log, checkpoints, TensorBoard",
     "runs/extended/": "the extension: the same",
-    "hf/": "exports for transformers: base, and extended",
-    "chats/": "questions and answers: those to learn, and the one asked",
+    "hf/": "exports for transformers: base and extended",
+    "chats/": "questions and answers to train on, and the question asked",
     "runs/tuned/": "fine-tuning: config, log, checkpoints, TensorBoard",
     "answers/": "what the model says before and after fine-tuning",
-    "evaluation/": "perplexity by position of each model, as JSON, table and picture",
+    "evaluation/": "perplexity by position of each model, as JSON, table and plot",
 }
 
 
@@ -39,12 +39,12 @@ class Answers:
 
     @property
     def lines(self) -> list[str]:
-        """As a part of the report."""
-        said = {"the docstring": self.docstring, "before fine-tuning": self.before, "after fine-tuning": self.after}
+        """Their lines in the report."""
+        texts = {"the docstring": self.docstring, "before fine-tuning": self.before, "after fine-tuning": self.after}
         return [
-            f"Asked about a module it never saw: {self.question}",
+            f"A question about a module that it never saw: {self.question}",
             "",
-            *(f"- {who}: `{' '.join(text.split()) or '(nothing)'}`" for who, text in said.items()),
+            *(f"- {name}: `{' '.join(text.split()) or '(nothing)'}`" for name, text in texts.items()),
         ]
 
 
@@ -60,10 +60,10 @@ def write_report(
 
     Args:
         results: models in the order to show them, all measured on the same sequences; the last is the extended one.
-        comparison: what comparing the export with transformers gave.
-        answers: what was asked before and after fine-tuning.
-        original_length: tokens of context the base model was trained with.
-        seconds: time each step took, those done in this start.
+        comparison: result of the comparison of the export with transformers.
+        answers: the question, and the answers before and after fine-tuning.
+        original_length: tokens of context that the base model was trained on.
+        seconds: time of each step that was done in this start.
     """
     factor = results[-1].seq_length // original_length
     title = f"Perplexity by position before and after extending the context ×{factor}"
@@ -101,10 +101,10 @@ def _text(
             "",
             *answers.lines,
             "",
-            "Where everything lies:",
+            "All files:",
             "",
             *places,
-            f"    {folder / 'perplexity.png'!s:40} the picture",
+            f"    {folder / 'perplexity.png'!s:40} the plot",
             "",
             "The curves of all runs:",
             "",
@@ -116,7 +116,7 @@ def _text(
 
 
 def _sentences(first: PerplexityResult, last: PerplexityResult, original_length: int) -> list[str]:
-    """What the table says, in words: inside the trained length and at the far end, both models."""
+    """The table in words: both models inside the trained length and at the far end."""
     inside = first.edges.index(original_length) - 1
     base, extended = first.perplexity, last.perplexity
     values = base[inside], base[-1], extended[inside], extended[-1]

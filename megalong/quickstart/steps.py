@@ -1,10 +1,10 @@
-"""Steps of a story that can be stopped and taken up again.
+"""Steps that can be stopped and resumed.
 
-A step knows whether its outcome is there (`done`) and how to get it (`run`). Outcomes appear whole or not at all, so a
-step that was interrupted is simply run again; training resumes from its last checkpoint by itself.
+A step knows whether its result exists (`done`) and how to make it (`run`). A result is complete or absent, so an
+interrupted step is run again; training resumes from its last checkpoint.
 
-Work that has a command is done by that command, in a process of its own, exactly as it is printed: what scrolls by
-can be copied and run by hand.
+Work that has a command is done by that command, in its own process, exactly as printed: a user can copy the printed
+commands and run them.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ GRACE_SECONDS = 30.0
 
 
 class StepFailed(SystemExit):
-    """A command of the story failed; it has told why. Carries its exit status."""
+    """A command failed and has printed the reason. Carries its exit status."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: what it is called, what it is for, how to know that it is done, how to do it."""
+    """One step: its title, its purpose, whether it is done, and how to do it."""
 
     title: str
     purpose: str
@@ -44,7 +44,7 @@ class Step:
 
 
 def run_steps(steps: list[Step]) -> dict[str, float]:
-    """Do the steps that are not done yet, with a header and a time for each; returns seconds by title."""
+    """Run the steps that are not done yet, with a header and a time for each; returns seconds by title."""
     begin, seconds = time.monotonic(), {}
     for number, step in enumerate(steps, start=1):
         head = f"━━ {number}/{len(steps)} {step.title} "
@@ -62,28 +62,28 @@ def run_steps(steps: list[Step]) -> dict[str, float]:
 
 
 class Commands:
-    """Runs `megalong …` in the story's folder and prints each command as it is run."""
+    """Runs `megalong …` in `folder` and prints each command."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def __call__(self, *arguments: str, output: Path | None = None) -> None:
-        """Run `megalong ARGUMENTS` to its end; what it prints goes to the file `output`, if that is given.
+        """Run `megalong ARGUMENTS` to its end; its stdout goes to the file `output` if that is given.
 
         Raises:
-            StepFailed: with the command's exit status; it has told the reason itself.
+            StepFailed: with the command's exit status; the command has printed the reason.
         """
         print(f"   $ megalong {shlex.join(arguments)}")
         command = [sys.executable, "-m", "megalong", *arguments]
         with output.open("wb") if output is not None else nullcontext() as stdout:
             status = _run(command, self._folder, stdout)
         if status:
-            print(f"   stopped: exit status {status}; the same command goes on from here", file=sys.stderr)
+            print(f"   stopped: exit status {status}; run the same command again to resume here", file=sys.stderr)
             raise StepFailed(status if status > 0 else 128 - status)
 
 
 def _run(command: list[str], folder: Path, stdout: IO[bytes] | None = None) -> int:
-    """Exit status of `command`; an interrupt of ours is handed on and waited for, so that nothing runs on unseen."""
+    """Exit status of `command`. An interrupt is passed on to it, and its end is awaited, so that it does not run on."""
     with subprocess.Popen(command, cwd=folder, env=_environment(), stdout=stdout) as process:
         try:
             return process.wait()
@@ -97,7 +97,7 @@ def _run(command: list[str], folder: Path, stdout: IO[bytes] | None = None) -> i
 
 
 def _environment() -> dict[str, str]:
-    """The caller's environment, with this very package in reach and GPUs out of sight: the story is told on CPU."""
+    """The caller's environment, with this package on the path and without GPUs: the quickstart runs on CPU."""
     root = str(Path(megalong.__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", PASSED_ON: "1"}

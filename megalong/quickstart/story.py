@@ -4,8 +4,8 @@
           ─▶ extend to 4096 with YaRN (CP 2) ─▶ export ─▶ transformers agrees ─▶ perplexity by position
           ─▶ fine-tune on questions and answers (DP 2) ─▶ the same question before and after
 
-The Llama is tiny and its English is Python, but every joint is the real one: the commands, formats and parallelism
-are those of an 8B model on a cluster. Interrupted, the same command goes on where it stopped.
+The Llama is tiny and mostly reads Python, but the commands, formats and parallelism are those of an 8B model on a
+cluster. After an interrupt, run the same command again to resume.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ ANSWER_TOKENS = "64"
 
 
 def quickstart(output: str = "quickstart-run") -> None:
-    """Tell the whole story into the folder `output`, skipping what an earlier start has done.
+    """Run all steps in the folder `output`, except those that an earlier start has done.
 
     Raises:
         UserError: not started from a checkout, or this Python has no library sources.
-        StepFailed: a command failed; it has told why.
+        StepFailed: a command failed and has printed the reason.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # our lines and those of the commands in their true order
+        sys.stdout.reconfigure(line_buffering=True)  # keeps our lines and those of the commands in order
     folder = Path(output)
     _copy_configs(folder)
-    signal.signal(signal.SIGTERM, _end)  # an ending of ours must reach the command under way
+    signal.signal(signal.SIGTERM, _end)  # the running command must be stopped too
     story = Story(folder)
-    print(f"megalong quickstart: everything goes to {folder}/; interrupt it at any time, start it again to go on.")
+    print(f"megalong quickstart: all files go to {folder}/. You can interrupt it at any time and start it again.")
     print(f"Commands are run in that folder: cd {folder}")
     story.report(run_steps(story.steps()))
 
@@ -60,7 +60,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _copy_configs(folder: Path) -> None:
-    """Put the configurations beside what they make, unless an earlier start did."""
+    """Copy the configurations to `folder`, unless an earlier start has done so."""
     source = Path(megalong.__file__).resolve().parents[1] / "examples" / "quickstart"
     for name in CONFIGS:
         if (folder / name).exists():
@@ -72,7 +72,7 @@ def _copy_configs(folder: Path) -> None:
 
 
 class Story:
-    """The steps, what each leaves in `folder`, and how to know that it is there."""
+    """The steps, their results in `folder`, and the checks whether these exist."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -98,7 +98,7 @@ class Story:
                  lambda: self._trained(self.pretrain), lambda: self.train("pretrain.yaml")),
             Step(f"measure the base at {longer} tokens", f"It never saw more than {length}.",
                  lambda: self._measured(BASE), lambda: self.measure(BASE, "--checkpoint", "runs/base")),
-            Step("measure the base under YaRN, untrained", "Its export with one change: config.json says YaRN.",
+            Step("measure the base with YaRN, untrained", "Its export with one change: config.json says YaRN.",
                  lambda: self._measured(UNTRAINED), self.measure_untrained),
             Step(f"extend to {longer} tokens with YaRN", "Two processes share every sequence (context parallel ring).",
                  lambda: self._trained(self.extend), lambda: self.train("extend.yaml")),
@@ -110,9 +110,9 @@ class Story:
                  lambda: there("comparison.txt"), self.compare),
             Step("write conversations", "Questions about Python's functions and modules, answered by their docstrings.",
                  lambda: there("chats"), self.converse),
-            Step("ask it", "About a module it has never seen; it goes on with text, for it has learnt no answers.",
+            Step("ask it", "A module that it has never seen. It continues the text: it was not trained to answer.",
                  lambda: there(f"answers/{EXTENDED}.txt"), lambda: self.ask(EXTENDED)),
-            Step("fine-tune", "Packed conversations; the answers' tokens alone are learnt.",
+            Step("fine-tune", "Packed conversations; only the tokens of answers are trained on.",
                  lambda: self._trained(self.tune), lambda: self.train("sft.yaml")),
             Step("ask it again", "The same question.",
                  lambda: there(f"answers/{TUNED}.txt"), lambda: self.ask(TUNED)),
@@ -144,7 +144,7 @@ class Story:
         self.megalong("checkpoint", "import", "--hf", "random-llama", "--output", "imported")
 
     def train(self, config: str) -> None:
-        """Train, or go on training."""
+        """Start or resume training."""
         self.megalong("train", config, "--nproc", PROCESSES)
 
     def export(self, run: str) -> None:
@@ -169,7 +169,7 @@ class Story:
         )
 
     def measure_untrained(self) -> None:
-        """Export the base, let its config say what the extension's says, and measure that."""
+        """Export the base, write the extension's RoPE into its config, and measure that."""
         if not self._is_there("hf/base"):
             self.export("base")
         if not self._is_there(f"hf/{UNTRAINED}"):
@@ -178,17 +178,17 @@ class Story:
         self.measure(UNTRAINED, "--hf", f"hf/{UNTRAINED}")
 
     def compare(self) -> None:
-        """Compare logits of checkpoint and export; keep the outcome as a sentence."""
+        """Compare logits of checkpoint and export; store the result as a sentence."""
         from megalong.quickstart.compare import compare_with_transformers
 
-        outcome = compare_with_transformers(
+        comparison = compare_with_transformers(
             self.folder / "runs" / "extended",
             self.folder / "hf" / "extended",
             self.folder / HELD_OUT,
             self.extend.data.seq_length,
         )
-        print(f"   {outcome}")
-        (self.folder / "comparison.txt").write_text(str(outcome))
+        print(f"   {comparison}")
+        (self.folder / "comparison.txt").write_text(str(comparison))
 
     def converse(self) -> None:
         """Write questions and answers."""
@@ -196,7 +196,7 @@ class Story:
             chats.write_chats(self.folder / "corpus", folder)
 
     def ask(self, run: str) -> None:
-        """Put the question to a run's newest checkpoint; keep and print its answer."""
+        """Ask a run's newest checkpoint the question; store and print its answer."""
         asked = json.loads((self.folder / "chats" / chats.ASKED).read_text())
         answer = self.folder / "answers" / f"{run}.txt"
         how = ["--chat", "--prompt", asked["question"], "--max-new-tokens", ANSWER_TOKENS]
@@ -205,7 +205,7 @@ class Story:
             print(aside.read_text(encoding="utf-8"))
 
     def report(self, seconds: dict[str, float]) -> None:
-        """Table, picture and places."""
+        """Write and print the report."""
         from megalong.evaluation.perplexity import PerplexityResult
         from megalong.quickstart.report import Answers, write_report
 
@@ -231,7 +231,7 @@ class Story:
 
 
 def _with_rope(source: Path, target: Path, rope: RopeSettings) -> None:
-    """Copy a Hugging Face folder; in the copy, `config.json` asks for the positions of `rope`. No weight changes."""
+    """Copy a Hugging Face folder and write `rope` into the copy's `config.json`. The weights stay the same."""
     from megalong.hf.config import read_architecture, write_config
 
     config = json.loads((source / "config.json").read_text())

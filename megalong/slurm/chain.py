@@ -1,8 +1,8 @@
-"""Jobs one behind the other: pretrain → SFT … → export, each started when the one before has ended well (`afterok`).
+"""A chain of jobs: pretrain → SFT … → export; each job starts when the one before has succeeded (`afterok`).
 
-A job that saves and goes back into the queue keeps its number and has not ended, so what waits for it goes on waiting.
-All configurations are checked before the first job is submitted: a mistake in the last must not show after days. So are
-the weights and data they name, as far as this machine sees them: missing ones are told, and nothing is submitted.
+A job that saves and requeues itself keeps its number and has not ended, so the next job continues to wait. All
+configurations are checked before the first job is submitted: a mistake in the last must not show after days. So are the
+weights and data that they name, as far as this machine sees them: missing ones are reported, and nothing is submitted.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def slurm(
     chain: Sequence[str] = (),
     output: str | None = None,
 ) -> None:
-    """Print, or submit, the jobs of `config` and of what follows it.
+    """Print or submit the jobs of `config` and of `chain`.
 
     Args:
-        overrides: `section.key=value`, for `config` alone.
+        overrides: `section.key=value`, only for `config`.
         nodes: of every training job.
         chain: further configurations, each starting from the run before; an export follows the last one.
-        output: the export's folder, `hf` in the last run's folder where not given; it may follow a single run too.
+        output: the export's folder, also after a single run; None: `hf` in the last run's folder.
 
     Raises:
-        UserError: a configuration is wrong, does not fit, or does not start from the run before it; no SLURM here; or
-            one that is to be submitted reads what is not there.
+        UserError: a configuration is wrong, does not fit, or does not start from the run before it; there is no SLURM
+            here; or inputs of a job to submit are missing.
     """
     jobs = [training_job(config, overrides, nodes)]
     last, last_overrides = config, list(overrides)
@@ -56,7 +56,7 @@ def slurm(
     if submit and not waits:
         refuse_missing(missing, "--submit")
     for line in missing:
-        print(f"megalong: warning: {line}; the job ends at its start unless it is there by then", file=sys.stderr)
+        print(f"megalong: warning: {line}; the job fails at its start if it is still missing then", file=sys.stderr)
     if submit:
         _submit(jobs)
     else:
@@ -64,7 +64,7 @@ def slurm(
 
 
 def _missing(jobs: Sequence[Job]) -> list[str]:
-    """What the jobs read and none before them makes, as far as this machine can see."""
+    """Inputs of the jobs that do not exist and that no earlier job makes, as far as this machine sees."""
     made: list[str] = []
     return [
         line for job in jobs if job.stages for line in missing_of(list(job.stages), made, seen_from_here(job.stages[0]))
@@ -72,18 +72,18 @@ def _missing(jobs: Sequence[Job]) -> list[str]:
 
 
 def _waits(job: Job) -> bool:
-    """Whether its configuration makes it wait for another job, which may make what is missing now."""
+    """Whether its configuration makes it wait for another job, which may make its inputs."""
     return any(option.startswith("--dependency") for stage in job.stages for option in stage.slurm.options)
 
 
-def _refuse_other_start(config: str, before: Path) -> None:
+def _refuse_other_start(config: str, previous: Path) -> None:
     load = load_config(config)[0].model.load
     found = Path(load.checkpoint) if load is not None and load.checkpoint is not None else None
-    if found is None or (found != before and before not in found.parents):
-        said = found if found is not None else "something else"
+    if found is None or (found != previous and previous not in found.parents):
+        start = found if found is not None else "something else"
         raise UserError(
-            f"--chain {config}: it starts from {said}, but the run before it ends in {before}; write model: {{load: "
-            f"{{checkpoint: {before}}}}}"
+            f"--chain {config}: it starts from {start}, but the run before it ends in {previous}; write model: {{load: "
+            f"{{checkpoint: {previous}}}}}"
         )
 
 
@@ -100,12 +100,12 @@ def _driver(jobs: Sequence[Job]) -> str:
 def _submit(jobs: Sequence[Job]) -> None:
     if shutil.which("sbatch") is None:
         raise UserError("--submit: no sbatch on this machine's PATH; leave --submit out to see the script")
-    before: str | None = None
+    previous: str | None = None
     for job in jobs:
-        after = [] if before is None else [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"]
+        after = [] if previous is None else [f"--dependency=afterok:{previous}", "--kill-on-invalid-dep=yes"]
         done = subprocess.run(["sbatch", "--parsable", *after], input=job.script, capture_output=True, text=True)
         if done.returncode:
-            told = " ".join(done.stderr.split())
-            raise UserError(f"--submit: sbatch refused {job.name}: {told}")
-        before = done.stdout.strip().split(";")[0]
-        print(f"{job.name}: job {before}")
+            reason = " ".join(done.stderr.split())
+            raise UserError(f"--submit: sbatch refused {job.name}: {reason}")
+        previous = done.stdout.strip().split(";")[0]
+        print(f"{job.name}: job {previous}")

@@ -1,13 +1,13 @@
-"""What a run reads that is not there: found before a job waits in the queue, and again before its nodes wait.
+"""Find missing inputs of a run: before its job waits in the queue, and again before its nodes wait.
 
     model.load.hf checkpoints/Llama: no such folder
 
-Only names are looked up, which takes milliseconds: what is in the files is looked at when the run starts. Paths that
-are not absolute are those of the folder a job is submitted from, in which it also runs. A run that has a checkpoint
-resumes from it, and what it first started from may be gone.
+Only names are looked up, which takes milliseconds; the files are checked when the run starts. Relative paths belong to
+the folder that a job is submitted from, in which it also runs. A run that has a checkpoint resumes from it, so its
+initial weights may be gone.
 
-The machine that submits may not see what the nodes see: a file system that is not mounted there, a path inside a
-container. What it cannot judge it passes over (`seen`); the job's own check, on the first node, judges all.
+The submitting machine may not see what the nodes see: its file systems may differ, and paths may be inside a container.
+Paths that it cannot check are skipped (`seen`); the job's own check, on the first node, checks all.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Seen = Callable[[str], str | None]
 
 
 def missing_inputs(config: Config, made: Collection[str] = (), seen: Seen = str) -> list[str]:
-    """What `config` names and cannot read, a line each.
+    """The missing inputs of `config`, one line each.
 
     Args:
         made: run folders that earlier stages or jobs make.
-        seen: where a path lies on this machine; None: it cannot tell.
+        seen: gives the path on this machine for a path in the job; None: this machine cannot check it.
     """
     found = []
     for key, path, look in _inputs(config, [os.path.abspath(folder) for folder in made]):
@@ -42,7 +42,7 @@ def missing_inputs(config: Config, made: Collection[str] = (), seen: Seen = str)
 
 
 def seen_from_here(config: Config) -> Seen:
-    """How this machine sees the paths of a job: through the container's mounts, and only on what is mounted here."""
+    """The paths of a job as this machine sees them: through the container's mounts, and only if mounted here."""
     settings = config.slurm
     mounts = [_mount(one) for one in (settings.container_mounts or "").split(",") if one]
 
@@ -57,15 +57,15 @@ def seen_from_here(config: Config) -> Seen:
 
 
 def _mount(text: str) -> tuple[str, str]:
-    """(outside, inside) of pyxis's OUTSIDE[:INSIDE[:FLAGS]], which start with a slash and end without."""
+    """(outside, inside) of pyxis's OUTSIDE[:INSIDE[:FLAGS]], without a slash at their ends."""
     outside, _, rest = text.partition(":")
     return outside.rstrip("/"), (rest.partition(":")[0] or outside).rstrip("/")
 
 
 def _outside(path: str, mounts: list[tuple[str, str]]) -> str | None:
-    """A container's path as its host sees it; None: only the container has it.
+    """The host's path of a container's path; None: only the container has it.
 
-    The container works in this folder too, where it is mounted: relative paths are the same inside and outside.
+    If this folder is mounted, the container works in it too, so relative paths are the same inside and outside.
     """
     if not os.path.isabs(path):
         return path if any(f"{os.getcwd()}/".startswith(f"{outside}/") for outside, _ in mounts) else None
@@ -74,7 +74,7 @@ def _outside(path: str, mounts: list[tuple[str, str]]) -> str | None:
 
 
 def _inputs(config: Config, made: list[str]) -> Iterator[tuple[str, str, Callable[[str], str | None]]]:
-    """(key, path, what is wrong with a path) of everything a run starts from and reads."""
+    """(key, path, function that says what is wrong with the path) of every input of a run."""
     load = config.model.load
     if load is not None and not _steps(config.run.dir):
         if load.hf is not None:
@@ -110,7 +110,7 @@ def _anything(path: str) -> str | None:
 
 
 def _folder(path: str) -> str | None:
-    return _anything(path) or (None if os.path.isdir(path) else "no folder")
+    return _anything(path) or (None if os.path.isdir(path) else "not a folder")
 
 
 def _model(path: str) -> str | None:
@@ -122,19 +122,19 @@ def _model(path: str) -> str | None:
     try:
         shards = json.loads(Path(path, "model.safetensors.index.json").read_bytes())["weight_map"].values()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "holds no model.safetensors, nor shards of one"
+        return "has no model.safetensors, nor shards of one"
     absent = sorted(name for name in set(shards) if not os.path.exists(f"{path}/{name}"))
-    return f"{len(absent)} of its shards are not there, the first is {absent[0]}" if absent else None
+    return f"{len(absent)} of its shards are missing, the first is {absent[0]}" if absent else None
 
 
 def _checkpoint(path: str) -> str | None:
     found = _folder(path)
     whole = os.path.exists(f"{path}/megalong.json") or _steps(path)
-    return found or (None if whole else "holds no checkpoint")
+    return found or (None if whole else "has no checkpoint")
 
 
 def _steps(run: str) -> list[Path]:
-    """Checkpoints of a run that were published."""
+    """The published checkpoints of a run."""
     return list(Path(run).glob("checkpoints/step-*[0-9]/megalong.json"))
 
 

@@ -1,9 +1,9 @@
-"""What a job asks before it starts anything: is the configuration right for this many processes, and where does it run.
+"""Check the configuration of a job for its number of processes, before the job starts anything, and print its folders.
 
     eval "$(python -m megalong.slurm.job 256 run.yaml optimizer.lr=1e-5)"
 
-The answer is shell assignments: `run_dir` (of all stages together), `run_dirs` (of each), `preflight`. A mistake, or
-weights or data that are not there, is one line on stderr and status 2, before any other node is asked for anything.
+The output is shell assignments: `run_dir` (of all stages together), `run_dirs` (of each), `preflight`. A mistake, or
+missing weights or data, gives one line on stderr and status 2, before any other node does anything.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from megalong.config.schema import Config
 from megalong.errors import UserError
 from megalong.slurm.inputs import Seen, missing_inputs
 
-NAMED = 3  # missing inputs that one line names
+NAMED = 3  # maximum number of missing inputs in one message
 
 
 def run_folder(stages: list[Config]) -> Path:
-    """The folder of a run: that of its only stage, or the one its stages lie in."""
+    """The folder of a run: that of its only stage, or the one that contains its stages."""
     folder = Path(stages[0].run.dir)
     return folder if len(stages) == 1 else folder.parent
 
@@ -41,7 +41,7 @@ def checked(config: str, overrides: list[str], world: int) -> list[Config]:
 
 
 def missing_of(stages: list[Config], made: list[str], seen: Seen = str) -> list[str]:
-    """What stages read that is not there; `made`, run folders of jobs before them, grows by their own."""
+    """The missing inputs of `stages`. Their run folders are added to `made`, the run folders of earlier jobs."""
     found = []
     for stage in stages:
         found += missing_inputs(stage, made, seen)
@@ -53,25 +53,25 @@ def refuse_missing(missing: list[str], where: str) -> None:
     """Refuse to run without its inputs.
 
     Raises:
-        UserError: there are some missing; the first few are named.
+        UserError: inputs are missing; the first few are named.
     """
     if missing:
         more = f"; and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         raise UserError(
-            f"{where}: {'; '.join(missing[:NAMED])}{more}. The job runs in {os.getcwd()}: put it there, or write where "
-            "it is"
+            f"{where}: {'; '.join(missing[:NAMED])}{more}. The job runs in {os.getcwd()}: put it there, or write the "
+            "right path"
         )
 
 
 def assignments(stages: list[Config]) -> str:
-    """The answer, for bash's `eval`."""
+    """The output, for bash's `eval`."""
     dirs = " ".join(shlex.quote(stage.run.dir) for stage in stages)
     preflight = str(stages[0].slurm.preflight).lower()
     return f"run_dir={shlex.quote(str(run_folder(stages)))}\nrun_dirs=({dirs})\npreflight={preflight}\n"
 
 
 def main(words: list[str]) -> int:
-    """Answer for `WORLD CONFIG [section.key=value …]`; returns the exit status."""
+    """Run for the arguments `WORLD CONFIG [section.key=value …]`; returns the exit status."""
     try:
         stages = checked(words[1], words[2:], int(words[0]))
         refuse_missing(missing_of(stages, []), words[1])

@@ -1,7 +1,7 @@
-"""A filled sbatch script for one job: what to ask SLURM for from the configuration, the work from `slurm/common.sh`.
+"""The sbatch script of one job: its resources come from the configuration, its work from `slurm/common.sh`.
 
-Everything that comes from a configuration or a command line is quoted for the shell it ends up in; what stands in an
-#SBATCH line is limited to harmless characters by `config/slurm.py`.
+Everything from a configuration or a command line is quoted for the shell that reads it. `config/slurm.py` limits the
+values in #SBATCH lines to harmless characters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megalong.slurm.job import checked, run_folder
 
 @dataclass(frozen=True)
 class Job:
-    """One job: its name in the queue, its script, the folder its result lies in, and the stages it trains."""
+    """One job: its name in the queue, its script, the folder of its result, and the stages that it trains."""
 
     name: str
     script: str
@@ -56,7 +56,7 @@ def training_job(config: str, overrides: Sequence[str], nodes: int) -> Job:
     ranks = nodes * settings.ranks_per_node
     title = f"{ranks} processes, {first[0].data_parallel_size(ranks)} replicas; run folder {run_folder(first)}"
     work = shlex.join(["train_on_nodes", config, *overrides])
-    # A run of stages ends in its last one's folder.
+    # The result of a run with stages is in the folder of the last stage.
     return Job(first[0].run.name, _script(title, head, exports, work), Path(first[-1].run.dir), tuple(first))
 
 
@@ -76,7 +76,7 @@ def export_job(config: str, overrides: Sequence[str], checkpoint: Path, output: 
 
 
 def checked_on(config: str, overrides: list[str], nodes: int) -> list[Config]:
-    """The stages of a configuration that `nodes` of its `slurm.gpus_per_node` can run."""
+    """The stages of a configuration that `nodes` nodes of `slurm.gpus_per_node` GPUs can run."""
     from megalong.config.load import load_config
 
     ranks = nodes * load_config(config, overrides)[0].slurm.ranks_per_node
@@ -88,8 +88,8 @@ def checked_on(config: str, overrides: list[str], nodes: int) -> list[Config]:
 
 def _placement(config: Config) -> list[str]:
     settings = config.slurm
-    named = {"partition": settings.partition, "account": settings.account, "qos": settings.qos}
-    options = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    values = {"partition": settings.partition, "account": settings.account, "qos": settings.qos}
+    options = [f"--{name}={value}" for name, value in values.items() if value is not None]
     return [*options, *settings.options, "--output=%x-%j.out", "--open-mode=append"]
 
 
@@ -99,7 +99,7 @@ def _script(title: str, head: Sequence[str], exports: dict[str, str], work: str)
     lines += [f"#SBATCH {option}" for option in head]
     lines += ["", "set -euo pipefail", f"cd -- {shlex.quote(os.getcwd())}"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items() if value]
-    # Of whoever submits the job, else of whoever wrote it; a container has a Python of its own.
+    # The Python of the user who submits the job, else of the one who wrote it; a container has its own Python.
     python = os.environ.get("MEGALONG_PYTHON") or ("python3" if exports["CONTAINER"] else sys.executable)
     lines += [f'[ -n "${{MEGALONG_PYTHON:-}}" ] || MEGALONG_PYTHON={shlex.quote(python)}', "export MEGALONG_PYTHON"]
     lines += [f"source {shlex.quote(str(common))}", work]
@@ -107,10 +107,10 @@ def _script(title: str, head: Sequence[str], exports: dict[str, str], work: str)
 
 
 def slurm_folder() -> Path:
-    """Where `common.sh` lies: in the checkout, or where pip put it.
+    """The folder of `common.sh`: in the checkout, or where pip installed it.
 
     Raises:
-        UserError: in neither.
+        UserError: it is in neither.
     """
     places = [root() / "slurm", Path(sys.prefix) / "share" / "megalong" / "slurm"]
     for place in places:

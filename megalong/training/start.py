@@ -17,7 +17,7 @@ from megalong.config.schema import Config
 from megalong.data.fingerprint import changes, fingerprint
 from megalong.errors import UserError
 from megalong.hf.adapter import check_adapter
-from megalong.hf.base import whole_path
+from megalong.hf.base import absolute_path
 from megalong.hf.config import read_architecture
 
 # What must be equal for a checkpoint to be the same model; rope and windows are told of by themselves.
@@ -129,14 +129,14 @@ def _first_weights(config: Config) -> Start:
         _check_same_adapters(config, meta.lora, checkpoint)
         if config.lora.load is not None:
             raise UserError(f"lora.load {config.lora.load}: {checkpoint} has adapters of its own; drop one of them")
-    trained = None if meta.lora is not None else whole_path(checkpoint)
+    trained = None if meta.lora is not None else absolute_path(checkpoint)
     return Start(meta.architecture, checkpoint=checkpoint, assets=_assets(checkpoint), base=meta.base or trained)
 
 
 def _named_base(config: Config) -> str | None:
     """The Hugging Face folder that the configuration starts from; an earlier version's checkpoint does not say it."""
     load = config.model.load
-    return whole_path(load.hf) if load is not None and load.hf is not None else None
+    return absolute_path(load.hf) if load is not None and load.hf is not None else None
 
 
 def _assets(checkpoint: Path) -> Path | None:

@@ -78,7 +78,7 @@ class _Verification:
     def wants(self, name: str) -> bool:
         return name in self.left
 
-    def tell(self, name: str, found: str) -> None:
+    def record(self, name: str, found: str) -> None:
         self.left.remove(name)
         self.found[name] = found
 
@@ -104,13 +104,13 @@ def test_files_are_dealt_to_those_who_wrote_them_and_else_evenly(pool: WorkerPoo
 
 def deal() -> None:
     """In a worker as well."""
-    from megalong.checkpoint.verification import shared_out
+    from megalong.checkpoint.verification import assign_files
 
     files = {f"__{rank}_0.distcp": 100 + rank for rank in range(8)} | {".metadata": 5, "common.pt": 7}
     own = [[f"__{rank}_0.distcp"] for rank in range(8)]
-    assert shared_out(files, 8) == own
-    assert shared_out(files, 9) == [*own, []]
-    few = shared_out(files, 3)
+    assert assign_files(files, 8) == own
+    assert assign_files(files, 9) == [*own, []]
+    few = assign_files(files, 3)
     assert sorted(name for share in few for name in share) == sorted(one for (one,) in own)
     assert max(map(len, few)) == 3
     assert few[0][-1] == "__0_0.distcp"

@@ -35,7 +35,7 @@ INTERLEAVED = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipe
         (["optimizer.warmup_iters=10"], "optimizer.warmup_iters 10 must be below training.train_iters 10"),
         (["training.micro_batch_size=3"], "global_batch_size 8 is not a multiple of training.micro_batch_size 3"),
         (["parallel.sequence_parallel=true"], "sequence_parallel needs parallel.tensor_model_parallel_size above 1"),
-        (["evaluation.interval=5", "data.split=1,0"], 'data.split "1,0" gives validation nothing'),
+        (["evaluation.interval=5", "data.split=1,0"], 'data.split "1,0" leaves nothing for validation'),
         (["parallel.virtual_pipeline_model_parallel_size=2"], "pipeline_model_parallel_size is 1"),
         ([*INTERLEAVED, "parallel.batch_p2p_comm=true"], "parallel.batch_p2p_comm true"),
         ([*INTERLEAVED, "parallel.overlap_p2p_comm=false"], "batched sends pair wrongly"),

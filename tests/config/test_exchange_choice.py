@@ -15,7 +15,7 @@ def test_ultralong_is_a_ring() -> None:
     """Llama 3.1 8B (32 heads, 8 groups) at TP 8 has 4 heads and 1 group a rank; CP 4 at 1M and 16 at 4M tokens."""
     assert chosen("auto", 4, (1 << 20) // 4, 4, 1) == ("ring", 1)
     assert chosen("auto", 16, (1 << 22) // 16, 4, 1) == ("ring", 1)
-    assert "hide behind compute" in choose_exchange("auto", None, 4, 1 << 18, 4, 1).reason
+    assert "overlap with compute" in choose_exchange("auto", None, 4, 1 << 18, 4, 1).reason
 
 
 def test_short_shards_swap_heads_as_far_as_they_go_and_gather_where_they_do_not() -> None:

@@ -13,7 +13,7 @@ MADE_UP = "data.mixture=[{{name: a, path: p, weight: 1, synthetic: {{{}}}}}]"
 WRONG = {
     "training.train_iter=3": "training.train_iter: unknown key; did you mean train_iters?",
     "data.tensor_model_parallel_size=2": "unknown key; did you mean parallel.tensor_model_parallel_size?",
-    "parallel.zzz=2": "parallel.zzz: unknown key; known here: tensor_model_parallel_size, ",
+    "parallel.zzz=2": "parallel.zzz: unknown key; this section has: tensor_model_parallel_size, ",
     "model.rope.beta=4": "model.rope.beta: unknown key; did you mean beta_",
     "data.mixture=[{name: a, path: p, wieght: 1}]": "data.mixture[0].wieght: unknown key; did you mean weight?",
     "data.mixture=[{name: a, path: p}]": "data.mixture[0].weight: is missing",
@@ -43,12 +43,12 @@ WRONG = {
     "optimizer.lr=.nan": "optimizer.lr: nan is not a finite number",
     "optimizer.lr=-1e-5": "optimizer.lr: -1e-05 is out of range; it must be > 0",
     "optimizer.adam_beta2=1": "optimizer.adam_beta2: 1 is out of range; it must be < 1",
-    "parallel.sequence_parallel=1": "parallel.sequence_parallel: 1 is not a switch; write true or false",
+    "parallel.sequence_parallel=1": "parallel.sequence_parallel: 1 is not a boolean; write true or false",
     "parallel=8": "parallel: 8 is not a section",
     "model.rope.type=yarm": "model.rope.type: 'yarm' is not one of 'none', 'linear', 'ntk', 'yarn' or 'llama3'; "
     "did you mean yarn?",
     "model.rope.factor=0.5": "model.rope.factor: 0.5 is out of range; it must be >= 1",
-    "run.name=a/b": "run.name: 'a/b' is no name",
+    "run.name=a/b": "run.name: 'a/b' is not a valid name",
     "run.dir=": "run.dir: None is not text",
     "task=finetune": "task: 'finetune' is not one of 'pretrain'",
     "attention={window_size: 4, window_attn_skip_freq: often}": "window_attn_skip_freq: 'often' is not a whole number",

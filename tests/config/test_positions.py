@@ -72,7 +72,7 @@ def test_covered(source: Architecture, length: int, rope: str | None, asked: Loa
         (PLAIN, 32768, "{type: yarn, factor: 2}", "*covers 16384 positions, * write model.rope.factor: 4 *"),
         (PLAIN, 33000, "{type: linear, factor: 4}", "*covers 32768 positions, * write model.rope.factor: 5 *"),
         (PLAIN, 32768, "{type: yarn}", "model.rope: type yarn without factor, * write factor: 4"),
-        (PLAIN, 8192, "{type: yarn}", "*the run needs 8192 only, so leave model.rope out"),
+        (PLAIN, 8192, "{type: yarn}", "*the run needs only 8192, so leave model.rope out"),
         (PLAIN, 32768, "{type: llama3, beta_fast: 4}", "model.rope: type llama3 without factor, * write factor: 4"),
         (
             PLAIN,

@@ -63,7 +63,7 @@ def test_what_cannot_fit_is_refused_with_figures_and_what_to_write_instead() -> 
     there = 79.1 * GIB
     refuse_what_cannot_fit(LLAMA_8B, 2**19, 8, there, on_gpu=True)
     expected = (
-        r"--seq-length 1048576: measuring takes 109\.9 GiB on each of 8 GPU processes \(15\.0 of weights, 94\.9 of "
+        r"--seq-length 1048576: measuring needs 109\.9 GiB on each of 8 GPU processes \(15\.0 of weights, 94\.9 of "
         r"logits\), and 79\.1 GiB are free there; start at least 12 processes.*--nproc 12.*--seq-length 708448 or less"
     )
     with pytest.raises(UserError, match=expected):
@@ -89,5 +89,5 @@ def test_the_command_refuses_before_it_reads_weights(
     assert cli.main(["evaluate", "perplexity", *arguments, "--output", str(output)]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if "warning: " not in line]
     assert len(said) == 1
-    assert "--seq-length 1024: measuring takes 0.0 GiB on each of 1 CPU processes" in said[0]
+    assert "--seq-length 1024: measuring needs 0.0 GiB on each of 1 CPU processes" in said[0]
     assert not output.exists()

@@ -103,7 +103,7 @@ def test_an_answer_ends_where_the_model_says(tmp_path):
     assert end_ids(tmp_path / "nowhere", 3) == {3}
     for broken in ("{", "[]"):
         (tmp_path / "generation_config.json").write_text(broken)
-        with pytest.raises(UserError, match=r"generation_config\.json: (not valid JSON|holds a list)"):
+        with pytest.raises(UserError, match=r"generation_config\.json: (not valid JSON|contains a list)"):
             end_ids(tmp_path, 3)
 
 
@@ -111,8 +111,8 @@ def test_an_answer_ends_where_the_model_says(tmp_path):
     ("changed", "message"),
     [
         ({"temperature": -1.0}, "--temperature -1: must be 0"),
-        ({"top_p": 1.5, "temperature": 1.0}, "--top-p 1.5: a share of probability"),
-        ({"top_k": 5}, "--top-k cuts what is sampled, .* add --temperature 1"),
+        ({"top_p": 1.5, "temperature": 1.0}, "--top-p 1.5: must be a probability"),
+        ({"top_k": 5}, "--top-k limits sampling, .* add --temperature 1"),
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": None, "prompt_file": "nowhere"}, "--prompt-file nowhere: No such file"),
         ({"hf": "nowhere"}, "nowhere"),
@@ -126,7 +126,7 @@ def test_mistakes_are_told_in_one_line(chatty, changed, message):
 
 def test_a_model_without_tokenizer_or_template_is_told(chatty, tmp_path):
     bare = make_llama(tmp_path / "bare")
-    with pytest.raises(UserError, match="bare holds no tokenizer; put"):
+    with pytest.raises(UserError, match="bare has no tokenizer; put"):
         generate(hf=str(bare), prompt="hello")
     plain = PreTrainedTokenizerFast.from_pretrained(chatty)
     plain.chat_template = None

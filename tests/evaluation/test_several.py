@@ -20,7 +20,7 @@ from megalong.errors import UserError
 from megalong.evaluation import plots
 from megalong.evaluation.buckets import bucket_edges
 from megalong.evaluation.perplexity import PerplexityResult, load_results
-from megalong.evaluation.source import find_model, find_models, given_text, held_out_text, open_text, told_apart
+from megalong.evaluation.source import distinct_names, find_model, find_models, given_text, held_out_text, open_text
 from tests.llama import make_dataset, make_llama, run_settings
 
 LENGTH, SAMPLES = 256, 2
@@ -72,7 +72,7 @@ def test_models_share_a_table_and_each_is_transformers(sources, pool, tmp_path) 
     assert rows[2:] == names
     assert (out / "perplexity.md").read_text().strip() in printed
     assert "--data" in errors
-    assert "was trained on it (data.mixture: only), so this is no held-out text; write --held-out only" in errors
+    assert "was trained on it (data.mixture: only), so it is not held-out text; write --held-out only" in errors
     assert {result.text for result in results} == {"data (training data of mine)"}
 
     packed = open_text(given_text(str(sources / "data")), LENGTH, SAMPLES, find_model(hf=one))
@@ -82,7 +82,7 @@ def test_models_share_a_table_and_each_is_transformers(sources, pool, tmp_path) 
     for result, losses in zip(results[:3], expected, strict=True):
         assert result.nll == pytest.approx(losses, rel=1e-5)
     assert results[2].nll != pytest.approx(expected[0], rel=1e-2)
-    with pytest.raises(UserError, match=r"holds 4 models \(one/hf, two/hf, "):
+    with pytest.raises(UserError, match=r"contains 4 models \(one/hf, two/hf, "):
         PerplexityResult.load(out / "perplexity.json")
 
     before = {path: path.read_bytes() for path in out.iterdir()}
@@ -100,7 +100,7 @@ def test_a_scaling_is_for_the_model_before_it_or_for_all(sources) -> None:
     found = find_models([("rope", "{type: ntk, factor: 2}"), ("hf", one), ("hf", two), ("rope", "{rope_theta: 5.0e5}")])
     assert [source.architecture.rope.type for source in found] == ["ntk", "none"]
     assert found[1].architecture.rope.rope_theta == 5e5
-    assert told_apart(found) == ["hf (ntk × 2)", "hf (none, base 500000)"]
+    assert distinct_names(found) == ["hf (ntk × 2)", "hf (none, base 500000)"]
 
 
 def test_names_tell_models_apart(sources, tmp_path) -> None:
@@ -108,9 +108,9 @@ def test_names_tell_models_apart(sources, tmp_path) -> None:
     steps = sorted((run / "checkpoints").iterdir())
     twice = shutil.copytree(run, tmp_path / "runs" / "mine")
     models = [find_model(step) for step in steps] + [find_model(twice)]
-    assert told_apart(models[1:]) == [str(run.resolve()) + " step 2", str(twice.resolve()) + " step 2"]
-    assert told_apart(models[:2]) == ["mine step 1", "mine step 2"]
-    assert told_apart([models[0], models[0]]) == [f"{run.resolve()} step 1 (1)", f"{run.resolve()} step 1 (2)"]
+    assert distinct_names(models[1:]) == [str(run.resolve()) + " step 2", str(twice.resolve()) + " step 2"]
+    assert distinct_names(models[:2]) == ["mine step 1", "mine step 2"]
+    assert distinct_names([models[0], models[0]]) == [f"{run.resolve()} step 1 (1)", f"{run.resolve()} step 1 (2)"]
 
 
 def test_what_a_run_held_out_is_what_it_never_trained_on(sources, pool, tmp_path) -> None:
@@ -131,14 +131,14 @@ def test_what_a_run_held_out_is_what_it_never_trained_on(sources, pool, tmp_path
     words = ("--checkpoint", run, "--hf", sources / "two/hf", "--held-out", "all")
     status, _, errors = measure(pool, *words, "--output", tmp_path / "out")
     assert status == 0, errors
-    assert "nothing says whether" in errors
+    assert "it is not known whether" in errors
     both = held_out_text("all", models)
     assert [(dataset.name, dataset.weight) for dataset in both.datasets] == [("only", 1.0), ("more", 0.5)]
     ours = load_results(tmp_path / "out/perplexity.json")[1]
     assert ours.text == both.name == "held-out text of mine"
     packed = open_text(both, LENGTH, SAMPLES, models[0])
     assert ours.nll == pytest.approx(of_transformers(sources / "two/hf", packed), rel=1e-5)
-    with pytest.raises(UserError, match=r"--samples 50: the held-out text of mine holds only \d samples of 256 tokens"):
+    with pytest.raises(UserError, match=r"--samples 50: the held-out text of mine has only \d samples of 256 tokens"):
         open_text(both, LENGTH, 50, models[0])
     with pytest.raises(UserError, match="has no such domain; write one of only, more, or all"):
         held_out_text("nothing", models)

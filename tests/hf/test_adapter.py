@@ -136,7 +136,7 @@ def test_other_kinds_of_adapters_are_refused(hf: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a PREFIX_TUNING adapter, not LORA"):
         ours(hf, folder)
     pickle = save_peft(hf, tmp_path / "pickle", LoraConfig(r=3, target_modules=["q_proj"]), safe_serialization=False)
-    with pytest.raises(UserError, match=r"holds adapter_model.bin \(a pickle.* save_pretrained"):
+    with pytest.raises(UserError, match=r"has adapter_model.bin \(a pickle.* save_pretrained"):
         ours(hf, pickle)
 
 
@@ -180,7 +180,7 @@ def test_every_tensor_is_accounted_for(
         ({"r": "3"}, "is damaged"),
         ({"r": True}, "is damaged"),
         ({"lora_alpha": None}, "is damaged"),
-        ({"r": 4}, r"has .*lora_A.weight as \[3, 48\], this model needs \[4, 48\]"),
+        ({"r": 4}, r"has .*lora_A.weight as \[3, 48\], but this model needs \[4, 48\]"),
         ({"target_modules": ["q_proj", "v_proj"]}, "has no .*v_proj.lora_A"),
     ],
 )
@@ -201,9 +201,9 @@ def test_settings_that_contradict_the_tensors(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"num_hidden_layers": 2}, r"has .*layers\.2.*, and this model 2 layers"),
+        ({"num_hidden_layers": 2}, r"has .*layers\.2.*, but this model has 2 layers"),
         ({"num_hidden_layers": 4}, r"has no .*layers\.3"),
-        ({"hidden_size": 64, "head_dim": 10}, r"as \[3, 48\], this model needs \[3, 64\]"),
+        ({"hidden_size": 64, "head_dim": 10}, r"as \[3, 48\], but this model needs \[3, 64\]"),
     ],
 )
 def test_an_adapter_of_another_model(model: dict[str, Any], message: str, good: Path, tmp_path: Path) -> None:

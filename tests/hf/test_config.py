@@ -308,7 +308,7 @@ def test_what_is_refused_is_named_in_one_line(tmp_path: Path, overrides: dict[st
     [
         (None, "no such file"),
         ("{", "not valid JSON"),
-        ("[]", "holds a list"),
+        ("[]", "contains a list"),
         ("", "not valid JSON"),
         ("\xff", "not valid"),
     ],

@@ -188,7 +188,7 @@ def test_mistakes_end_with_one_line_and_write_nothing(
         (["import", "--hf", str(tmp_path / "nowhere"), "--output", str(output)], "no such file"),
         (["import", "--hf", str(broken), "--output", str(output)], "truncated"),
         (["import", "--hf", str(folder), "--output", str(taken)], "exists already"),
-        (["export", "--checkpoint", str(folder), "--output", str(output)], "holds no checkpoint"),
+        (["export", "--checkpoint", str(folder), "--output", str(output)], "has no checkpoint"),
     ):
         assert main(["checkpoint", *arguments]) == 2
         message = capsys.readouterr().err

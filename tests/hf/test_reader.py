@@ -86,7 +86,7 @@ def test_a_truncated_file(make_llama: MakeLlama, keep: int) -> None:
         (b"some words " * 20, "not a safetensors file"),
         (bytes(200), "not a safetensors file"),
         ((2).to_bytes(8, "little") + b"{]" + bytes(20), "damaged: its header"),
-        ((2).to_bytes(8, "little") + b"{}" + bytes(20), "damaged: 30 bytes, its header describes 10"),
+        ((2).to_bytes(8, "little") + b"{}" + bytes(20), "damaged: 30 bytes, but its header describes 10"),
     ],
 )
 def test_a_file_that_is_something_else(make_llama: MakeLlama, content: bytes, complaint: str) -> None:
@@ -174,10 +174,10 @@ def test_an_adapter_beside_the_weights_is_refused(make_llama: MakeLlama) -> None
     with pytest.raises(UserError, match=r"a model and an adapter .*lora\.load"):
         HFReader(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="holds an adapter, not a model"):
+    with pytest.raises(UserError, match="contains an adapter, not a model"):
         HFReader(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="the folder holds an adapter; give its base"):
+    with pytest.raises(UserError, match="the folder contains an adapter; give its base"):
         read_architecture(folder)
 
 
@@ -204,9 +204,9 @@ def test_a_missing_shard_and_a_wrong_index(make_llama: MakeLlama) -> None:
     first = sorted(folder.glob("*.safetensors"))[0]
     moved = {**whole["weight_map"], "model.norm.weight": first.name}
     for content, complaint in (
-        ({"weight_map": moved}, f"model.norm.weight in {first.name}, which does not hold it"),
+        ({"weight_map": moved}, f"model.norm.weight in {first.name}, which does not contain it"),
         ({"weight_map": {"model.norm.weight": "../../etc/passwd"}}, "not the name of a file"),
-        ({"weight_map": {}}, "weight_map must be"),
+        ({"weight_map": {}}, "weight_map must map"),
         ([], "not a safetensors index"),
     ):
         index.write_text(json.dumps(content))
@@ -229,8 +229,8 @@ def test_a_missing_shard_and_a_wrong_index(make_llama: MakeLlama) -> None:
         ({"lm_head.weight": None}, "set tie_word_embeddings to true"),
         ({QKV: torch.zeros(80, 47)}, r"has shape \[80, 47\], config.json says \[80, 48\]"),
         ({QKV: torch.zeros(80, 48, dtype=torch.int8)}, "stored as I8; quantized"),
-        ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(80)}, "belongs to no plain Llama"),
-        ({"model.layers.3.mlp.up_proj.weight": torch.zeros(80, 48)}, "belongs to no plain Llama"),
+        ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(80)}, "is not part of a plain Llama"),
+        ({"model.layers.3.mlp.up_proj.weight": torch.zeros(80, 48)}, "is not part of a plain Llama"),
     ],
 )
 def test_files_that_do_not_fit_the_config(

@@ -48,7 +48,7 @@ def test_nothing_is_said_where_all_is_there(folder: Path, capsys: pytest.Capture
     ("gone", "line"),
     [
         ("h/config.json", "model.load.hf h: config.json: no such file or directory"),
-        ("h/model.safetensors", "model.load.hf h: holds no model.safetensors, nor shards of one"),
+        ("h/model.safetensors", "model.load.hf h: has no model.safetensors, nor shards of one"),
         ("data/a.bin", "data.mixture a data/a: a.bin: no such file or directory"),
         ("data/a.idx", "data.mixture a data/a: a.idx: no such file or directory"),
         ("chats.jsonl", "sft.sources chats chats.jsonl: chats.jsonl does not exist or is no file; check the path"),
@@ -63,12 +63,13 @@ def test_what_is_gone_is_named_and_nothing_submitted(
     assert cli.main([*words, "--submit"]) == 2
     told = capsys.readouterr()
     assert told.err == (
-        f"megalong: error: --submit: {line}. The job runs in {folder}: put it there, or write where it is\n"
+        f"megalong: error: --submit: {line}. The job runs in {folder}: put it there, or write the right path\n"
     )
     assert not (folder / "submitted").exists()
     assert cli.main(words) == 0
     told = capsys.readouterr()
-    assert told.err.splitlines() == [f"megalong: warning: {line}; the job ends at its start unless it is there by then"]
+    warning = f"megalong: warning: {line}; the job fails at its start if it is still missing then"
+    assert told.err.splitlines() == [warning]
     assert told.out.startswith("#!")
 
 
@@ -87,7 +88,7 @@ def test_what_earlier_stages_make_is_not_missed(folder: Path) -> None:
     step = folder / "runs" / "one" / "checkpoints" / "step-00000007"
     step.with_suffix(".tmp").mkdir(parents=True)
     (step.with_suffix(".tmp") / "megalong.json").touch()
-    assert missing_inputs(second) == ["model.load.checkpoint runs/one: holds no checkpoint"]
+    assert missing_inputs(second) == ["model.load.checkpoint runs/one: has no checkpoint"]
     step.with_suffix(".tmp").rename(step)
     assert missing_inputs(second) == []
     assert missing(checkpoint="runs/one/checkpoints/step-00000007") == []
@@ -106,7 +107,7 @@ def test_shards_are_looked_up_by_their_index(folder: Path) -> None:
     shards = {"a": "1.safetensors", "b": "2.safetensors", "c": "2.safetensors"}
     (folder / "h" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     (folder / "h" / "1.safetensors").touch()
-    assert missing() == ["model.load.hf h: 1 of its shards are not there, the first is 2.safetensors"]
+    assert missing() == ["model.load.hf h: 1 of its shards are missing, the first is 2.safetensors"]
     (folder / "h" / "2.safetensors").touch()
     assert missing() == []
 

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoModelForCausalLM
 
 from megalong.checkpoint.folder import find_checkpoint, read_meta
-from megalong.hf.base import named
+from megalong.hf.base import hub_name
 from tests.hf.conftest import save_tokenizer
 from tests.llama import make_dataset, make_llama, run_settings
 
@@ -62,7 +62,7 @@ def test_peft_loads_the_adapter_by_the_name_it_gives(trained, pool, tmp_path):
     assert config["task_type"] == "CAUSAL_LM"
     assert config["revision"] is None
     assert f"for the base {trained / 'model'}" in said
-    assert "learnt under" not in said
+    assert "trained with" not in said
     read = PeftConfig.from_pretrained(tmp_path / "adapter")
     assert read.base_model_name_or_path == str(trained / "model")
     tokens = torch.arange(60)[None] * 7 % 515
@@ -97,7 +97,7 @@ def test_an_import_and_a_run_from_it_remember_the_folder(sources, pool, tmp_path
     pool.run(1, "tests.training.workers:train_run", lora_settings(tmp_path / "second", hf, data, model=again))
     config, said = export(pool, tmp_path / "second", tmp_path / "adapter")
     assert config["base_model_name_or_path"] == str(hf)
-    assert "learnt under rope yarn × 4 (the base has none)" in said
+    assert "trained with rope yarn × 4 (the base has none)" in said
 
 
 def test_a_base_that_was_trained_here_is_named_as_what_it_is(sources, pool, tmp_path):
@@ -117,6 +117,6 @@ def test_a_folder_of_the_hubs_cache_is_called_by_its_name_on_the_hub(tmp_path):
     cached = tmp_path / "hub" / "models--meta-llama--Llama-3.1-8B" / "snapshots" / "d04e592b"
     cached.mkdir(parents=True)
     (tmp_path / "link").symlink_to(cached)
-    assert named(str(cached)) == named(str(tmp_path / "link")) == ("meta-llama/Llama-3.1-8B", "d04e592b")
-    assert named("/hub/models--gpt2/snapshots/1") == ("gpt2", "1")
-    assert named("/models/llama") == ("/models/llama", None)
+    assert hub_name(str(cached)) == hub_name(str(tmp_path / "link")) == ("meta-llama/Llama-3.1-8B", "d04e592b")
+    assert hub_name("/hub/models--gpt2/snapshots/1") == ("gpt2", "1")
+    assert hub_name("/models/llama") == ("/models/llama", None)

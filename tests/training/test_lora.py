@@ -195,7 +195,7 @@ def test_fresh_adapters_change_nothing_and_do_not_depend_on_the_layout(sources, 
         ({"r": None}, "adapter_config.json is damaged"),
         ({"use_dora": True}, "has use_dora 'True', which is not read"),
         ({"bias": "all"}, "has bias 'all', which is not read"),
-        ({"target_modules": ["lm_head"]}, r"LORA adapter of \['lm_head'\]; only LORA beside q_proj"),
+        ({"target_modules": ["lm_head"]}, r"LORA adapter of \['lm_head'\]; only LORA on q_proj"),
     ],
 )
 def test_what_is_no_plain_lora_is_told(changed, message, sources, tmp_path):
@@ -232,7 +232,7 @@ def test_a_run_keeps_its_adapters(sources, pool, tmp_path):
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"rank": 4, "alpha": 12.0, "load": "nowhere"}, "lora.load: nowhere holds no adapter_config.json"),
+        ({"rank": 4, "alpha": 12.0, "load": "nowhere"}, "lora.load: nowhere has no adapter_config.json"),
         ({"rank": 8, "alpha": 12.0, "load": "all"}, "lora.load: .*all has rank 4, .*lora says rank 8"),
         ({"rank": 4, "alpha": 12.0, "rs": True, "load": "all"}, "has rank 4, alpha 12, rs false.* says .*rs true"),
     ],

@@ -76,7 +76,7 @@ def test_a_full_disk_ends_the_run_where_it_shall(
     async_save: bool, sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
     run = settings(tmp_path / "run", sources, async_save=async_save)
-    with pytest.raises(RankError, match=r"could not be written .No space left on device.; checkpoints before it"):
+    with pytest.raises(RankError, match=r"could not be written .No space left on device.; earlier checkpoints"):
         pool.run(2, RUN, run, {"full": 4, "rank": 0})
     assert [path.name for path in whole_checkpoints(tmp_path / "run")] == ["step-00000002"]
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
@@ -92,7 +92,7 @@ def test_a_run_whose_last_save_fails_is_not_called_finished(
 ) -> None:
     """From step 4 on a file is in the folder's place: training goes on to its end, which then is an error."""
     run = settings(tmp_path / "run", sources, on_save_failure="continue")
-    with pytest.raises(RankError, match=r"step-00000010 could not be written .*; checkpoints before it"):
+    with pytest.raises(RankError, match=r"step-00000010 could not be written .*; earlier checkpoints"):
         pool.run(1, RUN, run, {"block": 4})
     told = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [one["step"] for one in told if one["kind"] == "save_failed"] == [4, 6, 8, 10]

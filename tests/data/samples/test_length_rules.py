@@ -164,7 +164,7 @@ def test_impossible_rules_are_told(tmp_path: Path, rules: dict[str, Any], told: 
 @pytest.mark.parametrize(
     ("rules", "told"),
     [
-        ({}, "no rule in it"),
+        ({}, "contains no rule"),
         ({"below": 4096}, "below and keep belong together"),
         ({"keep": 0.1, "max_repeats": 1}, "below and keep belong together"),
         ({"above": 4096}, "above belongs with repeat or share"),
