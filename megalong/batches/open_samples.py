@@ -7,7 +7,7 @@ from pathlib import Path
 from megalong.config.schema import Config
 from megalong.data.samples.sampler import PackedSamples
 from megalong.data.tokenizer import TextTokenizer
-from megalong.data.tokenizer_check import ALLOW, Made, check_tokenizers
+from megalong.data.tokenizer_check import ALLOW, DatasetTokenizer, check_tokenizers
 from megalong.errors import UserError
 from megalong.sft.samples import ConversationSamples
 
@@ -51,5 +51,5 @@ def check_tokenizer(config: Config, samples: Samples, assets: Path | None) -> li
     elif config.sft.tokenizer is None:
         return []  # the model's own
     else:
-        made = [Made("sft", TextTokenizer(config.sft.tokenizer).described())]
+        made = [DatasetTokenizer("sft", TextTokenizer(config.sft.tokenizer).described())]
     return check_tokenizers(made, assets, ALLOW, config.data.allow_other_tokenizer)

@@ -1,11 +1,11 @@
-"""From text to the tokens a step trains on, in numpy only: every command that touches data starts in a blink.
+"""From text to the tokens that a step trains on. Nothing here imports torch, so data commands start fast.
 
-The way of a token:
+The path of a token:
     corpus/       sources → records → encoder → assemble          text files to an indexed dataset, once
     indexed.py    the dataset; indexed_writer.py writes it
     samples/      splitting → length_rules → epochs → stream, or whole_documents → blending → sampler
                                                                   a dataset to sample k, on every rank
-    synthetic/    streams whose samples are made up: joined documents, tasks
+    synthetic/    streams of synthetic samples: joined documents, tasks
 """
 
 from megalong.data.indexed import IndexedDataset

@@ -1,15 +1,15 @@
-"""What decides the order of samples, as a few words that are saved with every checkpoint.
+"""What decides the order of samples, as a small dict that is saved with every checkpoint.
 
-A run's position in its data is one number. It means something only as long as sample k is the same sample: another
-weight, length, seed, or a dataset written anew deals out other samples under the same numbers, so that some documents
-are seen twice and others never, and no curve shows it. A resume therefore compares what decides the order:
+A run's position in its data is one number k. It is meaningful only while sample k stays the same sample. Another
+weight, length or seed, or a rewritten dataset, puts other samples under the same numbers: some documents are then seen
+twice and others never, and no curve shows it. A resume therefore compares what decides the order:
 
     {"run.seed": 1234, "data.seq_length": 65536, "data.mixture": ["books"], "data.mixture.books.files": "3fa1…", …}
 
 Every key of `data` counts except those that only say how samples are read. Defaults are left out, so a key that a later
-version adds does not look like a change. Batch size and number of steps are not in it: they change how many samples a
-step takes, not which one comes next. A dataset counts by the size and time of change of its files and by what its
-sidecar says, not by its path: moved with its times (`mv`, `cp -p`) it is the same.
+version adds does not look like a change. Batch size and number of steps are not included: they change how many samples
+a step uses, not which one is next. A dataset is identified by the size and modification time of its files and by its
+sidecar, not by its path: a copy that keeps the times (`mv`, `cp -p`) is the same dataset.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Fingerprint = dict[str, Any]
 
 
 def fingerprint(config: Config) -> Fingerprint:
-    """What decides the order of `config`'s samples, as values of JSON under the names of their keys."""
+    """What decides the order of `config`'s samples: JSON values by configuration key."""
     data = config.data.model_dump(mode="json", exclude_defaults=True, exclude=READING)
     found: Fingerprint = {"run.seed": config.run.seed}
     mixture = data.pop("mixture", [])
@@ -48,7 +48,7 @@ def fingerprint(config: Config) -> Fingerprint:
         where = f"data.mixture.{domain['name']}"
         rest = {key: value for key, value in domain.items() if key not in ("name", "path")}
         found.update(_flat(where, rest))
-        if (named := f"{where}.synthetic.tokenizer") in found:  # by what it is: it may move
+        if (named := f"{where}.synthetic.tokenizer") in found:  # by content, since the folder may move
             found[named] = _tokenizer(found[named])
         if "path" in domain:
             found[f"{where}.files"] = dataset_digest(domain["path"])
@@ -63,12 +63,12 @@ def fingerprint(config: Config) -> Fingerprint:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs, key by key: `data.seq_length 4096 → 8192`; nothing where `before` is empty (an old checkpoint)."""
+    """What differs, key by key: `data.seq_length 4096 → 8192`. Empty if `before` is empty (an old checkpoint)."""
     if not before:
         return []
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     gone = {key for key in keys if key not in now or key not in before}
-    listed = "data.mixture" in keys  # domains that came or went tell of their keys by that
+    listed = "data.mixture" in keys  # then the keys of added and removed domains need no lines of their own
     named = set(before.get("data.mixture", [])) ^ set(now.get("data.mixture", []))
     return [
         _change(key, before, now)
@@ -79,7 +79,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _change(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if key.endswith(".files"):
-        return f"{key.removesuffix('.files')}: its files are others (size, time of change or sidecar)"
+        return f"{key.removesuffix('.files')}: its files changed (size, modification time or sidecar)"
     return f"{key} {_shown(before, key)} → {_shown(now, key)}"
 
 
@@ -97,7 +97,7 @@ def _flat(where: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _conversations(path: str) -> str:
-    """Digest of a source's files; one that is missing is told when it is read."""
+    """Digest of a source's files. A missing file is reported later, when it is read."""
     try:
         files = find_files([path])
     except UserError:
@@ -107,7 +107,7 @@ def _conversations(path: str) -> str:
 
 
 def dataset_digest(prefix: str) -> str:
-    """Digest of a dataset's files; one that is missing is told when the dataset is opened."""
+    """Digest of a dataset's files. A missing file is reported later, when the dataset is opened."""
     digest = hashlib.sha256()
     for path in (index_path(prefix), data_path(prefix), Path(prefix)):
         if path.is_file():
@@ -119,6 +119,6 @@ def dataset_digest(prefix: str) -> str:
 
 
 def _tokenizer(folder: str) -> str:
-    """Digest of a tokenizer; one that is missing is told when it is read."""
+    """Digest of a tokenizer. A missing one is reported later, when it is read."""
     file = Path(folder) / "tokenizer.json" if Path(folder).is_dir() else Path(folder)
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""

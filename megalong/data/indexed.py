@@ -1,6 +1,6 @@
-"""Megatron's indexed dataset: one file of tokens, one file that says where everything lies.
+"""Megatron's indexed dataset: a file of tokens, and an index of where each document starts.
 
-    P.bin   the tokens of all documents, end to end, nothing else
+    P.bin   the tokens of all documents, concatenated
     P.idx   little-endian: b"MMIDIDX\\0\\0" | version 1 (u64) | token type (u8) | sequences N (u64) | D (u64)
             | int32 lengths[N] | int64 byte pointers[N] | int64 document_indices[D]
     P.json  our sidecar (absent beside Megatron-LM's own datasets): tokenizer, separator, counts
@@ -8,9 +8,9 @@
 Document d is the sequences document_indices[d] up to document_indices[d + 1]; D is therefore documents + 1. Example:
 two documents of 3 and 2 uint16 tokens: lengths [3, 2], pointers [0, 6], document_indices [0, 1, 2], a .bin of 10 bytes.
 
-Nothing is read at open except the index, which is mapped; tokens are read by the page, when asked for. The whole index
-is checked once at open (a pass over 20 bytes a document), so that a truncated copy is told here, by name and size, and
-not by a wrong token three days into a run.
+Both files are memory-mapped, so tokens are read page by page when they are needed. Opening checks the whole index once
+(20 bytes per document). A truncated copy is therefore reported at the start, by name and size, and not by a wrong token
+three days into a run.
 """
 
 import json
@@ -33,10 +33,10 @@ SIDECAR_FORMAT = 1
 HEADER = struct.Struct("<9sQBQQ")
 TOKEN_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 TYPE_CODES = {name: code for code, name in TOKEN_TYPES.items()}
-_LONG = 4096  # tokens of a piece that feels no slice
+_LONG = 4096  # tokens of a piece from which the cost of slicing does not matter
 CHECKED_AT_ONCE = 1 << 20  # index entries, or bytes of tokens, checked at a time: bounds the memory of the check
-# Places of CHECKED_AT_ONCE bytes where tokens are looked at before a run; a dataset of no more is looked at whole.
-LOOKED_AT = 256
+# Blocks of CHECKED_AT_ONCE bytes whose tokens are checked before a run. A smaller dataset is checked whole.
+CHECKED_BLOCKS = 256
 
 AGAIN = "copy it again, or write it again with `megalong data preprocess`"
 
@@ -65,16 +65,16 @@ class IndexedDataset:
     """A dataset open for reading.
 
     Args:
-        checked: that the very same files were checked before, as an index made from them shows.
+        checked: these files have been checked before (a sample index that was built from them exists).
 
     Attributes:
         dtype: numpy type of a token in the .bin.
         lengths: int32 [N], tokens of each sequence.
         pointers: int64 [N], byte where each sequence starts in the .bin.
         document_indices: int64 [documents + 1], first sequence of each document, then N.
-        sidecar: what P.json says, or None where there is none.
-        ids: ids there are, 0 to `ids` - 1, for a reader who has only those: reading any other is refused. None: not
-            looked at, which a dataset whose sidecar tells its vocabulary does not need.
+        sidecar: what P.json says, None without one.
+        ids: vocabulary size of the reader. Reading an ID outside 0 to `ids` - 1 is refused. None: IDs are not checked;
+            a dataset whose sidecar records the vocabulary size needs no check.
 
     Raises:
         UserError: a file is missing, truncated, too long, of another format, or contradicts another one.
@@ -102,25 +102,25 @@ class IndexedDataset:
 
     @property
     def vocabulary_size(self) -> int | None:
-        """Ids that its tokenizer has, None where no sidecar tells: the dataset may then hold any."""
+        """Vocabulary size of its tokenizer; None if no sidecar records it: the dataset may then contain any ID."""
         return (self.sidecar or {}).get("vocabulary_size")
 
     def range_of_ids(self) -> tuple[int, int, int]:
-        """(lowest id, highest id, tokens looked at): all tokens, or LOOKED_AT places of a large dataset, evenly spread.
+        """(lowest ID, highest ID, tokens checked): of all tokens, or of CHECKED_BLOCKS evenly spaced blocks.
 
-        256 MB are read at most: a second from memory, some seconds from a disk.
+        Reads at most 256 MB: a second from memory, some seconds from a disk.
         """
-        parts = [self._tokens[part] for part in self._looked_at()]
+        parts = [self._tokens[part] for part in self._checked_slices()]
         lowest = min((int(part.min()) for part in parts), default=0)
         return lowest, max((int(part.max()) for part in parts), default=0), sum(map(len, parts))
 
     def refuse_ids_from(self, ids: int) -> None:
-        """Refuse a dataset that holds an id below 0 or from `ids` on, as far as `range_of_ids` sees.
+        """Refuse a dataset that contains an ID below 0 or not below `ids`, among the tokens that `range_of_ids` checks.
 
         Raises:
-            ForeignIdError: it does; the first such token found is named by its document.
+            ForeignIdError: there is one. The message names the document of the first.
         """
-        for part in self._looked_at():
+        for part in self._checked_slices():
             self._refuse_foreign(self._tokens[part], part.start, ids)
 
     @cached_property
@@ -134,7 +134,7 @@ class IndexedDataset:
         return np.asarray(ends[self.document_indices])
 
     def start_of(self, document: int) -> int:
-        """Token where a document that is not empty starts in the .bin; reads a single entry of the index."""
+        """Token where a non-empty document starts in the .bin. Reads a single entry of the index."""
         return int(self.pointers[self.document_indices[document]]) // self.dtype.itemsize
 
     def starts_of(self, documents: np.ndarray) -> np.ndarray:
@@ -166,10 +166,10 @@ class IndexedDataset:
         return self.read(start, end - start)
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """`length` tokens from token `start` of the .bin, whatever documents they belong to: a read-only view.
+        """`length` tokens from token `start` of the .bin, across documents: a read-only view.
 
         Raises:
-            ForeignIdError: one of them is none of `ids`.
+            ForeignIdError: an ID is not below `ids`.
         """
         found = self._tokens[start : start + length]
         if self.ids is not None:
@@ -179,10 +179,10 @@ class IndexedDataset:
     def gather(self, starts: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
         """Copy pieces of the .bin end to end: `lengths[i]` tokens from token `starts[i]`, together len(out).
 
-        Where `out` has the dataset's own type, long pieces are copied at the speed of memcpy.
+        If `out` has the dataset's type, long pieces are copied at the speed of memcpy.
 
         Raises:
-            ForeignIdError: one of them is none of `ids`.
+            ForeignIdError: an ID is not below `ids`.
         """
         self._gather(starts, lengths, out)
         if self.ids is not None and _any_foreign(out, self.ids):
@@ -191,8 +191,8 @@ class IndexedDataset:
 
     def _gather(self, starts: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
         filled = 0
-        # numpy leaves Python's lock while it copies, or waits for the disk; slices of a memoryview keep it, but cost a
-        # third of those of an array, which short documents feel.
+        # numpy releases the GIL while it copies or waits for the disk. Slices of a memoryview keep the GIL, but cost a
+        # third of an array's slices, which matters for short documents.
         if out.dtype != self.dtype or len(out) >= _LONG * len(starts):
             for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
                 out[filled : filled + length] = self._tokens[start : start + length]
@@ -203,23 +203,23 @@ class IndexedDataset:
             target[filled : filled + length] = source[start : start + length]
             filled += length
 
-    def _looked_at(self) -> list[slice]:
-        """Tokens to look at before a run: all, or LOOKED_AT parts of a large .bin, first and last included."""
+    def _checked_slices(self) -> list[slice]:
+        """Tokens to check before a run: all, or CHECKED_BLOCKS blocks of a large .bin, its first and last included."""
         size = CHECKED_AT_ONCE // self.dtype.itemsize
-        if self.num_tokens <= LOOKED_AT * size:
+        if self.num_tokens <= CHECKED_BLOCKS * size:
             return list(_slices(self.num_tokens, size))
-        starts = np.linspace(0, self.num_tokens - size, LOOKED_AT).astype(np.int64).tolist()
+        starts = np.linspace(0, self.num_tokens - size, CHECKED_BLOCKS).astype(np.int64).tolist()
         return [slice(start, start + size) for start in starts]
 
     def _refuse_foreign(self, tokens: np.ndarray, start: int, ids: int) -> None:
-        """Refuse `tokens`, which stand in the .bin from token `start` on, where one of them is none of `ids`."""
+        """Refuse `tokens`, which start at token `start` of the .bin, if one of them is not below `ids`."""
         if not _any_foreign(tokens, ids):
             return
         place = start + int(np.argmax((tokens < 0) | (tokens >= ids)))
         sequence = int(np.searchsorted(self.pointers, place * self.dtype.itemsize, side="right")) - 1
         document = int(np.searchsorted(self.document_indices, sequence, side="right")) - 1
         raise ForeignIdError(
-            f"{self.prefix}: document {document:,} holds the id {self._tokens[place]} (token "
+            f"{self.prefix}: document {document:,} contains the id {self._tokens[place]} (token "
             f"{place - self.start_of(document):,} of it), but there are {ids:,} ids, 0 to {ids - 1:,}: the dataset was "
             "made with another tokenizer or is damaged; tokenize it with the model's own tokenizer"
         )
@@ -244,7 +244,7 @@ class IndexedDataset:
         self.document_indices = np.frombuffer(buffer, "<i8", boundaries, HEADER.size + 12 * sequences)
 
     def _check_index(self, path: Path) -> None:
-        """Pointers follow from lengths, document boundaries rise from 0 to N."""
+        """Refuse pointers that do not follow from the lengths, and document boundaries that do not rise from 0 to N."""
         position = 0
         for part in _slices(len(self.lengths)):
             lengths = self.lengths[part].astype(np.int64)
@@ -277,11 +277,11 @@ class IndexedDataset:
         except ValueError as error:
             raise UserError(f"{path}: not readable as JSON ({error}): {AGAIN}") from None
         keys = ("format", "documents", "tokens")
-        told = tuple(sidecar.get(key) for key in keys) if isinstance(sidecar, dict) else None
+        recorded = tuple(sidecar.get(key) for key in keys) if isinstance(sidecar, dict) else None
         found = (SIDECAR_FORMAT, self.num_documents, self.num_tokens)
-        if told != found:
+        if recorded != found:
             raise UserError(
-                f"{path}: describes another dataset ({', '.join(keys)}: {told} told, {found} found): "
+                f"{path}: describes another dataset ({', '.join(keys)}: {recorded} recorded, {found} found): "
                 "delete it if the dataset was replaced by another tool, else write the dataset again"
             )
         return dict(sidecar)
@@ -298,7 +298,7 @@ def _slices(total: int, size: int = CHECKED_AT_ONCE) -> Iterator[slice]:
 
 
 def _any_foreign(tokens: np.ndarray, ids: int) -> bool:
-    """Whether any of `tokens` is below 0 or not below `ids`, in one pass: negative numbers are the largest unsigned."""
+    """Whether a token is below 0 or not below `ids`. One pass: as unsigned, negative numbers are the largest."""
     return len(tokens) > 0 and int(tokens.view(f"u{tokens.dtype.itemsize}").max()) >= ids
 
 
@@ -322,4 +322,4 @@ def _refuse_header(path: Path, magic: bytes, version: int, code: int) -> None:
     if code not in TOKEN_TYPES:
         raise UserError(f"{path}: token type {code} found, one of {sorted(TOKEN_TYPES)} expected: {AGAIN}")
     if TOKEN_TYPES[code].startswith("float"):
-        raise UserError(f"{path}: holds {TOKEN_TYPES[code]}, not tokens: give a dataset of a whole-number type")
+        raise UserError(f"{path}: contains {TOKEN_TYPES[code]}, not tokens: give a dataset of an integer type")

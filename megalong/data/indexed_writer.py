@@ -1,14 +1,14 @@
-"""Writing an indexed dataset so that a killed run is never mistaken for a whole one.
+"""Writes an indexed dataset so that a killed run never leaves one that looks complete.
 
-Tokens, lengths and document boundaries stream into files of their own beside the dataset (or in `folder`), so memory
-does not grow with the corpus: a billion documents are 12 GB of index. `finish` makes the index out of them and writes
-the sidecar aside too, then publishes in the one order that is safe at every instant:
+Tokens, lengths and document boundaries are streamed to temporary files beside the dataset (or in `folder`), so memory
+does not grow with the corpus: a billion documents are 12 GB of index. `finish` builds the index from them, writes the
+sidecar to a temporary file too, and publishes in the one order that is safe at every instant:
 
     delete the old P.idx → rename P.bin → rename P.json → rename P.idx
 
-A dataset without .idx does not open, so from the first step to the last there is none: never the old index over new
-tokens. What a killed run leaves behind are `.tmp-` files, which nothing reads and which may be deleted at any time. In
-a `folder` of its own they have lasting names, and a writer that is given what `settle` returned goes on from there.
+A dataset without .idx does not open. During these steps there is none, so an old index never describes new tokens. A
+killed run leaves `.tmp-` files, which nothing reads and which may be deleted at any time. In a `folder` the files have
+permanent names, and a new writer continues from the state that `flush` returned.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ NOTHING: State = {"tokens": 0, "sequences": 0, "documents": 0, "histogram": None
 
 
 @contextlib.contextmanager
-def written(where: Path | str) -> Iterator[None]:
-    """Turn a disk's error while `where` is written into one line.
+def writing(where: Path | str) -> Iterator[None]:
+    """Report an I/O error while `where` is written as one line.
 
     Raises:
         UserError: the write failed.
@@ -59,14 +59,14 @@ def written(where: Path | str) -> Iterator[None]:
 
 
 class IndexedDatasetWriter:
-    """Writes the dataset `prefix`; a context manager that removes what it wrote unless `finish` was reached.
+    """Writes the dataset `prefix`. A context manager that removes what it wrote unless `finish` was called.
 
     Args:
-        folder: where to write until `finish`, kept if that is not reached; must be on the same file system.
-        state: what an earlier writer's `settle` returned; go on from there.
+        folder: where to write until `finish`, on the same file system. Its files are kept if `finish` is not called.
+        state: continue from this state, which an earlier writer's `flush` returned.
 
     Raises:
-        UserError: the folder cannot be made or written to, or the disk is full.
+        UserError: the folder cannot be created or written to, or the disk is full.
 
     Example:
         with IndexedDatasetWriter("corpus_text_document", np.uint16) as writer:
@@ -93,9 +93,9 @@ class IndexedDatasetWriter:
         )
 
     def add_document(self, tokens: np.ndarray, lengths: list[int] | None = None) -> None:
-        """One document: `tokens` [n], cut into sequences of `lengths` (one sequence unless told otherwise).
+        """Add one document: `tokens` [n], cut into sequences of `lengths` (None: one sequence).
 
-        An empty document is a document without sequences, as Megatron-LM's own tool writes it.
+        An empty document has no sequences, as Megatron-LM's own tool writes it.
         """
         sequences = ([len(tokens)] if len(tokens) else []) if lengths is None else lengths
         if sum(sequences) != len(tokens):
@@ -104,7 +104,7 @@ class IndexedDatasetWriter:
         self._write_index_entries(np.asarray(sequences, np.int64), np.array([len(sequences)]), np.array([len(tokens)]))
 
     def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Many documents of one sequence each: `tokens` [sum of lengths] end to end, `lengths` [documents]."""
+        """Add documents of one sequence each: `tokens` [sum of lengths] end to end, `lengths` [documents]."""
         if int(np.sum(lengths, dtype=np.int64)) != len(tokens):
             raise ValueError(f"{len(lengths)} documents of {np.sum(lengths)} tokens do not make {len(tokens)} tokens")
         self._write_tokens(np.asarray(tokens))
@@ -112,24 +112,24 @@ class IndexedDatasetWriter:
         self._write_index_entries(lengths[lengths > 0], lengths > 0, lengths)
 
     def add_file(self, tokens: Path, entries: Iterable[Entries]) -> None:
-        """Documents whose tokens, of our type, are the file `tokens`, copied without a look at them.
+        """Add documents whose tokens are the file `tokens`, in this dataset's type. The file is copied, not parsed.
 
         Args:
-            entries: for some documents at a time (tokens of each sequence, sequences and tokens of each document).
+            entries: batches of documents: (tokens of each sequence, sequences and tokens of each document).
         """
         before = self.num_tokens
         for sequences, counts, lengths in entries:
             self.num_tokens += int(np.sum(lengths, dtype=np.int64))
             self._write_index_entries(np.asarray(sequences, np.int64), counts, lengths)
         size = (self.num_tokens - before) * self.dtype.itemsize
-        with written(self.prefix):
+        with writing(self.prefix):
             if tokens.stat().st_size != size:
                 raise UserError(f"{tokens}: {tokens.stat().st_size} bytes found, {size} expected; it changed meanwhile")
             _append(self._data, tokens)
 
-    def settle(self) -> State:
-        """Wait until everything added is on disk; what to give a later writer that shall go on from here."""
-        with written(self.prefix):
+    def flush(self) -> State:
+        """Wait until everything added is on disk. Returns the state from which a later writer can continue."""
+        with writing(self.prefix):
             for file in (self._data, self._lengths, self._bounds):
                 file.flush()
                 os.fsync(file.fileno())
@@ -137,14 +137,14 @@ class IndexedDatasetWriter:
         return dict(zip(NOTHING, counts, strict=True))
 
     def finish(self, sidecar: dict[str, Any] | None = None) -> None:
-        """Publish the dataset; `sidecar` describes it beside the counts, without one an old description is removed."""
-        with written(self.prefix):
+        """Publish the dataset. `sidecar` is written beside the counts; without one an old sidecar is removed."""
+        with writing(self.prefix):
             self._publish(sidecar)
 
     def abandon(self) -> None:
-        """Remove what was written aside, or leave it in its folder; does nothing once published."""
+        """Close the temporary files; remove them unless they are in a `folder`. Does nothing once published."""
         for file in (self._data, self._lengths, self._bounds):
-            with contextlib.suppress(OSError):  # closing writes what is buffered, for which a full disk has no room
+            with contextlib.suppress(OSError):  # closing flushes buffers, which fails on a full disk
                 file.close()
         if self._folder is None:
             for ending in (".bin", ".lengths", ".bounds", ".json", ".idx"):
@@ -193,14 +193,14 @@ class IndexedDatasetWriter:
         limits = np.iinfo(self.dtype)
         if len(tokens) and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
             raise ValueError(f"tokens from {tokens.min()} to {tokens.max()} do not fit {self.dtype}")
-        with written(self.prefix):
+        with writing(self.prefix):
             self._data.write(tokens.astype(self.dtype, copy=False).tobytes())
         self.num_tokens += len(tokens)
 
     def _write_index_entries(self, sequences: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> None:
         refuse_too_long(sequences)
         bounds = self.num_sequences + np.cumsum(counts, dtype=np.int64)
-        with written(self.prefix):
+        with writing(self.prefix):
             self._lengths.write(sequences.astype("<i4").tobytes())
             self._bounds.write(bounds.astype("<i8").tobytes())
         self.num_sequences += len(sequences)
@@ -222,33 +222,31 @@ class IndexedDatasetWriter:
             file.write(bounds.tobytes())
 
     def _read(self, file: IO[bytes], dtype: str) -> Iterator[np.ndarray]:
-        """What was written to `file`, slice by slice."""
+        """The entries written to `file`, slice by slice."""
         file.flush()
         with open(file.name, "rb") as again:
             while len(entries := np.fromfile(again, dtype, SLICE)):
                 yield entries
 
 
-def holds(state: State, path: Path, dtype: np.dtype[Any]) -> bool:
-    """Whether the files of a writer in a folder, `path` and an ending, are as long as its `settle` said."""
+def has_files_of(state: State, path: Path, dtype: np.dtype[Any]) -> bool:
+    """Whether a writer's files in its folder (`path` and an ending) are at least as long as `state` says."""
     files = {Path(f"{path}{ending}"): size for ending, size in _sizes(state, dtype).items()}
     return all(file.is_file() and file.stat().st_size >= size for file, size in files.items())
 
 
 def refuse_too_long(lengths: np.ndarray) -> None:
-    """Refuse sequences (tokens of each) that the index cannot hold.
+    """Refuse sequences of `lengths` tokens that are too long for the index.
 
     Raises:
-        UserError: 2^31 tokens or more.
+        UserError: a sequence has 2^31 tokens or more.
     """
     if len(lengths) and lengths.max() > np.iinfo(np.int32).max:
-        raise UserError(
-            f"a document of {lengths.max()} tokens: the format holds 2,147,483,647 at most; cut it into several"
-        )
+        raise UserError(f"a document of {lengths.max()} tokens: the format allows 2,147,483,647 at most; split it")
 
 
 def _sizes(state: State, dtype: np.dtype[Any]) -> dict[str, int]:
-    """Bytes of each file that grows: tokens, lengths of sequences, end of each document."""
+    """Bytes of each temporary file: tokens, sequence lengths, document ends."""
     return {
         ".bin": state["tokens"] * dtype.itemsize,
         ".lengths": 4 * state["sequences"],
@@ -257,7 +255,7 @@ def _sizes(state: State, dtype: np.dtype[Any]) -> dict[str, int]:
 
 
 def _opened(path: Path, size: int) -> IO[bytes]:
-    """`path` for writing behind its first `size` bytes."""
+    """Open `path` for writing after its first `size` bytes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("r+b" if size else "wb", buffering=SLICE)
@@ -270,7 +268,7 @@ def _opened(path: Path, size: int) -> IO[bytes]:
 
 
 def _append(target: IO[bytes], path: Path) -> None:
-    """Add the content of `path` to `target`, inside the kernel where it can."""
+    """Append the content of `path` to `target`, inside the kernel if possible."""
     target.flush()
     with path.open("rb") as source:
         try:
@@ -285,7 +283,7 @@ def _append(target: IO[bytes], path: Path) -> None:
 
 
 def _close(file: IO[bytes]) -> None:
-    """Close only when the bytes are on the disk: a rename must not overtake them."""
+    """Close after the bytes are on the disk, so that a rename cannot reach it first."""
     file.flush()
     os.fsync(file.fileno())
     file.close()

@@ -1,6 +1,6 @@
-"""`megalong data inspect`: what a dataset holds, at a glance: counts, how long documents are, how the first ones read.
+"""`megalong data inspect`: counts, document lengths and the first documents of a dataset.
 
-Separators are shown between ⟦ and ⟧, so that one can see whether documents end as they should:
+Separators are shown between ⟦ and ⟧, to check that documents end as they should:
 
     document 0: 7 tokens
     | Call me Ishmael.⟦<s>⟧
@@ -20,24 +20,24 @@ BAR = 40
 SET_ASIDE = {"bad": "records", "contaminated": "documents"}
 HEAD, TAIL = 200, 40  # tokens shown of a long document
 MARKS = (
-    ("⟨", "⟩", "read, but not learnt: no target (loss mask)"),
+    ("⟨", "⟩", "read, but not a target (loss mask)"),
     ("⟦", "⟧", "a separator, or how much is not shown"),
-    ("«", "»", "put into the text (synthetic)"),
+    ("«", "»", "inserted into the text (synthetic)"),
 )
 
 
 def inspect(
     prefix: str, documents: int = 3, tokenizer: str | None = None, png: str | None = None, overwrite: bool = False
 ) -> None:
-    """Print what the dataset `prefix` holds and its first `documents` documents.
+    """Print counts and lengths of the dataset `prefix`, and its first `documents` documents.
 
     Args:
-        png: where to draw the lengths of documents too.
-        tokenizer: folder to decode with; else the one the dataset was made with if it is still there, else ids.
-        overwrite: draw over a picture that is there.
+        png: where to plot the lengths of documents; None: no plot.
+        tokenizer: folder to decode with. None: the one the dataset was made with, or IDs if that is gone.
+        overwrite: overwrite an existing picture.
 
     Raises:
-        UserError: the dataset cannot be read, the tokenizer is not the one it was made with, the picture is there.
+        UserError: the dataset cannot be read, the tokenizer is not the one it was made with, or the picture exists.
     """
     refuse_overwriting([Path(png)] if png is not None else [], "--png", overwrite)
     dataset = IndexedDataset(prefix)
@@ -53,16 +53,16 @@ def inspect(
 
 
 def legend(blocks: Sequence[str]) -> list[str]:
-    """What the marks in `blocks` mean, in one line, for those that are there."""
+    """One line that explains the marks that occur in `blocks`."""
     found = [f"{begin} {end} {meaning}" for begin, end, meaning in MARKS if any(begin in block for block in blocks)]
     return [f"legend: {' | '.join(found)}"] if found else []
 
 
 def decoder_for(dataset: IndexedDataset, tokenizer: str | None) -> TextTokenizer | None:
-    """The tokenizer that turns ids of `dataset` into text: `tokenizer`, else the recorded one; None where it is gone.
+    """The tokenizer that decodes `dataset`: `tokenizer`, else the recorded one, None if that is gone.
 
     Raises:
-        UserError: `tokenizer` is not the one the dataset was made with, as far as its record or its ids show.
+        UserError: the sidecar or the IDs show that the dataset was not made with `tokenizer`.
     """
     made_with = (dataset.sidecar or {}).get("tokenizer")
     if tokenizer is not None:
@@ -70,7 +70,7 @@ def decoder_for(dataset: IndexedDataset, tokenizer: str | None) -> TextTokenizer
         if made_with and made_with["sha256"] != given.sha256:
             raise UserError(
                 f"--tokenizer: {tokenizer} is not the one that {dataset.prefix} was made with "
-                f"({made_with['name']}, {made_with['path']}), the text would be wrong; give that one"
+                f"({made_with['name']}, {made_with['path']}): the text would be wrong; give that one"
             )
         if dataset.vocabulary_size is None:
             dataset.refuse_ids_from(given.vocabulary_size)
@@ -86,8 +86,8 @@ def _facts(dataset: IndexedDataset) -> str:
     lengths, sidecar = dataset.document_lengths, dataset.sidecar or {}
     made_with, separator = sidecar.get("tokenizer"), sidecar.get("separator")
     unknown = "not recorded" if not sidecar else "none"
-    lowest, highest, looked_at = dataset.range_of_ids()
-    some = "" if looked_at == dataset.num_tokens else f" (of {looked_at:,} tokens looked at)"
+    lowest, highest, checked = dataset.range_of_ids()
+    some = "" if checked == dataset.num_tokens else f" (of {checked:,} tokens checked)"
     rows = {
         "documents": f"{dataset.num_documents:,} ({int((lengths == 0).sum()):,} empty)",
         "sequences": f"{len(dataset.lengths):,}",
@@ -124,8 +124,8 @@ def _document(dataset: IndexedDataset, number: int, decoder: TextTokenizer | Non
     separator = (dataset.sidecar or {}).get("separator") or {"ids": [], "text": ""}
     size, first = len(separator["ids"]), separator.get("position") == "before"
     found = ids[:size] if first else ids[len(ids) - size :]
-    stands = size > 0 and found == separator["ids"]
-    body = (ids[size:] if first else ids[: len(ids) - size]) if stands else ids
+    separated = size > 0 and found == separator["ids"]
+    body = (ids[size:] if first else ids[: len(ids) - size]) if separated else ids
     if len(body) > HEAD + TAIL:
         parts = [
             shown(body[:HEAD], decoder),
@@ -134,7 +134,7 @@ def _document(dataset: IndexedDataset, number: int, decoder: TextTokenizer | Non
         ]
     else:
         parts = [shown(body, decoder)]
-    if stands:
+    if separated:
         mark = f"⟦{printable(separator['text'])}⟧" if decoder else f"⟦{shown(found, None)}⟧"
         parts.insert(0 if first else len(parts), mark)
     lines = (" " if decoder is None else "").join(parts).split("\n")
@@ -142,12 +142,12 @@ def _document(dataset: IndexedDataset, number: int, decoder: TextTokenizer | Non
 
 
 def shown(ids: list[int], decoder: TextTokenizer | None) -> str:
-    """Ids as text that is safe to print, or as numbers."""
+    """IDs as text that is safe to print, or as numbers without a decoder."""
     if decoder is None:
         return " ".join(str(id) for id in ids)
     return "\n".join(printable(line) for line in decoder.decode(ids).split("\n"))
 
 
 def printable(text: str) -> str:
-    """Control characters spelled out: a document must not drive the terminal."""
+    """`text` with control characters escaped: a document must not control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""`megalong data inspect CONFIG.yaml`: training samples as text, with all that decides what is learnt from them.
+"""`megalong data inspect CONFIG.yaml`: training samples as text, with documents, positions and targets.
 
     sample 0 of books: 4,096 tokens to read and one more, 2 documents, masked, 4,095 targets
       document 0: tokens 0 to 17, positions 0 to 17, 17 targets
@@ -6,10 +6,9 @@
       document 1: tokens 18 to 4,096, positions 0 to 4,077, 4,078 targets
       | ⟨Call⟩ me Ishmael. Some years ago⟦… 3,839 tokens …⟧and there is all his might before you.
 
-Of a document with notes in its text, or a question at its end (`synthetic`), these are shown too, between « and ».
-Separators stand between ⟦ and ⟧; tokens that do not count when they are predicted (loss mask) between ⟨ and ⟩. The
-last line says so of the marks that were printed.
-Positions are those the model is given. The sample is what training reads, from the same code; no torch is needed.
+Separators are between ⟦ and ⟧, tokens that are no targets (loss mask) between ⟨ and ⟩, and what was inserted into the
+text (`synthetic`) between « and ». The last line explains the marks that were printed. Positions are those that the
+model gets. Samples come from the code that training uses; no torch is needed.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from megalong.data.samples.sampler import PackedSamples
 from megalong.data.tokenizer import TextTokenizer
 from megalong.data.vocabulary import model_vocabulary
 
-AROUND = 12  # tokens shown to either side of what was planted
-RUNS = 3  # runs of positions told of one document
+AROUND = 12  # tokens shown on either side of what was planted
+RUNS = 3  # runs of positions shown per document
 
 
 Blocks = Callable[[Config, int, str | None], Iterator[str]]
@@ -45,15 +44,15 @@ def inspect_samples(
     """Print the first `samples` training samples of every stage.
 
     Args:
-        tokenizer: folder to decode with; else the one the datasets were made with if it is still there, else ids.
-        conversations: what shows a stage of task sft, which is not this floor's.
+        tokenizer: folder to decode with. None: the one the datasets were made with, or IDs if that is gone.
+        conversations: shows a stage of task sft. Passed in because `sft` is above this package.
 
     Raises:
         UserError: the configuration or a dataset is wrong, or the tokenizer is not the one it was made with.
     """
     stages, vocabulary, shown_blocks = load_config(config, list(overrides)), None, list[str]()
     for stage in stages:
-        vocabulary = model_vocabulary(stage) or vocabulary  # a stage that starts from the one before has its model
+        vocabulary = model_vocabulary(stage) or vocabulary  # a stage may continue with the model of the one before
         if len(stages) > 1:
             print(f"stage {stage.run.name}")
         if conversations is not None and stage.task == "sft":
@@ -101,10 +100,10 @@ def describe(
     """One sample, document by document, as in the module's docstring.
 
     Args:
-        planted: (first token, end) of what was put into its text, rising.
-        documents: int64, ascending from 0: where documents, or the rest of one, begin, and padding; None: where
-            attention is kept apart.
-        paddings: (first token, end) of padding, rising; None: behind `sample.filled`.
+        planted: (first token, end) of each text that was inserted, ascending.
+        documents: int64, ascending from 0: where documents (or the rest of one) and padding begin. None: where
+            attention is masked.
+        paddings: (first token, end) of padding, ascending. None: after `sample.filled`.
     """
     length = len(sample.tokens) - 1
     documents = sample.documents if documents is None else documents
@@ -123,23 +122,23 @@ def describe(
             *(f"  | {line}" for line in text.split("\n")),
         ]
         number += 1
-    apart = _apart(sample, number, paddings, masked)
+    mask = _masking(sample, number, paddings, masked)
     head = (
-        f"{title}: {length:,} tokens to read and one more, {number:,} documents{apart}, {int(targets.sum()):,} targets"
+        f"{title}: {length:,} tokens to read and one more, {number:,} documents{mask}, {int(targets.sum()):,} targets"
     )
     return "\n".join([head, *blocks])
 
 
-def _apart(sample: Sample, documents: int, paddings: Sequence[tuple[int, int]], masked: bool) -> str:
-    """How documents see each other, to stand behind their number."""
-    apart = [start for start in sample.documents if not any(first <= start < end for first, end in paddings)]
-    if not masked or len(apart) < min(2, documents):
+def _masking(sample: Sample, documents: int, paddings: Sequence[tuple[int, int]], masked: bool) -> str:
+    """How documents attend to each other; printed after their number."""
+    packs = [start for start in sample.documents if not any(first <= start < end for first, end in paddings)]
+    if not masked or len(packs) < min(2, documents):
         return " that see each other"
-    return ", masked" if len(apart) == documents else f" in {len(apart):,} masked packs"
+    return ", masked" if len(packs) == documents else f" in {len(packs):,} masked packs"
 
 
 def targets_of(sample: Sample, masked: bool) -> np.ndarray:
-    """bool [S + 1]: the tokens that count when they are predicted; the first never does."""
+    """bool [S + 1]: the tokens that are targets; the first never is."""
     targets = np.arange(len(sample.tokens)) < sample.filled
     targets[0] = False
     if masked:
@@ -148,7 +147,7 @@ def targets_of(sample: Sample, masked: bool) -> np.ndarray:
 
 
 def positions_of(sample: Sample, masked: bool) -> np.ndarray:
-    """int64 [S]: the position of every token that is read."""
+    """int64 [S]: the position of each input token."""
     if sample.positions is not None:
         return sample.positions
     places = np.arange(len(sample.tokens) - 1)
@@ -158,7 +157,7 @@ def positions_of(sample: Sample, masked: bool) -> np.ndarray:
 
 
 def _spans(positions: np.ndarray) -> str:
-    """`0 to 17`, or where positions were skipped `0 to 9, 700 to 707`."""
+    """`0 to 17`, or `0 to 9, 700 to 707` if positions were skipped."""
     if len(positions) == 0:
         return "none"
     cuts = np.flatnonzero(np.diff(positions) != 1) + 1
@@ -173,7 +172,7 @@ def _text(
     separator: dict[str, Any],
     planted: Sequence[tuple[int, int]],
 ) -> str:
-    """Head and tail of a document, and what was planted between with a little around it."""
+    """Head and tail of a document, and what was planted between them with its surroundings."""
     kept = np.ones(len(ids), bool)
     kept[HEAD : max(HEAD, len(ids) - TAIL)] = False
     for begin, end in planted:
@@ -190,7 +189,7 @@ def _text(
 
 
 def _marked(ids: list[int], targets: np.ndarray, decoder: TextTokenizer | None, separator: dict[str, Any]) -> str:
-    """Text of `ids` with separators and tokens that are no targets between their marks."""
+    """Text of `ids`, with marks around separators and around tokens that are no targets."""
     kind = np.where(targets, 0, 1)
     for place in _places(ids, separator["ids"]):
         kind[place : place + len(separator["ids"])] += 2
@@ -206,7 +205,7 @@ def _marked(ids: list[int], targets: np.ndarray, decoder: TextTokenizer | None, 
 
 
 def _places(ids: list[int], wanted: list[int]) -> list[int]:
-    """Where `wanted` stands in `ids`, without overlaps."""
+    """Where `wanted` occurs in `ids`, without overlaps."""
     found, place = [], 0
     while wanted and place <= len(ids) - len(wanted):
         if ids[place : place + len(wanted)] == wanted:

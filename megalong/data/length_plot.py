@@ -1,6 +1,6 @@
-"""The picture of a length histogram: for each doubling of the length, the share of documents and the share of tokens.
+"""Plot of a length histogram: for each doubling of the length, the share of documents and the share of tokens.
 
-Both are shown because they differ: most documents of a crawl are short, and most tokens of a long-context corpus lie in
+Both are shown because they differ: most documents of a crawl are short, and most tokens of a long-context corpus are in
 few long ones. Drawn on matplotlib's Agg canvas without pyplot: no display, no global state.
 """
 
@@ -15,13 +15,13 @@ from megalong.plots import new_figure, save
 
 
 def plot_lengths(buckets: list[Bucket], title: str, path: Path) -> None:
-    """Draw `buckets` into the PNG `path`, which appears whole or not at all.
+    """Plot `buckets` to the PNG `path`, which appears whole or not at all.
 
     Raises:
-        UserError: there is nothing to draw, or the file cannot be written.
+        UserError: there is nothing to plot, or the file cannot be written.
     """
     if not buckets:
-        raise UserError(f"--png: {title} holds no token, there is no length to draw; leave the flag out")
+        raise UserError(f"--png: {title} contains no tokens, so there is no length to plot; leave the flag out")
     figure = new_figure(8, 4.2)
     axes = figure.add_subplot()
     places = range(len(buckets))
@@ -39,7 +39,7 @@ def plot_lengths(buckets: list[Bucket], title: str, path: Path) -> None:
 
 
 def sparse(labels: Sequence[str], most: int = 12) -> list[str]:
-    """`labels` of marks side by side with every second, third, … kept, so that at most `most` are and none overlap."""
+    """Keep every n-th of `labels`, at most `most` of them, so that none overlap; the others become empty."""
     step = -(-len(labels) // most)
     return ["" if place % step else label for place, label in enumerate(labels)]
 

@@ -1,8 +1,8 @@
-"""How long documents are, counted by doublings: [1, 2), [2, 4), [4, 8) …
+"""Histogram of document lengths by doublings: [1, 2), [2, 4), [4, 8) …
 
-Long-context training lives on the few long documents; a mean hides them, doublings show them: for each bucket the
-number of documents and of tokens. Empty documents have no bucket. Lengths are added as they come, since a corpus may
-have more documents than fit into memory.
+Long-context training needs the few long documents. A mean hides them; doublings show them. Each bucket counts documents
+and tokens. Empty documents have no bucket. Lengths are added incrementally, because a corpus may have more documents
+than fit into memory.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ DOUBLINGS = 63
 
 
 class LengthHistogram:
-    """Counts by doublings of all lengths added so far; `empty` counts those of no token.
+    """Counts by doublings of all lengths added so far; `empty` counts empty documents.
 
     Args:
-        state: what `state` of another histogram returned; go on from there.
+        state: continue from this state of another histogram.
     """
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
@@ -27,11 +27,11 @@ class LengthHistogram:
         self.empty: int = state["empty"]
 
     def state(self) -> dict[str, Any]:
-        """All it knows, as JSON holds it."""
+        """All counts, as JSON values."""
         return {"documents": self._documents.tolist(), "tokens": self._tokens.tolist(), "empty": self.empty}
 
     def add(self, lengths: np.ndarray) -> None:
-        """Count `lengths`: whole numbers [documents]."""
+        """Count `lengths`: integers [documents]."""
         lengths = np.asarray(lengths, np.int64)
         self.empty += int((lengths == 0).sum())
         lengths = lengths[lengths > 0]
@@ -40,11 +40,11 @@ class LengthHistogram:
         np.add.at(self._tokens, doubling, lengths)
 
     def buckets(self) -> list[Bucket]:
-        """From the shortest to the longest that occur, gaps included.
+        """Buckets from the shortest to the longest length that occurs, empty ones between them included.
 
         Each is {"from": 2^k, "below": 2^(k+1), "documents": …, "tokens": …}.
         """
-        met = np.flatnonzero(self._documents)
+        used = np.flatnonzero(self._documents)
         return [
             {
                 "from": 2**k,
@@ -52,12 +52,12 @@ class LengthHistogram:
                 "documents": int(self._documents[k]),
                 "tokens": int(self._tokens[k]),
             }
-            for k in (range(int(met[0]), int(met[-1]) + 1) if len(met) else ())
+            for k in (range(int(used[0]), int(used[-1]) + 1) if len(used) else ())
         ]
 
 
 def length_histogram(lengths: np.ndarray) -> list[Bucket]:
-    """`lengths` (whole numbers [documents]) → buckets, all at once."""
+    """The buckets of `lengths`: integers [documents]."""
     histogram = LengthHistogram()
     histogram.add(lengths)
     return histogram.buckets()

@@ -1,7 +1,7 @@
-"""Giving freed memory back to the system.
+"""Returns freed heap memory to the system.
 
-Loading a vocabulary of 128,000 entries leaves 50 MB of small freed pieces with glibc, which keeps them for later; a
-process that then forks workers would keep them once for each. Other C libraries have no such call, and no such need.
+After a vocabulary of 128,000 entries is loaded, glibc keeps 50 MB of small freed blocks. A process that then forks
+workers would keep them once per worker. Other C libraries have no such call, and do not need it.
 """
 
 import ctypes
@@ -9,7 +9,7 @@ import ctypes
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
-def give_back_freed() -> None:
-    """Return what is free inside the C library's heap, where that can be asked for."""
+def trim_heap() -> None:
+    """Return the free memory in the C library's heap to the system, if the library can."""
     if _trim is not None:
         _trim(0)

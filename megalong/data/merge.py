@@ -1,10 +1,10 @@
-"""`megalong data merge`: datasets, in the order given, become one: the shards of a SLURM array, or years of a crawl.
+"""`megalong data merge`: joins datasets in the given order, such as shards of a SLURM array or years of a crawl.
 
-Tokens are copied file by file inside the kernel, the index is written anew, and the counts of the sidecars are added
-up; so the merged shards of a corpus are, to the byte, what one run would have written.
+Tokens are copied file by file inside the kernel, the index is rewritten, and the counts of the sidecars are summed. The
+merged shards of a corpus are therefore, byte for byte, what one run would have written.
 
-Ids mean nothing without their tokenizer, so datasets are only merged if their sidecars name the same one (and the same
-separator, or the merged sidecar would not be true). Megatron-LM's datasets have no sidecar; they merge with each other.
+IDs mean nothing without their tokenizer, so datasets are only merged if their sidecars name the same tokenizer (and the
+same separator, which the merged sidecar records). Megatron-LM's datasets have no sidecar; they merge with each other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,19 +26,19 @@ COUNTED = ("format", "documents", "tokens", "dtype")
 
 
 def merge(inputs: Sequence[str], output_prefix: str) -> str:
-    """Join the datasets `inputs` into `output_prefix`, which is returned.
+    """Merge the datasets `inputs` into `output_prefix`, which is returned.
 
     Args:
-        inputs: prefixes, or their files (`P_*.idx`, as a shell spells them out), or folders of datasets.
+        inputs: prefixes, or their files (`P_*.idx`, expanded by the shell), or folders of datasets.
 
     Raises:
-        UserError: a dataset cannot be read, they do not belong together, or the output is one of them.
+        UserError: a dataset cannot be read, they do not match, or the output is one of them.
     """
     prefixes = _prefixes(inputs)
     if Path(output_prefix).resolve() in [Path(prefix).resolve() for prefix in prefixes]:
         raise UserError(f"--output-prefix: {output_prefix} is one of the datasets to merge; give another one")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    _refuse_strangers(datasets)
+    _refuse_mismatch(datasets)
     progress = Progress(sum(dataset.num_tokens for dataset in datasets) * datasets[0].dtype.itemsize)
     with IndexedDatasetWriter(output_prefix, datasets[0].dtype) as writer:
         for dataset in datasets:
@@ -53,14 +53,14 @@ def merge(inputs: Sequence[str], output_prefix: str) -> str:
 
 
 def _prefixes(inputs: Sequence[str]) -> list[str]:
-    """Each dataset once, in the order of its first mention."""
+    """The prefix of each dataset once, in the order of first mention."""
     found: dict[str, None] = {}
     for name in inputs:
         path = Path(name)
         if path.is_dir():
             indices = sorted(index for index in path.glob("*.idx") if not index.name.startswith("."))
             if not indices:
-                raise UserError(f"--input: the folder {name} holds no .idx; name datasets by their prefix")
+                raise UserError(f"--input: the folder {name} contains no .idx; name datasets by their prefix")
             found.update((str(index.with_suffix("")), None) for index in indices)
         else:
             is_file = path.suffix in ENDINGS and path.is_file()
@@ -70,19 +70,19 @@ def _prefixes(inputs: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def _refuse_strangers(datasets: Sequence[IndexedDataset]) -> None:
+def _refuse_mismatch(datasets: Sequence[IndexedDataset]) -> None:
     first = datasets[0]
     for other in datasets[1:]:
         if (first.sidecar is None) != (other.sidecar is None):
             bare = other.prefix if other.sidecar is None else first.prefix
             raise UserError(
-                f"--input: {bare} has no sidecar (.json), so nothing tells whether its tokenizer is that of the "
+                f"--input: {bare} has no sidecar (.json), so nothing shows whether its tokenizer is that of the "
                 "others; merge datasets of one tool"
             )
         if first.dtype != other.dtype:
             raise UserError(
-                f"--input: {first.prefix} holds {first.dtype} and {other.prefix} {other.dtype}: they are of different "
-                "vocabularies; tokenize them with one tokenizer"
+                f"--input: {first.prefix} contains {first.dtype} and {other.prefix} {other.dtype}: their vocabularies "
+                "differ; tokenize them with one tokenizer"
             )
         for name in SAME:
             if name == "tokenizer" and _same_tokenizer(first, other):
@@ -96,13 +96,13 @@ def _refuse_strangers(datasets: Sequence[IndexedDataset]) -> None:
 
 
 def _same_tokenizer(first: IndexedDataset, other: IndexedDataset) -> bool:
-    """Whether both record one, and these give the same ids."""
+    """Whether both record a tokenizer, and the two give the same IDs."""
     ours, theirs = ((dataset.sidecar or {}).get("tokenizer") for dataset in (first, other))
     return isinstance(ours, dict) and isinstance(theirs, dict) and bool(same_ids(ours, theirs))
 
 
 def _compared(name: str, sidecar: dict[str, Any]) -> Any:
-    """What must be the same: of a tokenizer its fingerprint, wherever it lay."""
+    """The value that must be equal. Tokenizers are compared by fingerprint, not by path."""
     value = sidecar.get(name)
     return value.get("sha256") if name == "tokenizer" and isinstance(value, dict) else value
 
@@ -112,7 +112,7 @@ def _shown(value: Any) -> str:
 
 
 def _entries(dataset: IndexedDataset) -> Iterator[Entries]:
-    """The index of a dataset, some documents at a time."""
+    """The index of a dataset, in batches of documents."""
     for start in range(0, dataset.num_documents, SLICE):
         bounds = dataset.document_indices[start : start + SLICE + 1]
         sequences = dataset.lengths[bounds[0] : bounds[-1]]

@@ -1,9 +1,9 @@
-"""Progress of a long read: one moving line on a terminal, a plain line now and then in a log.
+"""Progress of a long read: one line that updates on a terminal, a plain line every LOG_SECONDS in a log.
 
-reading: 12.3 MB of 125.0 MB (10 %) | 3,210 documents | 1,230 documents/s | 5.1 MB/s | ETA 0:00:22
+    reading: 12.3 MB of 125.0 MB (10 %) | 3,210 documents | 1,230 documents/s | 5.1 MB/s | ETA 0:00:22
 
-Rates and the time that is left follow from the last minute. So what an earlier run had done counts in how far it has
-come and not in how fast it is, and a read that becomes slower says so.
+Rates and the remaining time are computed over the last minute. What an earlier run has done therefore counts as
+progress but not as speed, and a read that slows down shows it.
 """
 
 import sys
@@ -18,13 +18,13 @@ WINDOW_SECONDS = 60.0
 
 
 class Progress:
-    """Tells how far a read of `total_bytes` has come.
+    """Prints the progress of a read of `total_bytes`.
 
     Args:
-        stream: where to; standard error unless told otherwise.
+        stream: where to print; None: standard error.
         what: what is counted.
-        doing: what is being done, where that is one thing of several.
-        position, documents: what was done before.
+        doing: name of this phase, if there are several.
+        position, documents: what an earlier run has done.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Progress:
         return time.monotonic() - self._start
 
     def update(self, position: int, documents: int) -> None:
-        """Tell it, unless it was told a moment ago: `position` bytes read, `documents` done, of all times."""
+        """Print a line, unless one was printed a moment ago. `position` (bytes read) and `documents` are totals."""
         now = time.monotonic()
         if now - self._last >= (TERMINAL_SECONDS if self._terminal else LOG_SECONDS):
             self._last = now
-            self._stream.write(self._dressed(self.line(position, documents)))
+            self._stream.write(self._framed(self.line(position, documents)))
             self._stream.flush()
         if now - self._marks[-1][0] >= 1:
             self._marks.append((now, position, documents))
@@ -60,13 +60,13 @@ class Progress:
                 self._marks.popleft()
 
     def finish(self) -> None:
-        """Wipe the moving line, so that what follows starts on a line of its own."""
+        """Clear the terminal's progress line, so that later output starts on a line of its own."""
         if self._terminal:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
 
     def line(self, position: int, documents: int) -> str:
-        """The line itself."""
+        """The progress line."""
         since, first, done = self._marks[0]
         seconds = max(time.monotonic() - since, 1e-9)
         speed = (position - first) / seconds
@@ -77,5 +77,5 @@ class Progress:
             f"{(documents - done) / seconds:,.0f} {self._what}/s | {speed / 1e6:,.1f} MB/s | ETA {left}"
         )
 
-    def _dressed(self, line: str) -> str:
+    def _framed(self, line: str) -> str:
         return f"\r{line}\x1b[K" if self._terminal else f"{line}\n"

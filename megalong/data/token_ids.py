@@ -1,15 +1,15 @@
-"""Whether two tokenizers give the same ids, so that a dataset made with one can train a model that has the other.
+"""Whether two tokenizers give the same IDs, so that a dataset made with one can train a model with the other.
 
-A dataset's sidecar keeps two fingerprints of its tokenizer: `sha256` of the whole tokenizer.json, and `ids` of what
-decides ids alone. Where the first differ, the second are compared. They cover
+A dataset's sidecar stores two fingerprints of its tokenizer: `sha256` of the whole tokenizer.json, and `ids` of only
+what decides IDs. If the first differ, the second are compared. `ids` covers
 
-    normalizer, pre-tokenizer      as the installed `tokenizers` spells them
-    vocabulary, merges, scores     whatever the file's spelling, unset fields left out
-    added tokens that text matches those that are not special: spelling, id, how they are matched
+    normalizer, pre-tokenizer      as the installed `tokenizers` serializes them
+    vocabulary, merges, scores     independent of how the file spells them, without unset fields
+    added tokens that text matches those that are not special: spelling, ID, matching rules
 
-and nothing else: chat template, truncation, padding, post-processor and decoder change no id of a text, nor do special
-tokens, which text never turns into. So an instruction-tuned model's tokenizer, or one that `transformers` has saved
-again, is its base's.
+and nothing else. Chat template, truncation, padding, post-processor and decoder do not change the IDs of a text, nor do
+special tokens, which no text turns into. The tokenizer of an instruction-tuned model, or one that `transformers` saved
+again, therefore counts as that of its base model.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import numpy as np
 import orjson
 
 FILE = "tokenizer.json"
-# What fields of the models of `tokenizers` mean where a file leaves them out; all others count as unset.
+# Defaults of model fields in `tokenizers`. A missing field without a default here counts as unset.
 _DEFAULTS = {"max_input_chars_per_word": 100}
 _MATCHING = ("content", "id", "single_word", "lstrip", "rstrip", "normalized")
 
 
 def ids_fingerprint(content: bytes) -> str | None:
-    """Digest of what decides ids in a tokenizer.json; None where it is not one that can be read."""
+    """Digest of what decides IDs in a tokenizer.json; None if it cannot be read."""
     try:
         whole = orjson.loads(content)
         model = dict(whole["model"])
@@ -43,8 +43,8 @@ def ids_fingerprint(content: bytes) -> str | None:
 
 
 def _outside(whole: Mapping[str, Any]) -> Any:
-    """Normalizer and pre-tokenizer; a file of another version of `tokenizers` may spell the same ones otherwise."""
-    from tokenizers import Tokenizer  # takes a moment to import
+    """Normalizer and pre-tokenizer, as this version of `tokenizers` serializes them; others may differ."""
+    from tokenizers import Tokenizer  # slow to import
 
     parts = {name: whole.get(name) for name in ("normalizer", "pre_tokenizer")}
     empty: dict[str, Any] = {
@@ -54,44 +54,44 @@ def _outside(whole: Mapping[str, Any]) -> Any:
         **parts,
     }
     try:
-        spelled = json.loads(Tokenizer.from_str(json.dumps(empty)).to_str())
+        serialized = json.loads(Tokenizer.from_str(json.dumps(empty)).to_str())
     except Exception:  # `tokenizers` raises bare Exception for whatever it cannot read
         return parts
-    return [_whole(spelled[name]) for name in parts]
+    return [_canonical(serialized[name]) for name in parts]
 
 
-def _whole(part: Any) -> Any:
-    """Without what changes offsets only, and with a sequence of one as what it holds."""
+def _canonical(part: Any) -> Any:
+    """`part` without fields that only change offsets; a sequence of one element becomes that element."""
     if not isinstance(part, dict):
         return part
     for name in ("pretokenizers", "normalizers"):
         if isinstance(part.get(name), list):
-            inner = [_whole(one) for one in part[name]]
+            inner = [_canonical(one) for one in part[name]]
             return inner[0] if len(inner) == 1 else {**part, name: inner}
     return {name: value for name, value in part.items() if name != "trim_offsets"}
 
 
 def _model(model: dict[str, Any]) -> dict[str, Any]:
-    """The model without its spelling: merges are written as one text or as two, and what is unset or left out."""
+    """The model in one spelling: files write merges as one string or as two, and unset fields as null or not at all."""
     merges, vocab = model.pop("merges", None), model.pop("vocab")
     model.setdefault("type", "BPE" if merges is not None else None)
     found = {name: value for name, value in model.items() if _set(name, value)}
     if merges is not None:
         found["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    if isinstance(vocab, list):  # of Unigram: scores, whose last digits change as `tokenizers` saves them again
+    if isinstance(vocab, list):  # Unigram: scores, whose last digits change when `tokenizers` saves them again
         vocab = [[token, float(np.float32(score))] for token, score in vocab]
     return {**found, "vocab": vocab}
 
 
 def _set(name: str, value: Any) -> bool:
-    """Whether a field of the model says more than its absence; an id of 0 does."""
+    """Whether a field of the model means more than its absence; an ID of 0 does."""
     if type(value) is int and name != "dropout":
         return value != _DEFAULTS.get(name)
     return bool(value)
 
 
 def same_ids(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool | None:
-    """Whether tokenizers, as sidecars record them, give the same ids; None where nothing shows it any more."""
+    """Whether two tokenizers, as sidecars record them, give the same IDs; None if that can no longer be found out."""
     if first.get("sha256") is not None and first["sha256"] == second.get("sha256"):
         return True
     ours, theirs = _ids(first), _ids(second)
@@ -99,7 +99,7 @@ def same_ids(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool | None
 
 
 def _ids(made_with: Mapping[str, Any]) -> str | None:
-    """`ids` of a sidecar; an earlier version's has none, but its tokenizer may still be where it was."""
+    """`ids` of a sidecar. Earlier versions did not record it; it is then computed if the tokenizer is still there."""
     if made_with.get("ids") is not None:
         return str(made_with["ids"])
     file = Path(str(made_with.get("path", ""))) / FILE

@@ -1,12 +1,12 @@
-"""Text to ids with a Hugging Face `tokenizer.json`, through the `tokenizers` library alone (`transformers` is slow to
+"""Text to IDs with a Hugging Face `tokenizer.json`, through the `tokenizers` library alone (`transformers` is slow to
 import and is not needed).
 
-A document is nothing but its text:
-- no begin or end token is added; what stands between documents is the dataset's separator, stated once;
-- text never turns into a special token. A web page that spells out "<|end_of_text|>" is encoded as those characters,
-  as the reference tokenizer of Llama 3 does: otherwise any page could end a document or open a chat turn.
-  Tokens that were added to the vocabulary without being special ("<tool>") are matched as usual.
-Settings for truncation and padding that a tokenizer.json may carry are switched off: they would cut documents silently.
+A document is only its text:
+- No begin or end token is added; documents are separated by the dataset's separator.
+- Text never turns into a special token. A web page that spells "<|end_of_text|>" is encoded as those characters, as the
+  reference tokenizer of Llama 3 does. Otherwise any page could end a document or open a chat turn. Added tokens that
+  are not special ("<tool>") are matched as usual.
+- Truncation and padding settings of a tokenizer.json are switched off: they would silently cut documents.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from megalong.data.memory import give_back_freed
+from megalong.data.memory import trim_heap
 from megalong.data.token_ids import ids_fingerprint
 from megalong.errors import UserError
 from megalong.runtime.files import refuse_unreadable
@@ -30,15 +30,15 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_conf
 class TextTokenizer:
     """The tokenizer of a Hugging Face folder (or of a tokenizer.json itself).
 
-    Nothing but the head of the file is read until an id is asked for: a vocabulary of 128,000 takes a quarter second.
+    Only the head of the file is parsed until an ID is needed: a vocabulary of 128,000 takes a quarter second.
 
     Attributes:
         file: the tokenizer.json; name: the folder's name; path: the folder, absolute; sha256: the file's fingerprint.
-        matched: spellings that text turns into one token, because they were added without being special.
+        matched: spellings of added tokens that are not special; text that contains one turns into that token.
         highest_added_id: of all added tokens, special ones included; -1 without any.
 
     Raises:
-        UserError: the folder or its tokenizer.json is absent or unreadable.
+        UserError: the folder or its tokenizer.json is missing or unreadable.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -49,7 +49,7 @@ class TextTokenizer:
         self.name = self.file.parent.resolve().name
         self.sha256 = hashlib.sha256(content).hexdigest()
         added = added_tokens(content)
-        if added is None:  # no file that `tokenizers` writes: let it judge
+        if added is None:  # not laid out as `tokenizers` writes it: let the library parse it
             added = json.loads(self._tokenizer.to_str())["added_tokens"]
         head = _head(content)
         self._normalizes = head["normalizer"] is not None if head is not None and "normalizer" in head else None
@@ -59,26 +59,26 @@ class TextTokenizer:
 
     @cached_property
     def vocabulary_size(self) -> int:
-        """Highest id + 1, added tokens included."""
+        """Highest ID + 1, added tokens included."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def normalizes(self) -> bool:
-        """Whether text is changed before it is looked at (lower case, NFKC)."""
+        """Whether text is normalized before tokens are matched (lower case, NFKC)."""
         return self._tokenizer.normalizer is not None if self._normalizes is None else self._normalizes
 
     @cached_property
     def eos_id(self) -> int | None:
-        """Id of the end token, None where the folder names none."""
+        """ID of the end token, None if the folder names none."""
         return self._named_id("eos_token")
 
     def described(self) -> dict[str, str]:
-        """What a sidecar records of it at once; `ids`, which takes a moment, comes beside."""
+        """What a sidecar records of it, without `ids`, which takes a moment to compute."""
         return {"name": self.name, "path": self.path, "sha256": self.sha256}
 
     @cached_property
     def ids(self) -> str | None:
-        """Fingerprint of what decides ids alone (see token_ids.py)."""
+        """Fingerprint of only what decides IDs (see token_ids.py)."""
         return ids_fingerprint(self.file.read_bytes())
 
     @cached_property
@@ -86,11 +86,11 @@ class TextTokenizer:
         return _loaded(self.file, self.file.read_bytes())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone."""
+        """IDs of the text, without begin or end token."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; the same as `encode` on each."""
+        """IDs of each text, as `encode` gives them."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -98,7 +98,7 @@ class TextTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def added_id(self, text: str) -> int | None:
-        """Id of the special or added token spelled `text`, None where it is ordinary text."""
+        """ID of the special or added token spelled `text`, None if it is ordinary text."""
         return self._added.get(text)
 
     def spelling(self, id: int) -> str:
@@ -108,7 +108,7 @@ class TextTokenizer:
         )
 
     def _named_id(self, name: str) -> int | None:
-        """The id of `name` ("eos_token") by the first settings file that tells it, by spelling or by number."""
+        """The ID of `name` ("eos_token") in the first settings file that gives it, by spelling or by number."""
         for file in SETTINGS:
             settings = _settings(Path(self.path) / file)
             token = settings.get(name)
@@ -130,26 +130,26 @@ def _tokenizer_file(path: Path) -> Path:
     if path.is_file() and path.suffix == ".json":
         return path
     if not path.is_dir():
-        raise UserError(f"--tokenizer: the folder {path} does not exist; give a folder that holds tokenizer.json")
+        raise UserError(f"--tokenizer: the folder {path} does not exist; give a folder that contains tokenizer.json")
     if not os.path.lexists(path / "tokenizer.json"):
         raise UserError(
-            f"--tokenizer: {path} holds no tokenizer.json; write it once with transformers: "
+            f"--tokenizer: {path} contains no tokenizer.json; write it once with transformers: "
             "AutoTokenizer.from_pretrained(…).save_pretrained(…)"
         )
     return path / "tokenizer.json"
 
 
 def added_tokens(content: bytes) -> list[dict[str, Any]] | None:
-    """The added tokens of a tokenizer.json, None where it is not laid out as `tokenizers` writes it."""
+    """The added tokens of a tokenizer.json, None if it is not laid out as `tokenizers` writes it."""
     span = added_tokens_span(content)
     return None if span is None else list(json.loads(content[span]))
 
 
 def added_tokens_span(content: bytes) -> slice | None:
-    """Where the list of added tokens stands in a tokenizer.json.
+    """Where the list of added tokens is in a tokenizer.json.
 
-    The file is megabytes of vocabulary that need no parsing: the list stands before it, and at the top level if what
-    precedes it is an object cut short.
+    Most of the file is megabytes of vocabulary that need no parsing: the list comes before it. The list is at the top
+    level if what precedes it becomes an object once a brace is added.
     """
     head, name, rest = content.partition(b'"added_tokens":')
     try:
@@ -164,7 +164,7 @@ def added_tokens_span(content: bytes) -> slice | None:
 
 
 def _head(content: bytes) -> dict[str, Any] | None:
-    """What a tokenizer.json says before its vocabulary, None where it is laid out otherwise."""
+    """The part of a tokenizer.json before its vocabulary, None if it is laid out differently."""
     try:
         head = json.loads(content.partition(b'"model":')[0].rstrip().removesuffix(b",") + b"}")
     except ValueError:
@@ -181,7 +181,7 @@ def _loaded(file: Path, content: bytes) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
-    give_back_freed()
+    trim_heap()
     return tokenizer
 
 

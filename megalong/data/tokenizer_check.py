@@ -1,9 +1,9 @@
-"""Whether datasets were made with the tokenizer of the model that reads them, asked before a run reads one token.
+"""Checks before a run that its datasets were made with the tokenizer of the model.
 
-Ids of another tokenizer are in range as often as not: a model then trains on noise, at a loss of seven instead of two,
-and nothing else shows it. What a dataset was made with stands in its sidecar, what the model has in its folder; two
-tokenizers that give the same ids are one here (`token_ids`). What stands between documents may be a special token,
-which that leaves out: it is looked up in both.
+IDs of another tokenizer are often in range. The model then trains on noise, at a loss of seven instead of two, and
+nothing else shows it. A dataset's sidecar records its tokenizer; the model's is in the model's folder. Tokenizers that
+give the same IDs count as one (token_ids.py). That comparison leaves out special tokens, and the separator between
+documents may be one, so the separator is looked up in both.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ ALLOW = "data.allow_other_tokenizer: true"
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a check says of a dataset: where its ids come from.
+class DatasetTokenizer:
+    """What a dataset was made with.
 
     Attributes:
-        name: what messages call it, such as `data.mixture: books`.
-        tokenizer: what its sidecar records, None where it does not.
-        separator: `text` and `ids` between its documents, None without any.
+        name: its name in messages, such as `data.mixture: books`.
+        tokenizer: the one its sidecar records, None if it records none.
+        separator: `text` and `ids` between its documents, None without a separator.
     """
 
     name: str
@@ -37,13 +37,15 @@ class Made:
     separator: Mapping[str, Any] | None = None
 
 
-def check_tokenizers(made: Iterable[Made], folder: Path | None, mend: str, allowed: bool = False) -> list[str]:
-    """Hold each dataset's tokenizer against that of the model; what is not known, or let through, a line each.
+def check_tokenizers(
+    made: Iterable[DatasetTokenizer], folder: Path | None, fix: str, allowed: bool = False
+) -> list[str]:
+    """Compare each dataset's tokenizer with the model's. Returns a line for each that is unknown or allowed to differ.
 
     Args:
-        folder: of the model's tokenizer, None where the model brings none.
-        mend: what lets another tokenizer through.
-        allowed: it was written.
+        folder: of the model's tokenizer, None if the model has none.
+        fix: the setting that allows another tokenizer, for messages.
+        allowed: whether it is set.
 
     Raises:
         UserError: a dataset was made with another tokenizer, and that is not `allowed`.
@@ -52,19 +54,19 @@ def check_tokenizers(made: Iterable[Made], folder: Path | None, mend: str, allow
     model = _open(folder)
     for one in made:
         if one.tokenizer is None or model is None:
-            found.append(f"{one.name}: {_unknown(one, folder)}, so nothing shows that its ids are the model's")
+            found.append(f"{one.name}: {_unknown(one, folder)}, so its ids cannot be compared with the model's")
         elif wrong := _difference(one, model):
             if not allowed:
-                raise UserError(f"{one.name}: {wrong}; use the model's own, or, if its ids do fit, {mend}")
-            found.append(f"{one.name}: {wrong}; let through by {mend}")
+                raise UserError(f"{one.name}: {wrong}; use the model's own, or, if its ids do fit, {fix}")
+            found.append(f"{one.name}: {wrong}; allowed by {fix}")
     return found
 
 
 def _open(folder: Path | None) -> TextTokenizer | None:
-    """The tokenizer in `folder`; None where there is none, or none that can be read, which whoever needs it tells."""
+    """The tokenizer in `folder`; None if there is none or it cannot be read, which the code that needs it reports."""
     if folder is None or not (folder / FILE).is_file():
         return None
-    from megalong.data.tokenizer import TextTokenizer  # imports `tokenizers`, which opening a dataset does without
+    from megalong.data.tokenizer import TextTokenizer  # imports `tokenizers`, which opening a dataset does not need
 
     try:
         return TextTokenizer(folder)
@@ -72,20 +74,20 @@ def _open(folder: Path | None) -> TextTokenizer | None:
         return None
 
 
-def _unknown(one: Made, folder: Path | None) -> str:
+def _unknown(one: DatasetTokenizer, folder: Path | None) -> str:
     if one.tokenizer is None:
         return "it does not say which tokenizer it was made with"
-    lacks = f"{folder} holds no {FILE}" if folder is not None else "the model brings no tokenizer"
+    lacks = f"{folder} contains no {FILE}" if folder is not None else "the model has no tokenizer"
     return f"it was made with {_named(one.tokenizer)}, and {lacks} to compare"
 
 
-def _difference(one: Made, model: TextTokenizer) -> str | None:
-    """In what way a dataset's ids are not the model's; None where they are."""
+def _difference(one: DatasetTokenizer, model: TextTokenizer) -> str | None:
+    """How a dataset's IDs differ from the model's; None if they do not."""
     assert one.tokenizer is not None
     ours, theirs = _named(one.tokenizer), _named(model.described())
     same = same_ids(one.tokenizer, model.described())
     if same is None:
-        return f"its tokenizer {ours} is gone and was not the model's file {theirs}"
+        return f"its tokenizer {ours} is gone, and it was not the model's file {theirs}"
     if not same:
         return f"its tokenizer {ours} gives other ids than the model's {theirs}"
     separator = one.separator or {}
@@ -95,7 +97,7 @@ def _difference(one: Made, model: TextTokenizer) -> str | None:
     if [model.spelling(id) for id in ids] == [text] or _ids_of(text, model) == ids:
         return None
     return (
-        f"its separator {text!r} is {ids} by its tokenizer {ours}, and {_ids_of(text, model)} by the model's {theirs}"
+        f"its separator {text!r} is {ids} in its tokenizer {ours}, but {_ids_of(text, model)} in the model's {theirs}"
     )
 
 

@@ -1,7 +1,6 @@
-"""How many ids the model of a configuration has and where its tokenizer is, by the files it starts from, without torch.
+"""The vocabulary size and the tokenizer's folder of a configuration's model, read without torch.
 
-Looked up for reports that need no model (`megalong data plan`, `data inspect`): training itself reads the whole
-architecture, and refuses what is wrong with it.
+For reports that need no model (`megalong data plan`, `data inspect`). Training reads and checks the whole architecture.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from megalong.config.sections import Load
 
 
 def model_vocabulary(config: Config) -> int | None:
-    """Ids of the model that `config` starts from; None where its files do not tell, or are not here (yet)."""
+    """Vocabulary size of the model that `config` starts from; None if its files are missing or do not give it."""
     load = config.model.load
     if load is None:
         return config.model.architecture.vocab_size if config.model.architecture is not None else None
@@ -26,7 +25,7 @@ def model_vocabulary(config: Config) -> int | None:
 
 
 def model_tokenizer(config: Config) -> Path | None:
-    """Folder of the tokenizer of the model that `config` starts from; None where none is named, or not here (yet)."""
+    """Folder of the tokenizer of the model that `config` starts from; None if none is named or it does not exist."""
     load = config.model.load
     if load is None:
         return None

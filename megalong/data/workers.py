@@ -1,18 +1,18 @@
-"""Many processes tokenize, and the result is the same as if one did.
+"""A pool of processes that returns results in order, so the output does not depend on the number of processes.
 
-One process hands out items and takes results, N processes in between do the work, each behind a pipe of its own:
+The parent sends items to N workers and collects their results, through one pipe per worker:
 
-    parent:  send an item to whoever is idle → take whatever is ready → hand results on in the order of the items
+    parent:  send an item to an idle worker → collect a result that is ready → yield results in the order of the items
 
-The output therefore does not depend on N. At most a few items a worker are under way or waiting for their turn:
-memory is bounded by that window. A worker has one item at a time, so that parent and worker never both wait for the
-other to read.
+At most a few items per worker are in progress or wait for an earlier one, which bounds memory. A worker has one item at
+a time, so that parent and worker never both wait for the other to read.
 
-Any end is a clean one. A failed or interrupted parent kills its workers. A killed parent cannot: each worker looks for
-it a few times a second and ends when it is gone. A killed worker closes its pipe, and the parent says so.
+No worker outlives its parent. A failed or interrupted parent kills its workers. A killed parent cannot, so each worker
+checks for its parent a few times a second and exits when it is gone. A killed worker closes its pipe, and the parent
+reports it.
 
-Workers are forked, not spawned: they start in milliseconds with the tokenizer already in memory, and a script that
-calls us needs no `if __name__ == "__main__"`.
+Workers are forked, not spawned: they start in milliseconds with the tokenizer already in memory, and the calling script
+needs no `if __name__ == "__main__"`.
 """
 
 import multiprocessing
@@ -31,14 +31,14 @@ from megalong.errors import UserError
 from megalong.runtime.signals import kept_from_children
 
 CHUNKS_UNDER_WAY = 3
-PARENT_SECONDS = 0.2  # between two looks
+PARENT_SECONDS = 0.2  # between two checks for the parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def available_cores() -> int:
-    """Cores this process may use: what a batch system granted, where the machine tells."""
+    """Cores that this process may use: its CPU affinity, which a batch system may limit, else all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -53,11 +53,11 @@ def map_in_order(
     """(item, task(item)) for every item, in order, computed by `workers` processes.
 
     Args:
-        ahead: items of a worker that may be under way or done and waiting for an earlier one.
-        meanwhile: called once, when all workers have something to do; what it raises is raised here.
-        turns: items after which a worker gives way to a new one, as forgetful as the first; None keeps them.
+        ahead: items per worker that may be in progress, or done and waiting for an earlier one.
+        meanwhile: called once, when all workers are busy; its exceptions are raised here.
+        turns: items after which a worker is replaced by a new process, to free its memory; None: never.
 
-    The first exception in the order of the items, be it of `task` or of `items` itself, is raised here.
+    Of the exceptions of `task` and of `items`, the first in the order of the items is raised here.
 
     Raises:
         UserError: a worker was killed.
@@ -68,18 +68,18 @@ def map_in_order(
 
 @contextmanager
 def in_background(task: Callable[[Item], Result], item: Item) -> Iterator[Callable[[], Result]]:
-    """Start `task(item)` in a process of its own; what is yielded waits for its result, or raises its exception.
+    """Start `task(item)` in another process. Yields a function that waits for its result or raises its exception.
 
     Raises:
         UserError: the process was killed.
     """
     with _Pool(task, 1, 1) as pool:
-        pool.give(iter([item]))
+        pool.send(iter([item]))
         yield lambda: next(pool.run([]))[1]
 
 
 class _Pool:
-    """Workers, the items they were given, and results that came before their turn."""
+    """The workers, the items sent to them, and results that wait for an earlier item."""
 
     def __init__(self, task: Callable[[Any], Any], workers: int, window: int, turns: int | None = None) -> None:
         self._task, self._workers, self._window, self._turns = task, workers, window, turns
@@ -105,16 +105,16 @@ class _Pool:
     def run(self, items: Iterable[Any], meanwhile: Callable[[], None] | None = None) -> Iterator[tuple[Any, Any]]:
         """(item, result) in order."""
         pending = _guarded(items)
-        self.give(pending)
+        self.send(pending)
         if meanwhile is not None:
             meanwhile()
         for turn in count():
-            self.give(pending)
+            self.send(pending)
             if turn not in self._items:
                 return
             while turn not in self._results:
-                self._take()
-                self.give(pending)
+                self._collect()
+                self.send(pending)
             item, result = self._items.pop(turn), self._results.pop(turn)
             if isinstance(result, Exception):
                 raise result
@@ -122,12 +122,12 @@ class _Pool:
 
     def _start_one(self) -> None:
         ours, theirs = multiprocessing.Pipe()
-        # A copy of our end in a worker would keep its pipe open after our death, and the worker alive.
+        # A copy of our end in a worker would keep its pipe open after our exit, and the worker alive.
         inherited = [*self._processes, ours]
         context = multiprocessing.get_context("fork")
         arguments = (self._task, theirs, inherited, os.getpid())
         process = context.Process(target=_work, args=arguments, daemon=True)
-        # Nor may Ctrl-C hit in the middle of a fork.
+        # Ctrl-C must not interrupt a fork.
         with kept_from_children():
             process.start()
             self._processes[ours], self._done[ours] = process, 0
@@ -135,14 +135,14 @@ class _Pool:
         self._idle.append(ours)
 
     def _replace(self, connection: Connection) -> None:
-        """End an idle worker and start another."""
-        connection.close()  # it ends at the next word it would read
+        """Stop an idle worker and start another."""
+        connection.close()  # the worker exits when it tries to read its next item
         self._processes.pop(connection).join()
         del self._done[connection]
         self._start_one()
 
-    def give(self, pending: Iterator[Any]) -> None:
-        """Give items to idle workers, as far as the window allows."""
+    def send(self, pending: Iterator[Any]) -> None:
+        """Send items to idle workers, as far as the window allows."""
         while self._idle and len(self._items) < self._window:
             item = next(pending, None)
             if item is None:
@@ -154,18 +154,18 @@ class _Pool:
                 return
             connection = self._idle.pop()
             self._busy[connection] = number
-            with suppress(ConnectionError):  # a dead worker; `_take` says so
+            with suppress(ConnectionError):  # a dead worker; `_collect` reports it
                 connection.send(item)
 
-    def _take(self) -> None:
-        """Take the results that are there; waits until one is."""
+    def _collect(self) -> None:
+        """Collect the results that are ready; waits for at least one."""
         for connection in wait(list(self._busy)):
             assert isinstance(connection, Connection)
             try:
                 result = connection.recv()
             except (EOFError, ConnectionError):
                 raise UserError(
-                    f"--workers {self._workers}: a worker was killed, most often for lack of memory; use fewer workers"
+                    f"--workers {self._workers}: a worker was killed, probably out of memory; use fewer workers"
                 ) from None
             self._results[self._busy.pop(connection)] = result
             self._done[connection] += 1
@@ -176,7 +176,7 @@ class _Pool:
 
 
 def _guarded(items: Iterable[Any]) -> Iterator[Any]:
-    """The items; what goes wrong in reading them comes as a last item, behind those read before it."""
+    """The items; an exception while reading them becomes the last item."""
     try:
         yield from items
     except Exception as error:
@@ -186,15 +186,15 @@ def _guarded(items: Iterable[Any]) -> Iterator[Any]:
 def _work(task: Callable[[Any], Any], connection: Connection, inherited: list[Connection], parent: int) -> None:
     for other in inherited:
         other.close()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads' locks may be held by nobody after a fork
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # after a fork its locks may belong to threads that are gone
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     with suppress(EOFError, ConnectionError):
         while True:
             connection.send(_outcome(task, connection.recv()))
 
 
-def _end_with(parent: int) -> None:
-    """End this process when its parent has ended."""
+def _exit_with(parent: int) -> None:
+    """Exit when the parent process is gone."""
     while os.getppid() == parent:
         time.sleep(PARENT_SECONDS)
     os._exit(1)
@@ -205,5 +205,5 @@ def _outcome(task: Callable[[Any], Any], item: Any) -> Any:
         return task(item)
     except UserError as error:
         return error
-    except Exception:  # a bug: its traceback must survive the pipe, whatever its type
+    except Exception:  # a bug: send its traceback as text, since the exception itself may not pickle
         return RuntimeError(f"in a worker:\n{traceback.format_exc()}")

@@ -1,1 +1,1 @@
-"""What a run will do, said before it runs: its data, and how evenly its ranks share the work."""
+"""Reports about a run before it starts: its data, and how evenly its ranks share the work."""

@@ -1,4 +1,4 @@
-"""`megalong data balance`: a table and a picture of how evenly each token layout shares a run's attention."""
+"""`megalong data balance`: a table and a plot of how evenly each token layout divides a run's attention work."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from megalong.runtime.folders import one_each, refuse_overwriting
 def balance(
     config_file: str, overrides: Sequence[str] = (), samples: int = 8, png: str | None = None, overwrite: bool = False
 ) -> None:
-    """Print a table of the layouts for the first samples of a run, and draw it.
+    """Print a table of the layouts for the first samples of a run, and plot it.
 
     Args:
-        samples: how many to look at.
-        png: where to draw the picture, with the stage's name where there are several; None draws none.
-        overwrite: draw over pictures that are there.
+        samples: how many samples to evaluate.
+        png: where to plot, with the stage's name added if there are several; None: no plot.
+        overwrite: overwrite existing pictures.
 
     Raises:
         UserError: a bad configuration or dataset, one context-parallel rank, samples below 1, an unwritable picture.
     """
     if samples < 1:
-        raise UserError(f"--samples {samples}: at least 1 sample must be looked at")
+        raise UserError(f"--samples {samples}: at least 1 sample is needed")
     stages = load_config(config_file, list(overrides))
     for config in stages:
         if config.parallel.context_parallel_size == 1:
             raise UserError(
-                "parallel.context_parallel_size 1: one rank has all of the attention, there is nothing to share; "
+                "parallel.context_parallel_size 1: one rank does all of the attention, there is nothing to share; "
                 "append parallel.context_parallel_size=8"
             )
     pictures = one_each(png, [config.run.name for config in stages])
@@ -60,10 +60,10 @@ def _table(config: Config, shared: list[Shared], rows: list[np.ndarray], length:
         f"sample), {parallel.context_parallel_size} context-parallel ranks, pairs counted in "
         f"{'full attention' if reach is None else f'a window of {reach}'}",
         "",
-        f"{'layout':22}{'fullest rank / mean':>21}{'worst sample':>14}{'runs a rank':>13}",
+        f"{'layout':22}{'busiest rank / mean':>21}{'worst sample':>14}{'runs per rank':>15}",
     ]
     for one in shared:
-        fullest = one.pairs.max(1)
+        busiest = one.pairs.max(1)
         mark = "  <- this run's" if one.kind == chosen else ""
-        lines.append(f"{one.kind:22}{fullest.mean():21.3f}{fullest.max():14.3f}{one.runs_per_rank:13,.1f}{mark}")
+        lines.append(f"{one.kind:22}{busiest.mean():21.3f}{busiest.max():14.3f}{one.runs_per_rank:15,.1f}{mark}")
     return "\n".join(lines)

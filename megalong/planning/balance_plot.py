@@ -1,7 +1,7 @@
-"""The picture of `megalong data balance`: where the first sample's tokens lie, and how full each rank is.
+"""The plot of `megalong data balance`: which rank has which tokens of the first sample, and the work of each rank.
 
-Left, one strip a layout: the sequence from its first to its last token, coloured by rank, with a tick where a document
-begins. Right: attended pairs of each rank over the mean, so that bars of equal height are equal work.
+Left, one strip per layout: the sequence from its first to its last token, coloured by rank, with a tick where a
+document begins. Right: attended pairs of each rank over the mean, so bars of equal height are equal work.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COLUMNS = 2048
 
 
 def plot_balance(shared: list[Shared], starts: np.ndarray, length: int, path: Path) -> None:
-    """Draw `shared` into the PNG `path`, which appears whole or not at all.
+    """Plot `shared` to the PNG `path`, which appears whole or not at all.
 
     Raises:
         UserError: the file cannot be written.
@@ -55,7 +55,7 @@ def _bars(axes: Axes, one: Shared, highest: float) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_ylim(0, 1.05 * highest)
-    axes.set_title(f"pairs / mean, fullest {one.pairs[0].max():.3f}", loc="left", fontsize=10)
+    axes.set_title(f"pairs / mean, busiest {one.pairs[0].max():.3f}", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -1,4 +1,4 @@
-"""`megalong data plan`: what every stage of a run will see, before it runs, as tables and pictures."""
+"""`megalong data plan`: the data of every stage of a run, before it runs, as tables and plots."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megalong.runtime.folders import one_each, refuse_overwriting
 
 
 def plan(config_file: str, overrides: Sequence[str] = (), png: str | None = None, overwrite: bool = False) -> None:
-    """Print what every stage of a run will see, and draw it.
+    """Print the data of every stage of a run, and plot it.
 
     Args:
-        png: where to draw the picture, with the stage's name where there are several; None draws none.
-        overwrite: draw over pictures that are there.
+        png: where to plot, with the stage's name added if there are several; None: no plot.
+        overwrite: overwrite existing pictures.
 
     Raises:
-        UserError: a bad configuration or dataset, a document shown more often than allowed, an unwritable picture.
+        UserError: a bad configuration or dataset, a document repeated more often than allowed, an unwritable picture.
     """
     configs = load_config(config_file, list(overrides))
     check_stages(configs)
@@ -31,7 +31,7 @@ def plan(config_file: str, overrides: Sequence[str] = (), png: str | None = None
     refuse_overwriting(pictures, "--png", overwrite)
     stages, vocabulary, tokenizer = [], None, None
     for config in configs:
-        vocabulary = model_vocabulary(config) or vocabulary  # a stage that starts from the one before has its model
+        vocabulary = model_vocabulary(config) or vocabulary  # a stage may continue with the model of the one before
         tokenizer = model_tokenizer(config) or tokenizer
         stages.append(plan_stage(config, vocabulary, tokenizer))
     for stage in stages:
@@ -46,7 +46,7 @@ def plan(config_file: str, overrides: Sequence[str] = (), png: str | None = None
 
 
 def _refuse_conversations(stages: list[Config], config_file: str) -> None:
-    """Conversations become samples by a tokenizer and a template; what they become is what `data inspect` shows."""
+    """Refuse stages of task sft: they need a tokenizer and a chat template, and `data inspect` shows their samples."""
     chats = [config.run.name for config in stages if config.task == "sft"]
     if chats:
         raise UserError(

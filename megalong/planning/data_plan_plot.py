@@ -1,7 +1,7 @@
-"""The picture of `megalong data plan`: where tokens lie by length, before and after the rules, and what samples hold.
+"""The plot of `megalong data plan`: tokens by document length, before and after the rules, and the longest pieces.
 
-Left, shares of tokens by doublings of the document's length: the datasets as they are (pale) beside the run (strong),
-stacked by domain. Right, the share of samples that hold at least so many tokens of one document in a row.
+Left, shares of tokens by doublings of the document's length: the datasets (pale) beside the run (strong), stacked by
+domain. Right, the share of samples that contain at least so many consecutive tokens of one document.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from megalong.plots import new_figure, save
 
 
 def plot_plan(stage: StagePlan, path: Path) -> None:
-    """Draw `stage` into the PNG `path`, which appears whole or not at all.
+    """Plot `stage` to the PNG `path`, which appears whole or not at all.
 
     Raises:
         UserError: the file cannot be written.
     """
     names = [domain.share.name for domain in stage.domains]
-    columns = max(1, min(5, 1280 // (100 + 8 * max(map(len, names)))))  # pixels of the picture, and of a name in it
+    columns = max(1, min(5, 1280 // (100 + 8 * max(map(len, names)))))  # pixels of the picture / of a name
     figure = new_figure(12, 4.6 + 0.23 * -(-len(names) // columns))
     lengths, samples = figure.subplots(1, 2, width_ratios=[3, 2])
     _lengths(lengths, stage)
     _samples(samples, stage)
-    # Under both: there is no place inside that no bar can reach.
+    # The legend is below both, because bars can reach any place inside.
     figure.legend(*lengths.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(f"{stage.config.run.name}: {stage.samples:,} samples of {stage.config.data.seq_length:,} tokens")
     for axes in (lengths, samples):
@@ -40,10 +40,10 @@ def plot_plan(stage: StagePlan, path: Path) -> None:
 
 
 def _lengths(axes: Axes, stage: StagePlan) -> None:
-    met = np.flatnonzero(sum(domain.held.documents + domain.seen.documents for domain in stage.domains))
-    doublings = np.arange(met[0], met[-1] + 1)
+    used = np.flatnonzero(sum(domain.stored.documents + domain.seen.documents for domain in stage.domains))
+    doublings = np.arange(used[0], used[-1] + 1)
     colours = colormaps["tab10" if len(stage.domains) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
-    for offset, pale, what in ((-0.21, True, "held"), (0.21, False, "seen")):
+    for offset, pale, what in ((-0.21, True, "stored"), (0.21, False, "seen")):
         tokens = np.array([getattr(domain, what).tokens[doublings] for domain in stage.domains])
         tokens /= max(1.0, tokens.sum())
         below = np.zeros(len(doublings))
@@ -53,7 +53,7 @@ def _lengths(axes: Axes, stage: StagePlan) -> None:
             below += height
     axes.set_xticks(doublings, sparse([length_label(2 ** int(doubling)) for doubling in doublings]))
     axes.set_xlabel("tokens of a document, from … to the next mark")
-    axes.set_title("tokens by length: pale as the datasets hold them, strong as the run shows them", fontsize=10)
+    axes.set_title("tokens by length: pale in the datasets, strong in the run", fontsize=10)
 
 
 def _samples(axes: Axes, stage: StagePlan) -> None:
@@ -65,6 +65,6 @@ def _samples(axes: Axes, stage: StagePlan) -> None:
     axes.set_ylim(0, 1.05)
     ticks = [mark for mark in axes.get_xticks() if longest[0] / 2 <= mark <= stage.config.data.seq_length * 1.1]
     axes.set_xticks(ticks, sparse([length_label(int(mark)) for mark in ticks], 8))
-    axes.minorticks_off()  # matplotlib labels them too where there are few others
-    axes.set_xlabel("tokens of one document in a row")
-    axes.set_title("samples that hold at least so many", fontsize=10)
+    axes.minorticks_off()  # matplotlib labels them too if there are few major ones
+    axes.set_xlabel("consecutive tokens of one document")
+    axes.set_title("samples that contain at least so many", fontsize=10)

@@ -1,4 +1,4 @@
-"""The table of `megalong data plan`: one block a stage, for a terminal of 120 columns."""
+"""The table of `megalong data plan`: one block per stage, for a terminal of 120 columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BAR = 24
 
 
 def table(stage: StagePlan) -> str:
-    """What the stage will see, as text."""
+    """The plan of a stage, as text."""
     config = stage.config
     head = (
         f"{config.run.name}: {config.training.train_iters:,} steps of {config.training.global_batch_size:,} samples of "
@@ -41,17 +41,17 @@ def _domains(domains: list[DomainPlan]) -> str:
 
 
 def _by_length(domains: list[DomainPlan]) -> str:
-    """Documents and tokens by doublings, of the datasets and of the run."""
-    held = reduce(add, (domain.held for domain in domains))
+    """Documents and tokens by doublings of the length, in the datasets and in the run."""
+    stored = reduce(add, (domain.stored for domain in domains))
     seen = reduce(add, (domain.seen for domain in domains))
-    lines = [f"{'':>21}   {'training documents':>29}   {'as the run shows them':>29}"]
+    lines = [f"{'':>21}   {'training documents':>29}   {'in the run':>29}"]
     lines.append(f"{'tokens of a document':>21}   " + "   ".join([f"{'documents':>15} {'of tokens':>13}"] * 2))
-    met = np.flatnonzero(held.documents + seen.documents)
-    for doubling in range(int(met[0]), int(met[-1]) + 1):
+    used = np.flatnonzero(stored.documents + seen.documents)
+    for doubling in range(int(used[0]), int(used[-1]) + 1):
         span = f"{2**doubling:,} to {2 ** (doubling + 1) - 1:,}"
         share = seen.tokens[doubling] / max(1.0, seen.tokens.sum())
         lines.append(
-            f"{span:>21}   {_bucket(held, doubling)}   {_bucket(seen, doubling)}  {'█' * round(share * BAR)}".rstrip()
+            f"{span:>21}   {_bucket(stored, doubling)}   {_bucket(seen, doubling)}  {'█' * round(share * BAR)}".rstrip()
         )
     return "\n".join(lines)
 
@@ -62,20 +62,20 @@ def _bucket(lengths: Lengths, doubling: int) -> str:
 
 
 def _samples(stage: StagePlan) -> str:
-    """How many samples hold a piece of one document of at least each length."""
-    looked_at = len(stage.longest)
-    which = "samples" if looked_at == stage.samples else f"of {looked_at:,} samples, evenly spaced,"
-    lines = [f"{which} that hold so many tokens of one document in a row:"]
+    """How many samples contain a piece of one document of at least each length."""
+    checked = len(stage.longest)
+    which = "samples" if checked == stage.samples else f"of {checked:,} evenly spaced samples, those"
+    lines = [f"{which} that contain so many consecutive tokens of one document:"]
     length = stage.config.data.seq_length
     marks = [2**k for k in range(10, length.bit_length()) if 2**k < length] + [length]
     for mark in marks[-12:]:
         count = int((stage.longest >= mark).sum())
-        lines.append(f"{mark:>21,}   {count:>15,} {count / looked_at:>13.1%}")
+        lines.append(f"{mark:>21,}   {count:>15,} {count / checked:>13.1%}")
     return "\n".join(lines)
 
 
 def _losses(stage: StagePlan) -> str:
-    """What is cut or wasted, and what never comes."""
+    """What is cut or padded, and what is never shown."""
     lines = [
         f"cut: {stage.cut:.1%} of the beginnings and ends of samples cut a document",
         f"wasted: {stage.padding:.2%} of the tokens of samples are padding",
@@ -84,7 +84,7 @@ def _losses(stage: StagePlan) -> str:
     if data.pose is not None:
         lines.append(
             f"positions: {data.pose.chunks} chunks of each {'document or pack' if data.masked else 'sample'} skip "
-            f"ahead to at most {data.pose.target_length - 1:,}; held-out samples keep plain ones"
+            f"ahead to at most {data.pose.target_length - 1:,}; held-out samples keep ordinary positions"
         )
     for entry in data.mixture:
         if entry.seq_length is not None:
@@ -93,7 +93,7 @@ def _losses(stage: StagePlan) -> str:
                 f"{entry.seq_length:,} tokens, masked from each other"
             )
         if entry.synthetic is not None:
-            lines.append(_made_up(entry.name, entry.synthetic, entry.seq_length or data.seq_length))
+            lines.append(_synthetic(entry.name, entry.synthetic, entry.seq_length or data.seq_length))
     for domain in stage.domains:
         documents, tokens = domain.dropped
         if documents:
@@ -106,10 +106,10 @@ def _losses(stage: StagePlan) -> str:
     return "\n".join(lines)
 
 
-def _made_up(name: str, synthetic: Synthetic, seq_length: int) -> str:
+def _synthetic(name: str, synthetic: Synthetic, seq_length: int) -> str:
     if synthetic.task == "related":
         return f"synthetic: samples of {name} are related documents joined to one"
     shortest = synthetic.min_length or seq_length
     span = f"{shortest:,} to {seq_length:,}" if shortest < seq_length else f"{seq_length:,}"
-    learnt = "answers are" if synthetic.answer_only else "all tokens are"
-    return f"synthetic: samples of {name} are {synthetic.task} tasks of {span} tokens in its text, {learnt} learnt"
+    targets = "answers" if synthetic.answer_only else "all tokens"
+    return f"synthetic: samples of {name} are {synthetic.task} tasks of {span} tokens in its text; targets: {targets}"

@@ -1,8 +1,9 @@
-"""How evenly the ranks of a context-parallel group share a run's attention, layout by layout.
+"""How evenly context-parallel ranks share a run's attention work, for each token layout.
 
-Every rank holds the same number of tokens, but a token late in a long document attends to more keys than an early one.
-The step takes as long as the fullest rank, so what counts is its pairs over the mean: 1.10 is a tenth of attention's
-time spent waiting. The other price is the number of runs a rank's tokens are cut into, which makes small blocks.
+Every rank has the same number of tokens, but a token late in a long document attends to more keys than an early one. A
+step takes as long as its busiest rank, so the measure is that rank's pairs over the mean: 1.10 means that attention
+takes 10 % longer than with perfect balance. The other cost is the number of contiguous runs into which a rank's tokens
+are cut: more runs mean smaller blocks.
 
 Needs no torch: layouts are plain numpy, and documents are read from the `.idx`.
 """
@@ -26,9 +27,9 @@ class Shared:
     """One layout over several samples.
 
     Attributes:
-        pairs: of each rank, float64 [samples, ranks], over the mean of its sample.
+        pairs: float64 [samples, ranks], attended pairs of each rank over the mean of the sample.
         runs_per_rank: mean number of runs of consecutive tokens on a rank.
-        first: every rank's runs of the first sample.
+        first: every rank's runs in the first sample.
     """
 
     kind: Kind
@@ -38,10 +39,10 @@ class Shared:
 
 
 def shares(config: Config, samples: int) -> tuple[list[Shared], list[np.ndarray], int]:
-    """Every layout over the first samples of a run.
+    """Evaluate every layout on the first samples of a run.
 
     Returns:
-        (one a layout, starts of documents in each sample, tokens of a sample padded for the ranks)
+        (one `Shared` per layout, starts of documents in each sample, tokens of a sample padded for the ranks)
     """
     ranks = config.parallel.context_parallel_size
     rows = _documents(config, samples)
@@ -50,7 +51,7 @@ def shares(config: Config, samples: int) -> tuple[list[Shared], list[np.ndarray]
 
 
 def window(config: Config) -> int | None:
-    """The window that most attention is computed in, as far as the configuration tells: no loaded model is read."""
+    """The widest attention window in the configuration. Models that it loads are not read."""
     attention, architecture = config.attention, config.model.architecture
     if architecture is not None:
         return architecture.with_window(attention.window_size, attention.window_attn_skip_freq).widest_window

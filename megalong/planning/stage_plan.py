@@ -1,12 +1,12 @@
-"""What a stage of a run will see of its data.
+"""The data of one stage of a run.
 
-Tokens, epochs and repeats of each domain; documents by length as the datasets hold them and as the run
-draws them; how many samples hold a piece of one document of at least each length, which is what a model can learn
-distances from; what is cut at the borders of samples, and what never comes.
+For each domain: tokens, epochs and repeats. Documents by length, in the datasets and in the run. How many samples
+contain a piece of one document of at least each length, because a model learns long distances only from long pieces.
+What is cut at sample borders, and what is never shown.
 
-Counts of documents follow from the rules, exact to a document or two. Samples are looked at one by one, or LOOKED_AT of
-them, evenly spaced, where a run has more: only the `.idx` is read, and no torch. Ids of a dataset that does not tell
-its vocabulary are held against the model's, where that is known.
+Counts of documents follow from the rules and are exact to a document or two. Samples are computed one by one; if a run
+has more than MOST_SAMPLES, only that many, evenly spaced. Only the `.idx` is read, without torch. IDs of a dataset that
+does not record its vocabulary are compared with the model's, if that is known.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megalong.data.samples.rows import Rows
 from megalong.data.samples.sampler import DomainShare, PackedSamples
 from megalong.data.tokenizer_check import ALLOW, check_tokenizers
 
-LOOKED_AT = 5000
+MOST_SAMPLES = 5000
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class DomainPlan:
     """One domain of a stage.
 
     Attributes:
-        held: training documents of the dataset, by length.
-        seen: what the run shows of them, repeats counted as often as they come.
-        dropped: (documents, tokens) that no epoch holds.
+        stored: training documents of the dataset, by length.
+        seen: documents in the run, by length, repeats included.
+        dropped: (documents, tokens) that are in no epoch.
         most_repeats: how often the run may show one document.
         held_out: documents for validation.
     """
 
     share: DomainShare
     weight: float
-    held: Lengths
+    stored: Lengths
     seen: Lengths
     dropped: tuple[int, int]
     most_repeats: int
@@ -67,7 +67,7 @@ class StagePlan:
     """One stage of a run.
 
     Attributes:
-        longest: int64 [samples looked at], tokens of the longest piece of one document in each.
+        longest: int64 [samples computed], tokens of the longest piece of one document in each.
         cut: share of the beginnings and ends of samples that cut a document.
         padding: share of the tokens of samples that are padding.
     """
@@ -81,16 +81,16 @@ class StagePlan:
 
 
 def plan_stage(config: Config, vocabulary: int | None = None, tokenizer: Path | None = None) -> StagePlan:
-    """What the run, or stage, `config` will see.
+    """The plan of the run or stage `config`.
 
     Args:
-        vocabulary: ids the model has, None where that is not known.
-        tokenizer: folder of the model's tokenizer, None where that is not known; then, and where a dataset does not say
-            its own, a warning goes to stderr.
+        vocabulary: vocabulary size of the model, None if unknown.
+        tokenizer: folder of the model's tokenizer, None if unknown. If it is unknown, or a dataset does not record its
+            own, a warning goes to stderr.
 
     Raises:
-        UserError: a bad dataset, an empty part, ids the model does not have or of another tokenizer, a document shown
-            more often than allowed.
+        UserError: a bad dataset, an empty part, IDs outside the model's vocabulary or of another tokenizer, a document
+            repeated more often than allowed.
     """
     packed = PackedSamples.of(config)
     if vocabulary is not None:
@@ -107,30 +107,30 @@ def plan_stage(config: Config, vocabulary: int | None = None, tokenizer: Path | 
         _domain(rows, share, entry.weight / total)
         for entry, rows, share in zip(packed.mixture, packed.rows, packed.describe(samples), strict=True)
     ]
-    looked_at = np.linspace(0, samples - 1, min(samples, LOOKED_AT)).round().astype(int).tolist()
-    rows = [packed.row(k) for k in looked_at]
+    numbers = np.linspace(0, samples - 1, min(samples, MOST_SAMPLES)).round().astype(int).tolist()
+    rows = [packed.row(k) for k in numbers]
     longest = np.array([row.lengths.max() for row in rows], np.int64)
     cut = np.mean([cut for row in rows for cut in row.cuts])
-    filled = np.mean([row.held for row in rows])
+    filled = np.mean([row.document_tokens for row in rows])
     padding = 1 - float(filled) / (packed.seq_length + 1)
     return StagePlan(config, samples, domains, longest, float(cut), padding)
 
 
 def _domain(rows: Rows, share: DomainShare, weight: float) -> DomainPlan:
     stream = rows.stream
-    given = stream.given
-    held = _by_length(stream.lengths[given])
-    seen, (documents, tokens) = held.times(0), stream.taken
+    part = stream.part_documents
+    stored = _by_length(stream.lengths[part])
+    seen, (documents, tokens) = stored.times(0), stream.used
     for lengths, ratio in stream.lengths_by_class():
         seen += _by_length(lengths).times(ratio * share.epochs)
     return DomainPlan(
         share=share,
         weight=weight,
-        held=held,
+        stored=stored,
         seen=seen,
-        dropped=(int(held.documents.sum()) - documents, int(held.tokens.sum()) - tokens),
+        dropped=(int(stored.documents.sum()) - documents, int(stored.tokens.sum()) - tokens),
         most_repeats=rows.most_repeats(share.samples),
-        held_out=stream.dataset.num_documents - len(given),
+        held_out=stream.dataset.num_documents - len(part),
     )
 
 

@@ -1,5 +1,8 @@
-"""Conversations: from files over the chat template to packed samples whose targets are the assistant's tokens.
+"""Conversations: from files through the chat template to packed samples whose targets are the assistant's tokens.
 
-formats.py  one shape for four formats  →  template.py  text and tokens  →  mask.py  which tokens are learnt
-→  prepare.py  once, into a cache that all ranks read  →  samples.py  packed by best fit, masked from each other
+formats.py   four formats read as one
+template.py  text and tokens
+mask.py      which tokens are targets
+prepare.py   tokenizes everything once, into a cache that all ranks read
+samples.py   packed by best fit, masked from each other
 """

@@ -5,7 +5,7 @@ class BadSampleError(Exception):
     """A conversation that cannot be used.
 
     Attributes:
-        reason: the rule it falls under: empty, no_assistant, unknown_role, malformed or too_long.
+        reason: the rule that applies: empty, no_assistant, unknown_role, malformed or too_long.
     """
 
     def __init__(self, reason: str, message: str) -> None:

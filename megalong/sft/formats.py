@@ -1,15 +1,16 @@
-"""Four ways to write a conversation down, read as one: messages with a role and content, and the tools on offer.
+"""Reads four conversation formats into one: messages with a role and content, and the tools on offer.
 
     messages           {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}
     conversations      {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}   (ShareGPT)
     alpaca             {"instruction": …, "input": …, "output": …}
     prompt_completion  {"prompt": …, "completion": …}, each a text or a list of messages
 
-A record's format is found by its keys unless the source names one. What cannot be read says which rule it falls under.
+The format of a record is detected from its keys unless the source names one. The error of an unusable record names the
+rule that applies.
 
-Besides these keys `tools` are read, and `system` as the first turn. A turn keeps its other keys for the chat template,
-but for those that say whether it is learnt: `weight` (0 or 1), `train`, `training`, `loss` (true or false). An answer
-within a `prompt` is given, not learnt, unless it says so. No key is dropped without a word: see keys.py.
+`tools` are read too, and `system` becomes the first turn. A turn keeps its other keys for the chat template, except
+those that say whether it is trained on: `weight` (0 or 1), `train`, `training`, `loss` (true or false). An assistant's
+turn inside a `prompt` is not trained on unless such a key says so. No key is dropped silently: see keys.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from megalong.data.corpus.records import half_surrogate
 from megalong.sft.errors import BadSampleError as BadSampleError
-from megalong.sft.keys import LEARNING, SYSTEM, WEIGHT, is_nothing, take_learnt, unread, unread_of_parts, without
+from megalong.sft.keys import SYSTEM, TRAIN_KEYS, WEIGHT, is_nothing, pop_trained, unread, unread_of_parts, without
 from megalong.sft.tool_calls import Message, read_calls, read_tools
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -39,7 +40,7 @@ KEYS = {
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
 }
-MAY_HAVE = {  # besides: what Alpaca's `text` says, its other keys say too
+MAY_HAVE = {  # optional keys; Alpaca's `text` repeats what its other keys say
     "alpaca": ("input", "text"),
 }
 ALL_KEYS = {*(key for keys in KEYS.values() for key in keys), "input"}
@@ -47,49 +48,49 @@ ALL_KEYS = {*(key for keys in KEYS.values() for key in keys), "input"}
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as chat templates take them; `tools` are the functions the assistant may call.
+    """Messages in the form that chat templates expect; `tools` are the functions that the assistant may call.
 
     Attributes:
-        unlearnt: numbers of the assistant's messages that are not learnt.
-        unread: keys that nothing reads and that are not known to be harmless.
+        untrained: indices of the assistant's messages that are not trained on.
+        unread: unused keys that are not known metadata.
     """
 
     messages: list[Message]
     tools: list[Any] | None = None
-    unlearnt: frozenset[int] = frozenset()
+    untrained: frozenset[int] = frozenset()
     unread: tuple[str, ...] = ()
 
 
 def read_conversation(record: Any, format: str = "auto", ignore: Sequence[str] = ()) -> Conversation:
-    """A record of any format as a conversation whose roles and contents are known to be usable.
+    """Read a record of any format as a conversation with checked roles and contents.
 
     Args:
         ignore: keys of the record and of its turns that are left out.
 
     Raises:
-        BadSampleError: it is not, or one of its keys changes what is said or learnt and is not read.
+        BadSampleError: the record is not usable, or an unused key changes what is said or trained on.
     """
     if not isinstance(record, Mapping):
         raise BadSampleError("malformed", f"a {type(record).__name__} and not an object, {{…}}")
-    # Parquet gives every record and every turn every key; those that are null were never written.
+    # Parquet gives every record and every turn all keys of its column; a null means that the key was not written.
     record = {key: value for key, value in without(record, ignore).items() if value is not None}
     named, format = format != "auto", _format(record) if format == "auto" else format
     missing = [key for key in KEYS[format] if key not in record]
     if missing:
         raise BadSampleError("malformed", f"no key {missing[0]!r}, which {format} has (there are: {', '.join(record)})")
     turns = _with_system(record, _READERS[format](record))
-    told = {key for turn in turns for key in _joined(turn)}
+    unused = {key for turn in turns for key in _join_content(turn)}
     _check(turns)
     turns, tools = _read_calls(turns, record.get("tools"))
-    learnt = take_learnt(turns)
-    unlearnt = frozenset(n for n, one in enumerate(learnt) if one is False and turns[n]["role"] == "assistant")
-    if not any(_answers(turn) for n, turn in enumerate(turns) if n not in unlearnt):
-        raise BadSampleError("no_assistant", "no answer of the assistant's is learnt: each has weight 0, or is given")
+    trained = pop_trained(turns)
+    untrained = frozenset(n for n, one in enumerate(trained) if one is False and turns[n]["role"] == "assistant")
+    if not any(_answers(turn) for n, turn in enumerate(turns) if n not in untrained):
+        raise BadSampleError("no_assistant", "no assistant turn is trained on: each has weight 0 or is in the prompt")
     read = {*KEYS[format], *MAY_HAVE.get(format, ()), *SYSTEM, "tools"}
     texts = [turn.get("content", "") for turn in turns]
-    told.update(unread(record, read, () if named else ALL_KEYS - read, texts))
+    unused.update(unread(record, read, () if named else ALL_KEYS - read, texts))
     _refuse_half_surrogates(turns, tools)
-    return Conversation(turns, tools, unlearnt, tuple(sorted(told)))
+    return Conversation(turns, tools, untrained, tuple(sorted(unused)))
 
 
 def _format(record: Mapping[str, Any]) -> str:
@@ -97,7 +98,7 @@ def _format(record: Mapping[str, Any]) -> str:
         if all(key in record for key in keys):
             return name
     raise BadSampleError(
-        "malformed", f"keys {', '.join(record) or 'none'} are of no known format: {', '.join(KEYS)}; name it by format"
+        "malformed", f"keys {', '.join(record) or 'none'} match no format: {', '.join(KEYS)}; name one by format"
     )
 
 
@@ -115,7 +116,7 @@ def _conversations(record: Mapping[str, Any]) -> list[Message]:
             raise BadSampleError("malformed", "a turn of conversations with from and value, and role or content too")
         role = SHAREGPT.get(turn["from"]) if isinstance(turn["from"], str) else None
         if role is None:
-            raise BadSampleError("unknown_role", f"from {turn['from']!r} is none of {', '.join(SHAREGPT)}")
+            raise BadSampleError("unknown_role", f"from {turn['from']!r} is not one of {', '.join(SHAREGPT)}")
         messages.append({"role": role, "content": turn["value"], **others})
     return messages
 
@@ -135,7 +136,7 @@ def _prompt_completion(record: Mapping[str, Any]) -> list[Message]:
         value = record[key]
         own = [{"role": role, "content": value}] if isinstance(value, str) else _list(value)
         for turn in own:
-            given = key == "prompt" and turn.get("role") == "assistant" and not any(one in turn for one in LEARNING)
+            given = key == "prompt" and turn.get("role") == "assistant" and not any(one in turn for one in TRAIN_KEYS)
             turns.append({**turn, WEIGHT: 0} if given else turn)
     return turns
 
@@ -149,7 +150,7 @@ _READERS = {
 
 
 def _with_system(record: Mapping[str, Any], turns: list[Message]) -> list[Message]:
-    """The turns behind the one that a record's `system` is, unless they begin with the same."""
+    """The turns with a record's `system` as the first, unless they already begin with it."""
     found = {key: record[key] for key in SYSTEM if not is_nothing(record.get(key))}
     texts = [_text_of(value) for value in found.values()]
     if not found:
@@ -159,18 +160,18 @@ def _with_system(record: Mapping[str, Any], turns: list[Message]) -> list[Messag
         texts.append(_text_of(turns[0].get("content")))
     if any(text != texts[0] for text in texts):
         names = " and ".join([*found, *(["the turn of role system"] if begun else [])])
-        raise BadSampleError("malformed", f"{names} say different things; leave one")
+        raise BadSampleError("malformed", f"{names} say different things; keep one")
     return turns if begun else [{"role": "system", "content": texts[0]}, *turns]
 
 
 def _list(value: Any) -> list[Message]:
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
-        raise BadSampleError("malformed", "its turns are no list of objects")
+        raise BadSampleError("malformed", "its turns are not a list of objects")
     return [{key: inner for key, inner in turn.items() if inner is not None} for turn in value]
 
 
-def _joined(turn: Message) -> set[str]:
-    """Make content in parts, as OpenAI writes it too, one text; returns keys of the parts that nothing reads."""
+def _join_content(turn: Message) -> set[str]:
+    """Join content in parts (OpenAI allows it) into one text; returns unused keys of the parts."""
     content = turn.get("content")
     if not isinstance(content, list):
         return set()
@@ -179,7 +180,7 @@ def _joined(turn: Message) -> set[str]:
 
 
 def _text_of(content: Any) -> Any:
-    """The text of content in parts; anything but texts is left as it is, for `_check` to refuse."""
+    """The text of content in parts. Parts that are not text are left unchanged, for `_check` to refuse."""
     if not isinstance(content, list):
         return content
     texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
@@ -188,7 +189,7 @@ def _text_of(content: Any) -> Any:
 
 
 def _read_calls(turns: list[Message], tools: Any) -> tuple[list[Message], list[Any] | None]:
-    """Turns and tools with what some datasets keep as JSON read."""
+    """Turns and tools, with fields parsed that some datasets store as JSON text."""
     try:
         turns = [read_calls(turn) for turn in turns]
         tools = None if isinstance(tools, str) and not tools.strip() else read_tools(tools)
@@ -206,7 +207,7 @@ def _answers(turn: Message) -> bool:
 
 
 def _refuse_half_surrogates(turns: list[Message], tools: list[Any] | None) -> None:
-    """JSON can spell half of a surrogate pair, which is no text: as in a document (data/corpus/records.py)."""
+    """Refuse lone surrogates, which JSON can spell, as in documents (data/corpus/records.py)."""
     left: list[Any] = [turns, tools]
     while left:
         value = left.pop()
@@ -221,7 +222,7 @@ def _refuse_half_surrogates(turns: list[Message], tools: list[Any] | None) -> No
 def _check(messages: list[Message]) -> None:
     for message in messages:
         if message.get("role") not in ROLES:
-            raise BadSampleError("unknown_role", f"role {message.get('role')!r} is none of {', '.join(ROLES)}")
+            raise BadSampleError("unknown_role", f"role {message.get('role')!r} is not one of {', '.join(ROLES)}")
         content = message.get("content", "")
         if not isinstance(content, str):
             raise BadSampleError("malformed", f"content of type {type(content).__name__}; it must be text")
@@ -230,4 +231,4 @@ def _check(messages: list[Message]) -> None:
     if not any(message.get("content", "").strip() or message.get("tool_calls") for message in messages):
         raise BadSampleError("empty", "no turn has any text")
     if not any(map(_answers, messages)):
-        raise BadSampleError("no_assistant", "no turn of the assistant's has any text")
+        raise BadSampleError("no_assistant", "no assistant turn has any text")

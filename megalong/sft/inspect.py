@@ -1,11 +1,11 @@
-"""`megalong data inspect CONFIG.yaml` of a run on conversations: what is read, and samples with the mask over them.
+"""`megalong data inspect CONFIG.yaml` for task sft: the report of the sources, and samples with their loss mask.
 
     sample 0: 128 tokens to read and one more, 4 documents, masked, 21 targets
       document 0: tokens 0 to 34, positions 0 to 34, 6 targets
       | ⟨<|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎⟩Hello<|im_end|>⟨⏎⟩
 
-What stands between ⟨ and ⟩ is not learnt. The samples are those training reads, from the same code; what this tokenizes
-is kept in RUN/index, and the run finds it there.
+Text between ⟨ and ⟩ is not trained on. Samples come from the code that training uses. What this command tokenizes is
+stored in RUN/index, and the run reuses it.
 """
 
 from __future__ import annotations

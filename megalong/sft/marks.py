@@ -1,16 +1,16 @@
-"""Where a chat template's `{% generation %}` marks lie in the text it writes.
+"""Locates a chat template's `{% generation %}` marks in the text that it writes.
 
-transformers counts them in tokens, and loses those of an answer that begins with white space together with all that
-follow. Here the template itself writes a sentinel at both ends of what it marks; the sentinels are looked up in the
-text and taken out again:
+transformers locates them in tokens, and loses those of an answer that begins with white space and all after it. Here
+the template itself writes a sentinel at both ends of what it marks. The sentinels are located in the text and removed
+again:
 
     {% generation %}{{ content }}{% endgeneration %}
     {% call marked() %}{{ content }}{% endcall %}      with a macro before the template: ⟦{{ caller() }}⟧
 
     <|user|>Hi<|end|><|assistant|>⟦    return x<|end|>⟧   →   characters 31 to 50
 
-Both spellings are one kind of statement to Jinja, so white space control and scopes stay as they are. The sentinels are
-code points that Unicode keeps free for such use, and never those that the text has itself.
+Jinja treats both spellings alike, so white space control and scopes do not change. The sentinels are code points that
+Unicode reserves for internal use; a pair that the text itself contains is not used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-# Noncharacters (Unicode, section 23.7): two for the ends of a mark, and more pairs for texts that have these.
+# Noncharacters (Unicode, section 23.7): a pair for the ends of a mark, and more pairs for texts that contain it.
 SENTINELS = [(chr(code), chr(code + 1)) for code in range(0xFDD0, 0xFDF0, 2)]
 _MACRO = "megalong_marked"
 _OPEN = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
@@ -32,14 +32,14 @@ def has_marks(template: str) -> bool:
 
 
 def locate(template: str, text: str, render: Callable[[str], str]) -> list[Span] | None:
-    """The marked stretches of `text` [start, end) in characters, in order.
+    """The marked spans [start, end) of `text`, in characters, in order.
 
     Args:
         text: what `template` writes.
-        render: what another template writes of the same conversation.
+        render: renders the same conversation with another template.
 
     Returns:
-        None where marks cannot be followed: the template works on what it has marked (captures and trims it).
+        None if the marks cannot be located: the template changes what it has marked (captures and trims it).
     """
     pair = next((pair for pair in SENTINELS if not any(sentinel in text for sentinel in pair)), None)
     if pair is None:
@@ -62,8 +62,8 @@ def locate(template: str, text: str, render: Callable[[str], str]) -> list[Span]
 
 
 def _with_sentinels(template: str, start: str, end: str) -> str:
-    """The template that writes a sentinel at both ends of each mark, and is the same otherwise."""
-    # The line break behind the macro is Jinja's own to remove (`trim_blocks`), so the template still begins a line.
+    """The template, changed to write a sentinel at both ends of each mark."""
+    # Jinja removes the line break after the macro (`trim_blocks`), so the template still begins a line.
     macro = f"{{% macro {_MACRO}() %}}{start}{{{{ caller() }}}}{end}{{% endmacro %}}\n"
     opened = _OPEN.sub(rf"{{%\1 call {_MACRO}() \2%}}", template)
     return macro + _CLOSE.sub(r"{%\1 endcall \2%}", opened)

@@ -1,18 +1,18 @@
-"""Which tokens of a conversation are learnt: the assistant's, the token that ends a turn included.
+"""The targets of a conversation: the assistant's tokens, including the token that ends a turn.
 
-A template that marks its answers with `{% generation %}` says so itself (marks.py). For others an answer is what a turn
-adds:
+A template may mark its answers with `{% generation %}` (marks.py). Otherwise an answer is what a turn adds to the text:
 
     prompt  = template(turns before it, add_generation_prompt)      <|user|>Hi<|end|><|assistant|>
     through = template(turns up to it)                              <|user|>Hi<|end|><|assistant|>Hello<|end|>⏎
-    answer  = through without prompt, and without white space behind a closing special token    Hello<|end|>
+    answer  = through without prompt, and without white space after a closing special token    Hello<|end|>
 
-Both must be how the whole conversation's text begins. A template that rewrites earlier turns when later ones come (that
-drops their reasoning, for instance) needs marks: without them such a conversation is refused, never masked by guess.
+Both must be prefixes of the whole conversation's text. A template that rewrites earlier turns when later ones follow
+(that drops their reasoning, for instance) needs marks. Without them such a conversation is refused, never masked by a
+guess.
 
-Marks are held against what the turns add, wherever it can be told. Marks on anybody else's text are refused. An answer
-that is written and not marked stays unlearnt, as the template says, and is counted. Turns that say they are not learnt
-(`weight: 0`) are taken out of either: all that they add to the text is not learnt.
+Marks are compared with what the turns add, if that can be determined. Marks on text that is not the assistant's are
+refused. An answer that is written but not marked is not trained on, as the template says, and is counted. Turns with
+`weight: 0` are excluded in either case: nothing that they add to the text is trained on.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from megalong.sft.marks import Span
 from megalong.sft.spelled import texts
 from megalong.sft.template import ChatTemplate
 
-# Under which names templates read what the assistant says.
-_SAID = ("content", "reasoning_content", "reasoning", "thinking")
+# Keys under which templates read the assistant's text.
+_TEXT_KEYS = ("content", "reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """int64 ids [n] of a conversation, and bool [n]: those that count when they are predicted.
+    """The tokens of a conversation: int64 IDs [n], and bool [n]: the tokens that are targets.
 
     `unmarked` says which answer the template writes without marking it, "" for none.
     """
@@ -45,7 +45,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class _Added:
-    """What a turn adds to the text: its answer [start, end), and more up to `through`."""
+    """What a turn adds to the text: its answer [start, end), and the rest up to `through`."""
 
     start: int
     end: int
@@ -53,10 +53,10 @@ class _Added:
 
 
 def tokenize(template: ChatTemplate, conversation: Conversation) -> Tokens:
-    """The tokens of a conversation and which of them are learnt.
+    """The tokens of a conversation and its targets.
 
     Raises:
-        BadSampleError: the template refuses it, or it has no token of the assistant's.
+        BadSampleError: the template refuses it, or it has no assistant token.
     """
     conversation = template.with_calls(conversation)
     template.refuse_added(conversation)
@@ -64,15 +64,15 @@ def tokenize(template: ChatTemplate, conversation: Conversation) -> Tokens:
     unmarked = ""
     if template.marked:
         spans = template.marks(conversation, text)
-        unmarked = _held_against_turns(template, conversation, text, spans)
+        unmarked = _check_marks(template, conversation, text, spans)
     else:
         spans = by_prefix(template, conversation, text)
     ids, offsets = template.tokens(text)
-    targets = _touched(text, offsets, spans)
-    if conversation.unlearnt:
-        targets &= ~_touched(text, offsets, _unlearnt(template, conversation, text))
+    targets = _token_mask(text, offsets, spans)
+    if conversation.untrained:
+        targets &= ~_token_mask(text, offsets, _untrained(template, conversation, text))
     if not targets.any():
-        raise BadSampleError("no_assistant", "the template gives the assistant no token")
+        raise BadSampleError("no_assistant", "the chat template writes no assistant token")
     return Tokens(np.array(ids, np.int64), targets, unmarked)
 
 
@@ -92,26 +92,26 @@ def by_prefix(template: ChatTemplate, conversation: Conversation, text: str) -> 
                 "begins with the assistant's turn; mark its text in the chat template with {% generation %}",
             )
         refusal = (
-            f"the chat template writes turn {number} otherwise when more turns follow; mark the assistant's text in it "
-            "with {% generation %}"
+            f"the chat template writes turn {number} differently when more turns follow; mark the assistant's text in "
+            "it with {% generation %}"
         )
         added = _added(template, conversation, text, number, refusal)
         spans.append((added.start, added.end))
     return spans
 
 
-def _unlearnt(template: ChatTemplate, conversation: Conversation, text: str) -> list[Span]:
-    """The characters of the assistant's turns that are not to be learnt.
+def _untrained(template: ChatTemplate, conversation: Conversation, text: str) -> list[Span]:
+    """The characters of the assistant's turns that are not to be trained on.
 
     Raises:
-        BadSampleError: the template refuses a part of it, or writes such a turn otherwise when more turns follow.
+        BadSampleError: the template refuses a part of it, or writes such a turn differently when more turns follow.
     """
     spans = []
-    for number in sorted(conversation.unlearnt):
+    for number in sorted(conversation.untrained):
         if number >= len(conversation.messages):  # the conversation has been shortened
             continue
         refusal = (
-            f"turn {number} is not to be learnt, but the chat template writes it otherwise when more turns follow; "
+            f"turn {number} has weight 0, but the chat template writes it differently when more turns follow; "
             "leave its weight out, or end the conversation before it"
         )
         added = _added(template, conversation, text, number, refusal)
@@ -119,22 +119,22 @@ def _unlearnt(template: ChatTemplate, conversation: Conversation, text: str) -> 
     return spans
 
 
-def _touched(text: str, offsets: list[tuple[int, int]], spans: list[Span]) -> np.ndarray:
-    """bool [n]: the tokens, by their characters' places in the text, of which a character lies within a span."""
+def _token_mask(text: str, offsets: list[tuple[int, int]], spans: list[Span]) -> np.ndarray:
+    """bool [n]: the tokens with a character inside one of the spans; `offsets` are their places in the text."""
     inside = np.zeros(len(text) + 1, bool)
     for start, end in spans:
         inside[start:end] = True
-    before = np.concatenate([[0], np.cumsum(inside)])  # characters to learn ahead of each
+    before = np.concatenate([[0], np.cumsum(inside)])  # characters inside spans, before each character
     starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
-    learnt: np.ndarray = before[np.maximum(ends, starts + 1)] > before[starts]
-    return learnt
+    mask: np.ndarray = before[np.maximum(ends, starts + 1)] > before[starts]
+    return mask
 
 
 def _added(template: ChatTemplate, conversation: Conversation, text: str, number: int, refusal: str) -> _Added:
     """What a turn adds to the text.
 
     Raises:
-        BadSampleError: `refusal`, where the template writes the turn otherwise when more turns follow.
+        BadSampleError: `refusal`, if the template writes the turn differently when more turns follow.
     """
     messages, tools = conversation.messages, conversation.tools
     prompt = template.text(messages[:number], tools, prompt=True) if number else ""
@@ -146,11 +146,11 @@ def _added(template: ChatTemplate, conversation: Conversation, text: str, number
     return _Added(len(prompt), end, len(through))
 
 
-def _held_against_turns(template: ChatTemplate, conversation: Conversation, text: str, spans: list[Span]) -> str:
-    """Hold marks against what each of the assistant's turns adds; what an answer without marks is told as, or "".
+def _check_marks(template: ChatTemplate, conversation: Conversation, text: str, spans: list[Span]) -> str:
+    """Compare marks with what each assistant turn adds. Returns a message about an answer without marks, or "".
 
     Raises:
-        BadSampleError: marks on text that is not the assistant's.
+        BadSampleError: text that is not the assistant's is marked.
     """
     marked, others, unmarked = np.zeros(len(text), bool), np.ones(len(text), bool), ""
     for start, end in spans:
@@ -160,9 +160,13 @@ def _held_against_turns(template: ChatTemplate, conversation: Conversation, text
     for number, turn in zip(answers, turns, strict=True):
         if turn is not None:
             others[turn.start : turn.through] = False
-            learnt = "".join(text[max(start, turn.start) : min(end, turn.through)] for start, end in spans)
+            target = "".join(text[max(start, turn.start) : min(end, turn.through)] for start, end in spans)
             written = text[turn.start : turn.through]
-            lost = [said for said in _said(conversation.messages[number]) if said in written and said not in learnt]
+            lost = [
+                said
+                for said in _assistant_texts(conversation.messages[number])
+                if said in written and said not in target
+            ]
             unmarked = unmarked or (
                 f"the chat template writes turn {number} without marking {lost[0]!r}" if lost else ""
             )
@@ -170,14 +174,14 @@ def _held_against_turns(template: ChatTemplate, conversation: Conversation, text
         place = int(np.flatnonzero(marked & others)[0])
         raise BadSampleError(
             "malformed",
-            f"the chat template marks {text[place : place + 40]!r} with {{% generation %}}, and that is not the "
-            "assistant's",
+            f"the chat template marks {text[place : place + 40]!r} with {{% generation %}}, but that is not the "
+            "assistant's text",
         )
     return unmarked
 
 
 def _turn(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> _Added | None:
-    """A turn with its header, which a template may mark; None where it cannot be told what the turn adds."""
+    """A turn with its header, which a template may mark; None if what the turn adds cannot be determined."""
     messages, tools = conversation.messages, conversation.tools
     try:
         before = template.text(messages[:number], tools) if number else ""
@@ -189,21 +193,21 @@ def _turn(template: ChatTemplate, conversation: Conversation, text: str, number:
     return _Added(len(before), len(through), len(through))
 
 
-def _said(message: Message) -> list[str]:
-    """The texts of an assistant's turn: what it says, and the functions it calls."""
+def _assistant_texts(message: Message) -> list[str]:
+    """The texts of an assistant turn: what it says, and the functions it calls."""
     calls = [call.get("function", call) for call in message.get("tool_calls", []) if isinstance(call, Mapping)]
-    fields = [message.get(key) for key in _SAID] + [call.get("name") for call in calls]
+    fields = [message.get(key) for key in _TEXT_KEYS] + [call.get("name") for call in calls]
     return [text.strip() for text in texts(fields) if text.strip()]
 
 
 def shorten(template: ChatTemplate, conversation: Conversation, limit: int) -> Tokens:
-    """As many whole exchanges as fit into `limit` tokens, else the first one up to `limit`, ending with an answer.
+    """As many whole exchanges as fit into `limit` tokens, or else the first `limit` tokens up to the last target.
 
-    Cutting tokens and not text leaves no half of a special token; a sample ends with a token that is learnt, so none
-    ends inside the header of a turn. An answer that is cut has no end-of-turn: the model is not taught to stop there.
+    Tokens are cut and not text, so no special token is split. The result ends with a target, so never inside the header
+    of a turn. An answer that is cut has no end-of-turn token: the model is not taught to stop there.
 
     Raises:
-        BadSampleError: nothing of the assistant's lies within `limit`.
+        BadSampleError: the first `limit` tokens contain no target.
     """
     messages = conversation.messages
     answers = [n + 1 for n, message in enumerate(messages) if message["role"] == "assistant"]
@@ -211,8 +215,8 @@ def shorten(template: ChatTemplate, conversation: Conversation, limit: int) -> T
         tokens = tokenize(template, replace(conversation, messages=messages[:end]))
         if len(tokens.ids) <= limit:
             return tokens
-    learnt = np.flatnonzero(tokens.targets[:limit])
-    if len(learnt) == 0:
+    targets = np.flatnonzero(tokens.targets[:limit])
+    if len(targets) == 0:
         raise BadSampleError("too_long", f"no answer begins within {limit} tokens")
-    end = int(learnt[-1]) + 1
+    end = int(targets[-1]) + 1
     return Tokens(tokens.ids[:end], tokens.targets[:end])

@@ -1,15 +1,15 @@
-"""Conversations tokenized once, into a folder that every rank and every later start maps.
+"""Tokenizes conversations once, into a folder that every rank and every later start maps.
 
     DIR/sft-KEY/ids.bin      int32, all conversations end to end
-    DIR/sft-KEY/targets.bin  bool, those that are learnt
+    DIR/sft-KEY/targets.bin  bool, the tokens that are targets
     DIR/sft-KEY/ends.npy     int64, where each conversation ends
-    DIR/sft-KEY/sources.npy  int32, which source each is of
+    DIR/sft-KEY/sources.npy  int32, the source of each conversation
     DIR/sft-KEY/report.json  what was read, kept and left out of each source, by reason, with examples
-    DIR/sft-KEY/left_out.jsonl  every record that was left out, cut or not marked whole: source, place, reason, and why
+    DIR/sft-KEY/left_out.jsonl  every record that was left out, cut or not fully marked: source, place, reason, why
 
-KEY is a digest of all they follow from: files (size, time of change), tokenizer and template, rules. The folder is
-written aside and renamed, so a half of one is never read. Tokens go to their files as they come: memory holds
-digests, for duplicates, and lengths, but of tokens only a few chunks.
+KEY is a digest of everything that the content depends on: files (size, modification time), tokenizer and template,
+rules. The folder is written under another name and renamed, so it is never read half written. Tokens are written as
+they are computed: memory contains digests (for duplicates) and lengths, but only a few chunks of tokens.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from megalong.sft.reading import KEPT, Read, Reader, read_all
 from megalong.sft.template import ChatTemplate
 
 IDS, TARGETS, LEFT_OUT = "ids.bin", "targets.bin", "left_out.jsonl"
-VERSION = 7  # of what the folder holds and how it was made
-EXAMPLES = 20  # places told of each reason
-NOT_PREPARED = {"tokenizer", "max_length", "loss_average"}  # keys that count otherwise, or not at all
+VERSION = 7  # of the folder's format and content
+EXAMPLES = 20  # listed per reason
+NOT_PREPARED = {"tokenizer", "max_length", "loss_average"}  # keys that are part of KEY in another way, or not at all
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All usable conversations: those of source `sources[i]` are ids[ends[i - 1] : ends[i]]."""
+    """All usable conversations. Conversation i is ids[ends[i - 1] : ends[i]], from source `sources[i]`."""
 
     ids: np.ndarray
     targets: np.ndarray
@@ -62,14 +62,16 @@ class Prepared:
 
 
 def prepare(sft: Sft, seq_length: int, tokenizer: str | Path, folder: Path) -> Prepared:
-    """Tokenize what `sft` names, or map what an earlier call has left in `folder`.
+    """Tokenize the sources of `sft`, or map what an earlier call has left in `folder`.
 
     Raises:
-        UserError: a source is missing, has no usable conversation, or a conversation's rule is `error`.
+        UserError: a source is missing or has no usable conversation, or a bad conversation's rule is `error`.
     """
     files = {source.name: _files(source) for source in sft.sources}
     if not (Path(tokenizer) / "tokenizer.json").is_file():
-        raise UserError(f"sft.tokenizer: {tokenizer} holds no tokenizer.json; write sft.tokenizer: DIR that has one")
+        raise UserError(
+            f"sft.tokenizer: {tokenizer} contains no tokenizer.json; write sft.tokenizer: DIR, a folder that does"
+        )
     template = ChatTemplate(tokenizer)
     limit = sft.max_length or seq_length
     benchmarks = _benchmarks(sft)
@@ -83,18 +85,19 @@ def prepare(sft: Sft, seq_length: int, tokenizer: str | Path, folder: Path) -> P
     return Prepared(ids, targets, ends, sources, json.loads((place / "report.json").read_text()))
 
 
-def told(report: dict[str, Any]) -> list[str]:
+def report_lines(report: dict[str, Any]) -> list[str]:
     """The report, a line for each source."""
     return [
-        f"{name}: {one['kept']:,} conversations of {one['read']:,}, {one['tokens']:,} tokens, {one['targets']:,} learnt"
+        f"{name}: {one['kept']:,} conversations of {one['read']:,}, {one['tokens']:,} tokens, "
+        f"{one['targets']:,} targets"
         + "".join(f"; {reason}: {count:,}" for reason, count in one["counts"].items())
-        + (f"; keys that nothing reads: {listed(one['unread'])}" if one["unread"] else "")
+        + (f"; unused keys: {listed(one['unread'])}" if one["unread"] else "")
         for name, one in report.items()
     ]
 
 
-class _Work:
-    """What has been kept so far: tokens in files of the folder `aside`, everything else here."""
+class _Writer:
+    """Collects the conversations to keep: their tokens in files of the folder `aside`, everything else in memory."""
 
     def __init__(self, reader: Reader, aside: Path) -> None:
         self.report: dict[str, Any] = {}
@@ -106,10 +109,10 @@ class _Work:
         self._sources: list[int] = []
 
     def read(self, source: ConversationSource, files: Sequence[Source]) -> None:
-        """All of one source.
+        """Read one source.
 
         Raises:
-            UserError: a conversation whose rule is `error`, or none is left.
+            UserError: a bad conversation's rule is `error`, or no conversation is usable.
         """
         counts: Counter[str] = Counter()
         examples: dict[str, list[str]] = {}
@@ -122,8 +125,8 @@ class _Work:
                 reason, detail = self._verdict(source, one)
                 if reason is not None:
                     counts[reason] += 1
-                    told = {"source": source.name, "place": one.place, "reason": reason, "detail": detail}
-                    self._left_out.write(orjson.dumps(told) + b"\n")
+                    entry = {"source": source.name, "place": one.place, "reason": reason, "detail": detail}
+                    self._left_out.write(orjson.dumps(entry) + b"\n")
                     if len(examples.setdefault(reason, [])) < EXAMPLES:
                         examples[reason].append(f"{one.place}: {detail}")
                 if one.tokens is not None and reason in KEPT:
@@ -135,11 +138,11 @@ class _Work:
         if not kept:
             why = ", ".join(f"{reason}: {count}" for reason, count in counts.items()) or "it is empty"
             raise UserError(
-                f"sft.sources: {source.name}: none of its {read} conversations can be used ({why}); first: "
+                f"sft.sources: {source.name}: none of its {read} conversations can be used ({why}); the first: "
                 f"{next(iter(examples.values()))[0] if examples else source.path}"
             )
         for line in unread.lines():
-            _tell(source.name, line)
+            _log(source.name, line)
         self._sources += [len(self.report)] * len(kept)
         self.report[source.name] = {
             "read": read,
@@ -152,12 +155,11 @@ class _Work:
         }
 
     def _verdict(self, source: ConversationSource, one: Read) -> tuple[str | None, str]:
-        """Why a record is not kept, or not whole (truncated), and what is bad about it; None where it is as it is."""
+        """(reason, detail) of a record that is not kept, or not kept whole; (None, "") of a good one."""
         if one.tokens is None:
             if getattr(self._rules, f"on_{one.reason}") == "error":
                 raise UserError(
-                    f"sft.sources: {source.name}: {one.place}: {one.detail}; mend it, or write sft.on_{one.reason}: "
-                    "drop"
+                    f"sft.sources: {source.name}: {one.place}: {one.detail}; fix it, or write sft.on_{one.reason}: drop"
                 )
             return one.reason, one.detail
         if self._rules.deduplicate:
@@ -175,7 +177,7 @@ class _Work:
         self._lengths.append(len(tokens.ids))
 
     def close(self) -> None:
-        """Write what is not in files yet."""
+        """Close the token files and write everything else."""
         self._ids.close()
         self._targets.close()
         self._left_out.close()
@@ -190,18 +192,18 @@ def _make(sft: Sft, files: dict[str, list[Source]], reader: Reader, place: Path)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        work = _Work(reader, aside)
+        writer = _Writer(reader, aside)
         for source in sft.sources:
-            find_files([source.path], partial(_tell, source.name))
-            work.read(source, files[source.name])
-        work.close()
+            find_files([source.path], partial(_log, source.name))
+            writer.read(source, files[source.name])
+        writer.close()
         with suppress(OSError):  # another process was first
             aside.rename(place)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _tell(name: str, line: str) -> None:
+def _log(name: str, line: str) -> None:
     print(f"megalong: sft.sources: {name}: {line}", file=sys.stderr)
 
 

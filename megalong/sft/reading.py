@@ -1,10 +1,10 @@
-"""Files to tokenized conversations, on all cores this process may use; the outcome is that of one.
+"""Files to tokenized conversations, on all cores of this process. The result does not depend on their number.
 
     files ─ records.py ─▶ chunks of records ─ a worker each ─▶ Read, Read, … ─ in the order of the files ─▶ prepare.py
 
-Workers decide what depends on a conversation alone: format, template, mask, length, benchmarks. What depends on those
-before it (duplicates, `max_samples`) and what ends the run is decided by who takes their results, in order. Small files
-are read here: a process would take longer to start.
+Workers decide what depends only on one conversation: format, template, mask, length, benchmarks. The caller gets their
+results in order and decides what depends on earlier ones (duplicates, `max_samples`) and whether the run ends. Small
+files are read in this process, because starting another would take longer.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from megalong.sft.records import Unreadable, records
 from megalong.sft.template import ChatTemplate
 from megalong.sft.written import unwritten
 
-CHUNK = 128  # conversations a worker gets at a time
+CHUNK = 128  # conversations sent to a worker at a time
 BYTES_PER_WORKER = 1 << 20
-KEPT = (None, "truncated", "unmarked")  # reasons of what is trained on
+KEPT = (None, "truncated", "unmarked")  # reasons of conversations that are trained on
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Read:
     """One record: `tokens`, or why there are none.
 
     Attributes:
-        file: that holds it.
+        file: the record's file.
         place: file and line or row.
-        reason: the rule a bad one falls under; "truncated" for one that was cut, "unmarked" for one with an answer that
-            the template does not mark; None for one as it should be.
-        detail: what is bad about it.
-        contaminated: the benchmark and the words of it that were found.
-        unread: its keys that nothing reads.
+        reason: of a bad record, the rule that applies; "truncated" if it was cut; "unmarked" if the template does not
+            mark an answer; None if it is good.
+        detail: what is wrong with it.
+        contaminated: the benchmark and its words that were found.
+        unread: its unused keys.
     """
 
     file: str
@@ -56,7 +56,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Reader:
-    """What every record of every source is held against."""
+    """Reads the records of all sources, with one template and one set of rules."""
 
     template: ChatTemplate
     rules: Sft
@@ -64,7 +64,7 @@ class Reader:
     benchmarks: Benchmarks | None
 
     def read(self, file: str, place: str, record: Any, source: ConversationSource) -> Read:
-        """Tokenize one record; never raises for a bad one."""
+        """Tokenize one record. Does not raise for a bad one."""
         reason, detail = None, ""
         try:
             if isinstance(record, Unreadable):
@@ -84,8 +84,8 @@ class Reader:
             return Read(file, place, error.reason, printable(str(error)), None)
         except RecursionError:
             return Read(file, place, "malformed", "nested too deeply", None)
-        told = tuple(printable(key) for key in sorted({*conversation.unread, *unread}))
-        return Read(file, place, reason, detail, tokens, self._benchmark(conversation), told)
+        unused = tuple(printable(key) for key in sorted({*conversation.unread, *unread}))
+        return Read(file, place, reason, detail, tokens, self._benchmark(conversation), unused)
 
     def _benchmark(self, conversation: Conversation) -> str | None:
         if self.benchmarks is None:
@@ -98,13 +98,13 @@ class Reader:
 def read_all(
     reader: Reader, files: Sequence[Source], source: ConversationSource, cores: int | None = None
 ) -> Generator[Read, None, None]:
-    """Every record of `files`, in order; tells how far it has come.
+    """Every record of `files`, in order; prints progress.
 
     Args:
-        cores: processes to use at most; None: all there are.
+        cores: maximum number of processes; None: one per core.
 
     Raises:
-        UserError: a broken file, or a worker was killed.
+        UserError: a file is broken, or a worker was killed.
     """
     size = sum(file.size for file in files)
     workers = min(cores or available_cores(), size // BYTES_PER_WORKER)
@@ -127,9 +127,9 @@ def read_all(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """(file, place, record)s, and how many bytes of all files have been read with them.
+    """(file, place, record) of each record, and the bytes of all files read so far.
 
-    Packed files count when they end.
+    Compressed files count when they end.
     """
 
     records: list[tuple[str, str, Any]]

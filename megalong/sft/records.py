@@ -1,4 +1,4 @@
-"""Records of a source's files: one object a line of JSON, one row of a table."""
+"""Records of a source's files: one JSON object per line, or one row of a table."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Unreadable:
 
 
 def records(source: Source) -> Iterator[tuple[str, Any, float]]:
-    """(place as a message names it, record, share of the file read); what cannot be read is an `Unreadable`.
+    """(place for messages, record, share of the file read). A record that cannot be read is an `Unreadable`.
 
-    How far a packed file has been read cannot be told: its share is 0.
+    For a compressed file the share is unknown, and 0.
 
     Raises:
-        UserError: a broken file, or one of another kind.
+        UserError: a file is broken or of another kind.
     """
     if source.kind == TABLE:
         names, texts = parquet.columns(source.path), set(parquet.text_columns(source.path))
@@ -51,7 +51,7 @@ def _text(value: Any) -> Any:
 
 
 def _readable(record: dict[str, Any], texts: set[str]) -> Any:
-    """The record; one whose text is not UTF-8 is as bad as a line that is not. Pictures and such need not be."""
+    """The record, or `Unreadable` if a text column is not UTF-8. Columns without text, such as images, need not be."""
     for name, value in record.items():
         if isinstance(value, parquet.Unreadable) and name in texts:
             return Unreadable(f"column {name!r}: {value.why}")

@@ -1,13 +1,14 @@
-"""Samples of whole conversations, best fit, each computed by any rank from its number alone.
+"""Samples of whole conversations, packed by best fit. Any rank can compute a sample from its number alone.
 
-    epoch e → which conversations it holds → bins of at most S + 1 tokens (bins.py) → shuffled → sample k
+    epoch e → its conversations → bins of at most S + 1 tokens (bins.py) → shuffled → sample k
 
-Conversations are masked from each other, positions restart, padding and whatever is not the assistant's is no target.
-With `sft.loss_average: conversations` the loss of a conversation's n targets weighs 1/n each, and the sum is divided by
-the number of conversations in the global batch.
-All sources are packed together: short chats fill what long ones leave. Without weights an epoch holds every
-conversation once. With weights it ends where the scarcest source has been seen once; each of the others goes on in the
-next epoch where it stopped in this one.
+Conversations are masked from each other, and positions restart. Padding and tokens that are not the assistant's are no
+targets. With `sft.loss_average: conversations` the loss of each of a conversation's n targets has weight 1/n, and the
+sum is divided by the number of conversations in the global batch.
+
+All sources are packed together, so short chats fill the room that long ones leave. Without weights an epoch contains
+every conversation once. With weights it ends when the scarcest source has been seen once; the others continue in the
+next epoch where they stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 from megalong.data.samples.bins import best_fit
 from megalong.data.samples.sample import Sample
 from megalong.data.samples.splitting import documents_of_part
-from megalong.sft.prepare import Prepared, prepare, told
+from megalong.sft.prepare import Prepared, prepare, report_lines
 
 if TYPE_CHECKING:
     from megalong.config.schema import Config
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Packing:
-    """What an epoch's samples hold; `wasted` is the padding's share."""
+    """What the samples of an epoch contain; `wasted` is the share of padding."""
 
     conversations: int
     samples: int
@@ -42,7 +43,7 @@ class Packing:
     def __str__(self) -> str:
         return (
             f"an epoch is {self.conversations:,} conversations in {self.samples:,} samples: {self.tokens:,} tokens, "
-            f"{self.targets:,} of them learnt, {self.wasted:.2%} padding"
+            f"{self.targets:,} of them targets, {self.wasted:.2%} padding"
         )
 
 
@@ -50,14 +51,14 @@ class ConversationSamples:
     """Packed conversations, endless and in a fixed order.
 
     Args:
-        weights: shares of tokens by source, None for every conversation once.
-        seq_length: tokens S a sample trains on.
+        weights: share of tokens of each source; None: every conversation once.
+        seq_length: tokens S that a sample trains on.
         split: shares of conversations for training and validation, as in "99,1", source by source.
         part: "train" or "validation".
         average: what the loss is averaged over: "tokens" or "conversations".
 
     Raises:
-        UserError: a source leaves nothing for the part.
+        UserError: a source has no conversation for the part.
     """
 
     def __init__(
@@ -83,10 +84,10 @@ class ConversationSamples:
 
     @classmethod
     def open(cls, config: Config, part: str, tokenizer: str | Path, folder: Path) -> ConversationSamples:
-        """The samples of a run's part; tokenizes what has not been yet.
+        """The samples of a run's part. Tokenizes the sources unless that is already done.
 
         Raises:
-            UserError: as `prepare` and the class say.
+            UserError: as `prepare` and the class.
         """
         weights = [source.weight for source in config.sft.sources if source.weight is not None]
         prepared = prepare(config.sft, config.data.seq_length, tokenizer, folder)
@@ -115,38 +116,38 @@ class ConversationSamples:
         return Sample(tokens, documents, filled, targets=targets, weights=weights)
 
     def prepare(self, first: int, last: int) -> None:
-        """Nothing: opening the samples has tokenized all there is, and packing takes each rank a moment."""
+        """Does nothing: `open` has tokenized everything, and packing takes each rank only a moment."""
 
     def describe(self, samples: int) -> list[object]:
-        """What was read of each source and why some of it was left out, and what the first epoch is packed into."""
+        """What was read of each source, what was left out and why, and how the first epoch is packed."""
         conversations, ends = self._epoch(0)
         tokens = int(self._lengths[conversations].sum())
         spans = zip(self._starts[conversations].tolist(), self._lengths[conversations].tolist(), strict=True)
         targets = sum(int(self._prepared.targets[a + 1 : a + n].sum()) for a, n in spans)
         wasted = 1 - tokens / (len(ends) * (self.seq_length + 1))
         packing = Packing(len(conversations), len(ends), tokens, targets, wasted)
-        return [*told(self._prepared.report), packing]
+        return [*report_lines(self._prepared.report), packing]
 
     def _per_epoch(self, weights: list[float] | None) -> list[int]:
-        """Conversations an epoch takes of each source, at least one."""
+        """Conversations per epoch of each source, at least one."""
         if weights is None:
             return [len(pool) for pool in self._pools]
         tokens = [int(self._lengths[pool].sum()) for pool in self._pools]
-        whole = min(held / weight for held, weight in zip(tokens, weights, strict=True))
+        whole = min(count / weight for count, weight in zip(tokens, weights, strict=True))
         return [
-            max(1, round(len(pool) * weight * whole / held))
-            for pool, weight, held in zip(self._pools, weights, tokens, strict=True)
+            max(1, round(len(pool) * weight * whole / count))
+            for pool, weight, count in zip(self._pools, weights, tokens, strict=True)
         ]
 
     def _packed(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(conversations of an epoch in the order of its samples, how many up to each sample's end)."""
+        """(conversations of an epoch in the order of its samples, their number up to each sample's end)."""
         taken = np.concatenate([self._taken(source, epoch) for source in range(len(self._pools))])
         bin_of, bins = best_fit(self._lengths[taken], self.seq_length + 1)
         sample_of = np.random.RandomState([self._seed, epoch]).permutation(bins)[bin_of]
         return taken[np.argsort(sample_of, kind="stable")], np.cumsum(np.bincount(sample_of, minlength=bins))
 
     def _taken(self, source: int, epoch: int) -> np.ndarray:
-        """The conversations of a source in an epoch: its pool goes round, shuffled anew each time."""
+        """The conversations of a source in an epoch: its pool is repeated, shuffled again each time."""
         pool, each = self._pools[source], self._counts[source]
         first, last = epoch * each, (epoch + 1) * each
         rounds = range(first // len(pool), -(-last // len(pool)))
@@ -156,11 +157,11 @@ class ConversationSamples:
 
 
 def equal_weights(targets: np.ndarray, starts: list[int]) -> np.ndarray:
-    """float32 [2, S + 1], as `Sample` has them: conversations from `starts[i]` to `starts[i + 1]` weigh 1 each."""
+    """float32 [2, S + 1], `weights` of a `Sample`: each conversation, `starts[i]` to `starts[i + 1]`, has weight 1."""
     weights = np.zeros((2, len(targets)), np.float32)
     for first, last in pairwise(starts):
-        learnt = first + np.flatnonzero(targets[first:last])
-        if len(learnt):
-            weights[0, learnt] = 1 / len(learnt)
-            weights[1, learnt[0]] = 1
+        own = first + np.flatnonzero(targets[first:last])
+        if len(own):
+            weights[0, own] = 1 / len(own)
+            weights[1, own[0]] = 1
     return weights

@@ -1,15 +1,15 @@
-"""Added tokens that a text spells: text of a turn that spells `<|im_end|>` would end the turn.
+"""Refuses text that spells an added token: a turn whose text spells `<|im_end|>` would end there.
 
-A tokenizer's added tokens are looked for in a text before anything else, whether they are special or not, named
-(`eos_token`) or not. So each of them is refused where it gets in with somebody's text:
+A tokenizer matches its added tokens before anything else, whether they are special or not, named (`eos_token`) or not.
+They are therefore refused in the text of a conversation:
 
     special                                <|im_end|>, <|reserved_special_token_5|>   refused in every text
     merely added, written by the template  <｜User｜>                                 refused in every text
-    merely added, with punctuation         <think>, <tool_call>                       refused, save in the assistant's
+    merely added, with punctuation         <think>, <tool_call>                       refused, except in the assistant's
                                                                                       text: an answer may call a tool
-    merely added, without punctuation      COVID, runs of blanks                      words like others
+    merely added, without punctuation      COVID, runs of blanks                      ordinary text
 
-Which ones a text spells is asked of `tokenizers` itself, because normalization counts: under NFKC ＜tool＞ is <tool>.
+`tokenizers` itself finds the tokens that a text spells, because normalization matters: under NFKC ＜tool＞ is <tool>.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from tokenizers import Tokenizer, models
 
 from megalong.sft.formats import BadSampleError, Conversation
 
-ORDINARY = "\ufdd0"  # no character, so no token either
+ORDINARY = "\ufdd0"  # a noncharacter, so not a token
 
 
 class AddedTokens:
-    """The added tokens of a tokenizer; `named` are those its settings name, which are special whatever it says."""
+    """The added tokens of a tokenizer. `named` are those that its settings name; they count as special."""
 
     def __init__(self, tokenizer: Tokenizer, named: Iterable[str]) -> None:
         added = [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
         self._special = {token.content for token in added if token.special} | set(named)
         self._control: set[str] = set()
-        # The rules for added tokens without the rest: whatever spells none is one unknown word to this model.
+        # Only the rules for added tokens: to this model all other text is one unknown word.
         self._finder = Tokenizer(models.WordLevel({ORDINARY: 0}, unk_token=ORDINARY))
         self._finder.normalizer = tokenizer.normalizer
         for token in added:
@@ -42,17 +42,17 @@ class AddedTokens:
 
     @property
     def closing(self) -> tuple[str, ...]:
-        """Those that can end a turn, sorted."""
+        """The tokens that can end a turn, sorted."""
         return tuple(sorted(self._special | self._control))
 
-    def written_by_template(self, prompt: str, answered: str) -> None:
-        """Learn the template's own tokens: those of a plain prompt that are still there when it has been answered."""
+    def find_control_tokens(self, prompt: str, answered: str) -> None:
+        """Find the tokens that the template writes: those of a plain prompt that are also there with an answer."""
         self._control = set(self.spelled(prompt)) & set(self.spelled(answered))
 
     def spelled(self, text: str) -> list[str]:
         """The added tokens that `text` turns into, in its order."""
         if self._first is not None and not any(character in text for character in self._first):
-            return []  # nothing but runs of blanks; asking takes as long as tokenizing
+            return []  # at most runs of blanks; saves a call that takes as long as tokenizing
         found = self._finder.encode(text, add_special_tokens=False)
         return [token for token, id in zip(found.tokens, found.ids, strict=True) if id != 0]
 
@@ -60,7 +60,7 @@ class AddedTokens:
         """Refuse a conversation with text that would turn into one of them.
 
         Raises:
-            BadSampleError: naming whose text it is, and the token.
+            BadSampleError: there is such text. The message names its role and the token.
         """
         for what, value in vars(conversation).items():
             if what == "messages":
@@ -74,16 +74,16 @@ class AddedTokens:
     def _refuse(self, who: str, value: Any, answers: bool) -> None:
         for text in texts(value):
             for token in self.spelled(text):
-                if self._acts(token, answers):
+                if self._is_refused(token, answers):
                     raise BadSampleError("malformed", f"{who} the token {token!r}")
 
-    def _acts(self, token: str, answers: bool) -> bool:
+    def _is_refused(self, token: str, answers: bool) -> bool:
         marks = not answers and any(character in string.punctuation for character in token)
         return token in self._special or token in self._control or marks
 
 
 def texts(value: Any) -> Iterator[str]:
-    """Every text inside of JSON's lists and objects, their keys included."""
+    """Every text inside JSON lists and objects, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

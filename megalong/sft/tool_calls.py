@@ -1,15 +1,15 @@
-"""Calls of tools as records write them, and as a chat template wants them.
+"""Tool calls as records write them, and as a chat template expects them.
 
-OpenAI's wire form has a call's arguments as a text of JSON, transformers' as an object. Templates are written for one
-of the two, and quietly write nonsense of the other:
+The arguments of a call are JSON text in OpenAI's API, and an object in transformers. A template is written for one of
+the two and silently writes nonsense for the other:
 
     record                               template               writes
     "arguments": "{\\"city\\": \\"Rome\\"}"    {{ arguments|tojson }}   "{\\"city\\": \\"Rome\\"}"   JSON within JSON
     "arguments": {"city": "Rome"}        {{ arguments }}          {'city': 'Rome'}           Python, no JSON
 
-So both forms are tried: the object, as servers hand it to templates, then the text. Which one a template writes right
-is seen with arguments and a name of our own in place of the record's, which occur nowhere else. A template that writes
-neither, or nothing of a call, is no template for that conversation.
+Both forms are therefore tried: the object, as servers pass it to templates, then the text. The test replaces the
+record's arguments and function name with unique ones and searches the rendered text for them. A conversation is refused
+if its template writes neither form correctly, or does not write a call at all.
 """
 
 from __future__ import annotations
@@ -23,48 +23,48 @@ PROBE = "megalong_probe"
 
 
 def read_calls(message: Message) -> Message:
-    """A message whose `tool_calls` are a list of objects and whose arguments can be read.
+    """The message with `tool_calls` as a list of objects, whose arguments can be parsed.
 
     Raises:
-        ValueError: they are not and cannot.
+        ValueError: `tool_calls` or arguments cannot be parsed.
     """
     if not message.get("tool_calls"):
         return message
     calls = _parsed(message["tool_calls"], "tool_calls")
     if not isinstance(calls, list):
-        raise ValueError("tool_calls are no list")
+        raise ValueError("tool_calls are not a list")
     calls = [_parsed(call, "a call") for call in calls]
     for call in calls:
         if not isinstance(call, Mapping) or not isinstance(_function(call), Mapping):
-            raise ValueError("tool_calls are no list of objects")
+            raise ValueError("tool_calls are not a list of objects")
         _arguments(_function(call))
     return message | {"tool_calls": calls}
 
 
 def read_tools(tools: Any) -> Any:
-    """The tools on offer, with whatever is a text of JSON read: the list, one of them, its parameters.
+    """The tools on offer. JSON text is parsed, whether it is the whole list, one tool, or its parameters.
 
     Raises:
-        ValueError: a text that is no JSON.
+        ValueError: a text is not JSON.
     """
     tools = _parsed(tools, "tools")
     return [_tool(_parsed(tool, "a tool")) for tool in tools] if isinstance(tools, list) else tools
 
 
 def as_written(messages: list[Message], render: Callable[[list[Message]], str]) -> list[Message]:
-    """The messages with arguments in the form that `render` writes right.
+    """The messages with arguments in the form that `render` writes correctly.
 
     Raises:
-        ValueError: neither is, or a call is not written at all.
-        Exception: what `render` raises of both forms.
+        ValueError: neither form is written correctly, or a call is not written at all.
+        Exception: what `render` raises for both forms.
     """
     if not any(message.get("tool_calls") for message in messages):
         return messages
     wrong, refused = [], []
-    for name in (f"{PROBE}_name", None):  # a template may know only certain names
+    for name in (f"{PROBE}_name", None):  # None: keep the names, because a template may accept only certain ones
         for form in (_object, _text):
             try:
-                why = _wrong(messages, form, name, render)
+                why = _problem(messages, form, name, render)
             except Exception as error:
                 refused.append(error)
                 continue
@@ -76,10 +76,10 @@ def as_written(messages: list[Message], render: Callable[[list[Message]], str]) 
     raise (wrong or refused)[0]
 
 
-def _wrong(
+def _problem(
     messages: list[Message], form: Callable[[Any], Any], called: str | None, render: Callable[[list[Message]], str]
 ) -> str | None:
-    """What is wrong with the calls that `render` writes of arguments in this form, and all of the name `called`."""
+    """What is wrong with the calls that `render` writes, with arguments in this form and `called` as every name."""
     names: list[str] = []
 
     def probe(number: int, function: Mapping[str, Any]) -> Any:
@@ -94,10 +94,11 @@ def _wrong(
         escaped, printed = (
             f'\\"{key}',
             f"'arguments': '{{\"{key}",
-        )  # JSON within JSON, and Python's print of a whole call
+        )  # JSON within JSON, and Python's repr of a whole call
         if f"'{key}'" in text or printed in text or (form is _text and escaped in text):
             return (
-                f"the chat template writes the arguments of the call of {name!r} as no JSON object; it needs | tojson"
+                f"the chat template does not write the arguments of the call of {name!r} as a JSON object; it needs "
+                "| tojson"
             )
     if called and text.count(called) < len(names):
         return f"the chat template does not write which functions are called ({', '.join(names)})"
@@ -111,7 +112,7 @@ def _in_form(messages: list[Message], form: Callable[[Any], Any]) -> list[Messag
 def _with_arguments(
     messages: list[Message], arguments: Callable[[int, Mapping[str, Any]], Any], name: str | None = None
 ) -> list[Message]:
-    """The messages with each call's arguments, and its name where one is given, put in place of its own."""
+    """The messages with the arguments of each call replaced, and its name if one is given."""
     found, number = [], 0
     for message in messages:
         calls = []
@@ -125,7 +126,7 @@ def _with_arguments(
 
 
 def _function(call: Mapping[str, Any]) -> Any:
-    """What names function and arguments: OpenAI nests it, others write it flat."""
+    """The object with a call's name and arguments: OpenAI nests it, others write it flat."""
     return call.get("function", call)
 
 
@@ -139,13 +140,13 @@ def _text(function: Mapping[str, Any]) -> str:
 
 
 def _arguments(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The arguments as an object; none and an empty text are no arguments."""
+    """The arguments as an object; empty if they are missing or an empty text."""
     given = function.get("arguments")
     if given is None or (isinstance(given, str) and not given.strip()):
         return {}
     found = _parsed(given, f"the arguments of the call of {function.get('name')!r}")
     if not isinstance(found, Mapping):
-        raise ValueError(f"the arguments of the call of {function.get('name')!r} are no object")
+        raise ValueError(f"the arguments of the call of {function.get('name')!r} are not an object")
     return found
 
 
@@ -158,26 +159,28 @@ def _tool(tool: Any) -> Any:
 
 
 def _parsed(value: Any, what: str) -> Any:
-    """What a text of JSON says; whatever is no text as it is."""
+    """The value of JSON text; anything that is not text is returned unchanged."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, object_pairs_hook=_once, parse_constant=_no_json, parse_float=_finite)
+        return json.loads(
+            value, object_pairs_hook=_refuse_repeated, parse_constant=_refuse_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what}: not valid JSON ({error})") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key occurs twice")
     return found
 
 
-def _no_json(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(digits: str) -> float:
     number = float(digits)
-    return number if number - number == 0 else _no_json(digits)
+    return number if number - number == 0 else _refuse_constant(digits)

@@ -1,13 +1,13 @@
-"""Whether a chat template writes all that a conversation says.
+"""Checks that a chat template writes everything that a conversation contains.
 
-The conversation is rendered once more with a marker behind each of its texts: contents, names of tools and of calls,
-and every other key of a turn. A marker that does not come out names what the template leaves away:
+The conversation is rendered once more with a marker after each of its texts: contents, names of tools and of calls, and
+every other key of a turn. A marker that is missing in the result shows what the template leaves out:
 
     {"role": "tool", "content": "12 °Cmgl3x"}  →  …<|user|>Hi mgl0x<|end|><|assistant|>…       turn 3 is not written
 
-So what a template does not know of (tools, a system turn, a turn's `name`) is refused and not dropped. Contents, tools
-and calls must come out one by one; of another key it is enough that one turn's does: templates leave out the reasoning
-of earlier turns on purpose. A value that is no text is compared with its absence.
+What a template does not support (tools, a system turn, a turn's `name`) is therefore refused and not dropped. Each
+content, tool and call must be written. Another key needs to be written for one turn only, because templates leave out
+the reasoning of earlier turns on purpose. A key whose value is not text is tested by rendering without it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from megalong.data.corpus.keys import HARMLESS
 from megalong.sft.errors import BadSampleError
-from megalong.sft.keys import HARMLESS_TURN, SPEAKING_TURN, is_nothing
+from megalong.sft.keys import CONTENT_KEYS_OF_TURN, HARMLESS_TURN, is_nothing
 
 Write = Callable[[list[dict[str, Any]], list[Any] | None], str]
 _MARKER = re.compile(r"mgl(\d+)x")
@@ -26,10 +26,10 @@ _PLAIN = {"role", "content"}
 
 
 def unwritten(write: Write, turns: Sequence[dict[str, Any]], tools: list[Any] | None) -> set[str]:
-    """The keys of turns that are to be told: the template does not write them and they are not harmless.
+    """The keys of turns that must be reported: the template does not write them, and they are not metadata.
 
     Args:
-        write: (turns, tools) as the template writes them.
+        write: renders (turns, tools) with the template.
 
     Raises:
         BadSampleError: a content, a tool, a call, or a key that changes what is said, is not written.
@@ -42,11 +42,11 @@ def unwritten(write: Write, turns: Sequence[dict[str, Any]], tools: list[Any] | 
         text = write(marked, marked_tools)
         missing = marks.missing(text) + _without_effect(write, turns, tools)
     except BadSampleError:
-        return set()  # it looks into texts; whether it takes this conversation is told where it is tokenized
+        return set()  # the template inspects texts; if it refuses this conversation, tokenizing reports it
     for what in missing:
         if what.startswith("key "):
             key = what.removeprefix("key ")
-            if key in SPEAKING_TURN:
+            if key in CONTENT_KEYS_OF_TURN:
                 raise BadSampleError(
                     "malformed",
                     f"the chat template does not write {key!r} of a turn, which changes what is said; write it into "
@@ -58,7 +58,7 @@ def unwritten(write: Write, turns: Sequence[dict[str, Any]], tools: list[Any] | 
 
 
 class _Marks:
-    """Markers behind texts, and what each stands for."""
+    """Adds markers to texts, and remembers what each stands for."""
 
     def __init__(self) -> None:
         self._places: list[str] = []
@@ -71,7 +71,7 @@ class _Marks:
                 marked[key] = self._marked(value, f"the content of turn {number}, of role {role}") if value else value
             elif key == "tool_calls":
                 marked[key] = self.each(value, f"call of a tool in turn {number}")
-            elif _asked(key, value, role) and not isinstance(value, bool | int | float):
+            elif _must_be_written(key, value, role) and not isinstance(value, bool | int | float):
                 marked[key] = self._marked(value, f"key {key}")
         return marked
 
@@ -82,12 +82,12 @@ class _Marks:
         return [self._marked(value, f"{what} {number}") for number, value in enumerate(values)]
 
     def missing(self, text: str) -> list[str]:
-        """What none of its markers has come out of, in order."""
+        """What has no marker in `text`, in order."""
         seen = {self._places[int(number)] for number in _MARKER.findall(text) if int(number) < len(self._places)}
         return [place for place in dict.fromkeys(self._places) if place not in seen]
 
     def _marked(self, value: Any, place: str) -> Any:
-        """`value` with a marker behind its name, or else behind its first text; as it is where it holds none."""
+        """`value` with a marker after its name, or else after its first text; unchanged if it contains no text."""
         if isinstance(value, str):
             self._places.append(place)
             return f"{value}mgl{len(self._places) - 1}x"
@@ -102,19 +102,19 @@ class _Marks:
         return value
 
 
-def _asked(key: str, value: Any, role: str) -> bool:
-    """Whether a key of a turn must be written or told; the name of a tool's turn repeats that of the call."""
+def _must_be_written(key: str, value: Any, role: str) -> bool:
+    """Whether a key of a turn must be written or reported. The name in a tool's turn repeats that of the call."""
     harmless = key in HARMLESS_TURN or key.lower() in HARMLESS or (key == "name" and role == "tool")
     return key not in _PLAIN and key != "tool_calls" and not harmless and not is_nothing(value)
 
 
 def _without_effect(write: Write, turns: Sequence[dict[str, Any]], tools: list[Any] | None) -> list[str]:
-    """Keys whose values are numbers or true, and whose absence changes nothing."""
+    """Keys whose values are numbers or true, and without which the text is the same."""
     keys = dict.fromkeys(
         key
         for turn in turns
         for key, value in turn.items()
-        if isinstance(value, bool | int | float) and _asked(key, value, turn["role"])
+        if isinstance(value, bool | int | float) and _must_be_written(key, value, turn["role"])
     )
     if not keys:
         return []

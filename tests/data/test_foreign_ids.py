@@ -47,7 +47,8 @@ def test_the_document_and_the_token_are_named(tmp_path: Path, id: int, dtype: ty
     bad = [*DOCUMENTS[:3], [6] * 7 + [id, 6], *DOCUMENTS[4:]]
     dataset = IndexedDataset(write(tmp_path / "bad", bad, dtype))
     assert dataset.range_of_ids() == (min(id, 1), max(id, 99), 16)
-    with pytest.raises(UserError, match=rf"bad: document 3 holds the id {id} \(token 7 of it\), but there are 100 ids"):
+    message = rf"bad: document 3 contains the id {id} \(token 7 of it\), but there are 100 ids"
+    with pytest.raises(UserError, match=message):
         dataset.refuse_ids_from(IDS)
 
 
@@ -58,7 +59,7 @@ def test_documents_of_several_sequences_are_counted_as_documents(tmp_path: Path)
     bounds = np.array([0, 1, 4], "<i8")  # the second document is three sequences
     header = indexed.HEADER.pack(indexed.MAGIC, 1, 4, 4, len(bounds))
     (tmp_path / "a.idx").write_bytes(header + index[indexed.HEADER.size : -5 * 8] + bounds.tobytes())
-    with pytest.raises(UserError, match=r"document 1 holds the id 500 \(token 4 of it\)"):
+    with pytest.raises(UserError, match=r"document 1 contains the id 500 \(token 4 of it\)"):
         IndexedDataset(tmp_path / "a").refuse_ids_from(IDS)
 
 
@@ -66,7 +67,7 @@ def test_documents_of_several_sequences_are_counted_as_documents(tmp_path: Path)
 def test_what_a_look_at_a_part_does_not_see_is_met_by_its_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
 ) -> None:
-    monkeypatch.setattr(indexed, "LOOKED_AT", 2)
+    monkeypatch.setattr(indexed, "CHECKED_BLOCKS", 2)
     monkeypatch.setattr(indexed, "CHECKED_AT_ONCE", 16)
     bad = [[number % 90 + 1] * 6 for number in range(40)]
     bad[17][2] = IDS
@@ -76,7 +77,7 @@ def test_what_a_look_at_a_part_does_not_see_is_met_by_its_sample(
     refused = []
     for k in range(60):
         if IDS in free.row(k).tokens[:]:
-            with pytest.raises(UserError, match=r"a: document 17 holds the id 100 \(token 2 of it\)"):
+            with pytest.raises(UserError, match=r"a: document 17 contains the id 100 \(token 2 of it\)"):
                 packed.row(k).tokens[:]
             with pytest.raises(UserError, match="document 17"):
                 packed.read(k).copy_tokens(0, np.empty(5, np.int32))
@@ -85,7 +86,7 @@ def test_what_a_look_at_a_part_does_not_see_is_met_by_its_sample(
             np.testing.assert_array_equal(packed.row(k).tokens[:], free.row(k).tokens[:])
     assert refused
     bad[0][0] = bad[39][5] = -7  # both ends are among what is looked at
-    with pytest.raises(UserError, match="document 0 holds the id -7"):
+    with pytest.raises(UserError, match="document 0 contains the id -7"):
         samples(write(tmp_path / "b", bad)).refuse_foreign_ids(IDS)
 
 
@@ -117,7 +118,7 @@ def test_reports_of_a_run_end_in_one_line(tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert cli.main(["data", command, str(tmp_path / "run.yaml")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{tmp_path / 'a'}: document 5 holds the id 127" in line
+    assert f"{tmp_path / 'a'}: document 5 contains the id 127" in line
 
 
 @pytest.mark.parametrize("id", [-3, 601])
@@ -129,7 +130,7 @@ def test_inspect_tells_the_range_and_refuses_a_tokenizer_of_fewer_ids(
     assert f"ids        {min(id, 5)} to {max(id, 9)}\n" in capsys.readouterr().out
     assert cli.main(["data", "inspect", str(tmp_path / "a"), "--tokenizer", str(tokenizer_folder)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"document 0 holds the id {id} (token 1 of it)" in line
+    assert f"document 0 contains the id {id} (token 1 of it)" in line
 
 
 def test_the_models_vocabulary_is_found_without_torch(tmp_path: Path) -> None:

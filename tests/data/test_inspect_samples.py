@@ -54,7 +54,7 @@ def test_text_separators_and_bounds_are_seen(run_file: Path, capsys: pytest.Capt
     assert printed.count("48 tokens to read and one more") == 2
     assert "⟦<s>⟧" in printed
     assert printed.splitlines()[-1] == (
-        "legend: ⟨ ⟩ read, but not learnt: no target (loss mask) | ⟦ ⟧ a separator, or how much is not shown"
+        "legend: ⟨ ⟩ read, but not a target (loss mask) | ⟦ ⟧ a separator, or how much is not shown"
     )
     assert "| ⟨S⟩ome years ago, never mind how long." in printed  # what begins a document is predicted by nothing
     assert "sample 0 of books" in printed

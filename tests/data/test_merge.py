@@ -74,7 +74,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path, tokenizer_fold
         (first, strange): "differ in their tokenizer",
         (first, separated): "differ in their separator",
         (first, str(tmp_path / "bare")): "bare has no sidecar",
-        (str(tmp_path / "bare"), str(tmp_path / "wide")): "of different vocabularies",
+        (str(tmp_path / "bare"), str(tmp_path / "wide")): "their vocabularies differ",
         (first, str(tmp_path / "absent")): "absent.idx does not exist",
         (): "no dataset given",
     }.items():

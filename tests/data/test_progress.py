@@ -84,7 +84,7 @@ def test_grouping_tells_both_its_readings(
     assert len(dealt) > 3
     assert len(tokenized) == BUCKETS
     assert dealt[-1].startswith(
-        f"dealing into groups, 1 of 2: {total:,.1f} MB of {total:,.1f} MB (100%) | {2 * len(PROSE)} records |"
+        f"sorting into groups, 1 of 2: {total:,.1f} MB of {total:,.1f} MB (100%) | {2 * len(PROSE)} records |"
     )
     assert re.match(r"tokenizing groups, 2 of 2: ([\d.]+) MB of \1 MB \(100%\)", tokenized[-1])
     assert f" | {documents} documents | " in tokenized[-1]

@@ -17,7 +17,7 @@ from megalong.data.corpus.preprocess import preprocess
 from megalong.data.indexed import IndexedDataset
 from megalong.data.merge import merge
 from megalong.data.token_ids import ids_fingerprint, same_ids
-from megalong.data.tokenizer_check import Made, check_tokenizers
+from megalong.data.tokenizer_check import DatasetTokenizer, check_tokenizers
 from megalong.errors import UserError
 
 PROSE = list(pydoc_data.topics.topics.values())[:8]
@@ -176,14 +176,14 @@ def test_a_sidecar_records_it_and_is_held_against_the_model(prepared: tuple[str,
     sidecar = IndexedDataset(prefix).sidecar
     assert sidecar is not None
     assert sidecar["tokenizer"]["ids"] == ids_fingerprint(content(tokenizer_folder))
-    made = Made("data.mixture: a", sidecar["tokenizer"], sidecar["separator"])
+    made = DatasetTokenizer("data.mixture: a", sidecar["tokenizer"], sidecar["separator"])
     assert check_tokenizers([made], tokenizer_folder, "x") == check_tokenizers([made], again, "x") == []
     swapped = json.loads(content(again))
     for token in swapped["added_tokens"]:  # ids of texts stay: special tokens are no text
         token["content"] = {"<s>": "</s>", "</s>": "<s>"}.get(token["content"], token["content"])
     (again / "tokenizer.json").write_text(json.dumps(swapped))
     with pytest.raises(
-        UserError, match=r"^data.mixture: a: its separator '<s>' is \[0\] by its tokenizer 'small' .* and"
+        UserError, match=r"^data.mixture: a: its separator '<s>' is \[0\] in its tokenizer 'small' .* but"
     ):
         check_tokenizers([made], again, "write x")
     assert len(check_tokenizers([made], again, "write x", allowed=True)) == 1
@@ -199,8 +199,9 @@ def test_datasets_of_one_tokenizer_merge_however_it_is_saved(
 
 
 def test_what_is_not_known_is_told(tokenizer_folder: Path, tmp_path: Path) -> None:
-    untold, told = Made("data.mixture: a", None), Made("data.mixture: b", described(tokenizer_folder))
-    (first,) = check_tokenizers([untold, told], tokenizer_folder, "x")
-    assert first.startswith("data.mixture: a: it does not say which tokenizer it was made with, so nothing shows")
+    unknown = DatasetTokenizer("data.mixture: a", None)
+    known = DatasetTokenizer("data.mixture: b", described(tokenizer_folder))
+    (first,) = check_tokenizers([unknown, known], tokenizer_folder, "x")
+    assert first.startswith("data.mixture: a: it does not say which tokenizer it was made with, so its ids cannot be")
     for model in (None, tmp_path):
-        assert len(check_tokenizers([untold, told], model, "x")) == 2
+        assert len(check_tokenizers([unknown, known], model, "x")) == 2

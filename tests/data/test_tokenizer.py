@@ -63,7 +63,7 @@ def test_the_end_token_is_found_wherever_it_is_named(
 def test_absent_and_unreadable_tokenizers_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         TextTokenizer(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"holds no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"contains no tokenizer\.json"):
         TextTokenizer(tmp_path)
     for content in ("", "{", '{"version": "1.0"}', "[]"):
         (tmp_path / "tokenizer.json").write_text(content)

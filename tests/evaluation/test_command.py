@@ -129,6 +129,6 @@ def test_ids_that_the_model_does_not_have_are_refused(sources, tmp_path, id):
         writer.add_document(np.array([5, id], np.uint16))
         writer.finish()
     with pytest.raises(
-        UserError, match=rf"data: document 1 holds the id {id} \(token 1 of it\), but there are 515 ids"
+        UserError, match=rf"data: document 1 contains the id {id} \(token 1 of it\), but there are 515 ids"
     ):
         open_held_out(str(tmp_path / "data"), 64, 1, find_model(hf=sources[0]))

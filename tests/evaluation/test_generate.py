@@ -147,7 +147,7 @@ TEMPLATES = {
     "{{ ''.nowhere.at.all }}": r"refuses it \(",
     "": r"has no chat template",
     " ": r"the prompt is empty",
-    "a list": r"has several chat templates \(rag, tool_use\); leave one",
+    "a list": r"has several chat templates \(rag, tool_use\); keep one",
     "no names": r"the tokenizer of .* cannot be read \(",
     "a number": r"has no chat template",
     "broken settings": r"the tokenizer of .* cannot be read \(",

@@ -121,12 +121,12 @@ def test_what_a_run_held_out_is_what_it_never_trained_on(sources, pool, tmp_path
     assert [dataset.path for dataset in text.datasets] == [str(sources / "data")]
     packed = open_text(text, LENGTH, 1, models[1])
     trained = open_text(given_text(str(sources / "data")), LENGTH, 1, models[1])
-    kept = packed.streams[0].given
-    assert 0 < len(kept) < len(trained.streams[0].given) / 5
+    kept = packed.streams[0].part_documents
+    assert 0 < len(kept) < len(trained.streams[0].part_documents) / 5
     from megalong.data.samples.sampler import PackedSamples
 
     config = yaml.safe_load((run / "config.yaml").read_text())
-    learnt = PackedSamples(text.datasets, 64, 1, config["data"]["split"], "train").streams[0].given
+    learnt = PackedSamples(text.datasets, 64, 1, config["data"]["split"], "train").streams[0].part_documents
     assert sorted([*kept.tolist(), *learnt.tolist()]) == list(range(60))
     words = ("--checkpoint", run, "--hf", sources / "two/hf", "--held-out", "all")
     status, _, errors = measure(pool, *words, "--output", tmp_path / "out")

@@ -69,8 +69,8 @@ def test_the_plan_is_what_the_samples_hold(run: Path) -> None:
             seen[int(np.log2(LENGTHS["a"][token // 100]))] += count
     np.testing.assert_allclose(a.seen.tokens[:8], seen, atol=0.1 * seen.sum())
     assert a.seen.tokens.sum() == pytest.approx(180 * 32, rel=0.01)
-    held = packed.streams[0].lengths[packed.streams[0].given]
-    assert (a.held.documents.sum(), a.held.tokens.sum()) == (len(held), held.sum())
+    held = packed.streams[0].lengths[packed.streams[0].part_documents]
+    assert (a.stored.documents.sum(), a.stored.tokens.sum()) == (len(held), held.sum())
     assert a.dropped == ((held < 5).sum(), held[held < 5].sum())
     assert a.held_out == 142 - len(held) == 28
     assert max(count for token, count in tokens.items() if token < 10**6) <= a.most_repeats
@@ -165,7 +165,7 @@ def test_labels_of_the_pictures_do_not_overlap(
     histogram = Lengths(np.zeros(63), np.zeros(63))
     np.add.at(histogram.documents, np.log2(lengths).astype(int), 1)
     np.add.at(histogram.tokens, np.log2(lengths).astype(int), lengths)
-    domain = replace(stage.domains[0], held=histogram, seen=histogram)
+    domain = replace(stage.domains[0], stored=histogram, seen=histogram)
     domains = [replace(domain, share=replace(domain.share, name=name)) for name in names]
     data = stage.config.data.model_copy(update={"seq_length": longest})
     config = stage.config.model_copy(update={"data": data})

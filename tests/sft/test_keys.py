@@ -17,7 +17,7 @@ from megalong.errors import UserError
 from megalong.sft.errors import BadSampleError
 from megalong.sft.formats import read_conversation
 from megalong.sft.mask import tokenize
-from megalong.sft.prepare import Prepared, prepare, told
+from megalong.sft.prepare import Prepared, prepare, report_lines
 from megalong.sft.template import ChatTemplate
 from megalong.sft.written import unwritten
 from tests.sft.chats import MARKED, PLAIN, make_tokenizer, write_lines
@@ -80,7 +80,7 @@ def test_the_system_of_a_record_is_its_first_turn(kind: str, key: str, folder: P
 
 def test_two_systems_are_refused() -> None:
     both = {"messages": [BRIEF, *TURNS], "system": "Be long."}
-    with pytest.raises(BadSampleError, match="system and the turn of role system say different things; leave one"):
+    with pytest.raises(BadSampleError, match="system and the turn of role system say different things; keep one"):
         read_conversation(both)
     with pytest.raises(BadSampleError, match="system and system_prompt say different things"):
         read_conversation({"messages": TURNS, "system": "Be long.", "system_prompt": "Be brief."})
@@ -116,7 +116,7 @@ def test_a_key_that_changes_what_is_said_or_learnt_is_refused(key: str) -> None:
     for kind in RECORDS:
         if key in RECORDS[kind]:
             continue
-        with pytest.raises(BadSampleError, match=rf"key '{key}' (changes what|says what|is of another)") as caught:
+        with pytest.raises(BadSampleError, match=rf"key '{key}' (changes what|selects what|is of another)") as caught:
             read_conversation({**RECORDS[kind], key: SPEAKING[key]})
         assert caught.value.reason == "malformed"
         assert read_conversation({**RECORDS[kind], key: SPEAKING[key]}, ignore=[key]).unread == ()
@@ -140,14 +140,14 @@ def test_other_keys_are_counted_and_told_once_a_file(
         write_lines(tmp_path / "chats" / f"{name}.jsonl", records)
     write_lines(tmp_path / "chats" / "d.jsonl", [{"messages": TURNS, "bar": [0]}, {"messages": TURNS}])
     found = prepared(folder, tmp_path / "chats", deduplicate=False)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "nothing reads" in line]
-    start, alike = "megalong: sft.sources: chats: ", "keys that nothing reads"
+    lines = [line for line in capsys.readouterr().err.splitlines() if "unused keys" in line]
+    start, alike = "megalong: sft.sources: chats: ", "unused keys"
     assert lines == [
         f"{start}{tmp_path}/chats/a.jsonl and 2 more files: {alike}: Foo (9 records), mood (9)",
         f"{start}{tmp_path}/chats/d.jsonl: {alike}: bar (1 record)",
     ]
     assert found.report["chats"]["unread"] == {"Foo": 9, "mood": 9, "bar": 1}
-    assert told(found.report)[0].endswith(f"; {alike}: Foo (9 records), mood (9), bar (1)")
+    assert report_lines(found.report)[0].endswith(f"; {alike}: Foo (9 records), mood (9), bar (1)")
 
 
 TURN_KEYS: dict[str, Any] = {
@@ -252,19 +252,19 @@ def test_a_turn_of_weight_0_is_read_and_not_learnt(family: str, marked: bool, tm
         ({**ANSWER, "weight": 0, "train": True}, "weight and train of a turn contradict"),
         ({**ANSWER, "mask": False}, "key 'mask' of a turn is not read; write weight: 0"),
         ({**ANSWER, "labels": [1]}, "key 'labels' of a turn is not read"),
-        ({**ASK, "weight": 1}, "weight of a turn of role 'user' says that it is learnt"),
+        ({**ASK, "weight": 1}, "weight of a turn of role 'user' asks to train on it"),
         ({"role": "assistant", "content": [{"type": "text", "text": "x", "weight": 0}]}, "key 'weight' of a part"),
     ],
 )
 def test_another_weight_is_refused_by_name(turn: dict[str, Any], why: str) -> None:
     with pytest.raises(BadSampleError, match=why):
         read_conversation({"messages": [*FOUR, turn]})
-    assert read_conversation({"messages": [{**ASK, "weight": 0}, ANSWER]}).unlearnt == frozenset()
+    assert read_conversation({"messages": [{**ASK, "weight": 0}, ANSWER]}).untrained == frozenset()
 
 
 def test_weights_of_sharegpt_turns_count_and_nothing_learnt_is_no_answer(folder: Path, tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]
-    with pytest.raises(BadSampleError, match="no answer of the assistant's is learnt") as caught:
+    with pytest.raises(BadSampleError, match="no assistant turn is trained on") as caught:
         read_conversation({"conversations": turns})
     assert caught.value.reason == "no_assistant"
     # The same text, learnt elsewhere, is no duplicate.
@@ -273,5 +273,5 @@ def test_weights_of_sharegpt_turns_count_and_nothing_learnt_is_no_answer(folder:
     found = prepared(folder, lines)
     assert found.report["chats"]["counts"] == {"duplicate": 1}
     assert found.targets[: found.ends[0]].sum() > found.targets[found.ends[0] :].sum() > 0
-    with pytest.raises(UserError, match=r"line 1: weight 2 of a turn; write 0 .*; mend it, or write sft\.on_malformed"):
+    with pytest.raises(UserError, match=r"line 1: weight 2 of a turn; write 0 .*; fix it, or write sft\.on_malformed"):
         prepared(folder, write_lines(tmp_path / "w.jsonl", [{"messages": [ASK, {**ANSWER, "weight": 2}]}]))

@@ -29,8 +29,8 @@ GOOD = {
 BAD = {
     "cut": ('"score": 1, "b', "not valid JSON"),
     "NULL": ('"score": NULL', "not valid JSON"),
-    "the key twice": ('"text": "b", "messages": []', "is there twice"),
-    "the key twice, spelled": ('"te\\u0078t": "b", "messa\\u0067es": [], "n": NaN', "is there twice"),
+    "the key twice": ('"text": "b", "messages": []', "occurs twice"),
+    "the key twice, spelled": ('"te\\u0078t": "b", "messa\\u0067es": [], "n": NaN', "occurs twice"),
     "not UTF-8": ('"id": "\udcff"', "not UTF-8"),
 }
 
@@ -58,7 +58,7 @@ def test_a_bad_line_is_bad_for_both(kind: str, tmp_path: Path) -> None:
     assert why in found.why
     with pytest.raises(BadRecordError, match=why):
         texts_of(line(more), ["text"])
-    if why != "is there twice":
+    if why != "occurs twice":
         with pytest.raises(UserError, match=rf"--decontaminate: .*a\.jsonl, line 1: {why}"):
             Benchmarks([str(tmp_path / "a.jsonl")], 3)
 
@@ -68,7 +68,7 @@ def test_a_key_twice_in_a_turn_is_refused(tmp_path: Path) -> None:
     twice = '{"messages": [{"role": "user", "content": "a", "content" : "b"}]}\n'
     (tmp_path / "a.jsonl").write_text(twice)
     ((_, found, _),) = records(find_files([str(tmp_path / "a.jsonl")])[0])
-    assert found == Unreadable("key 'content' is there twice in one object; leave one")
+    assert found == Unreadable("key 'content' occurs twice in one object; keep one")
 
 
 def test_lines_are_counted_and_told_as_for_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +88,6 @@ def test_lines_are_counted_and_told_as_for_a_corpus(tmp_path: Path, capsys: pyte
     report = prepare(sft, 200, folder, tmp_path / "index").report["a"]
     assert report["counts"] == {"malformed": 3, "unknown_role": 1, "duplicate": 1}
     assert [one.partition(": ")[0][-6:] for one in report["examples"]["malformed"]] == ["line 5", "line 7", "line 8"]
-    assert "half a surrogate pair, '\\ud800', is no text" in report["examples"]["malformed"][0]
-    assert r"keys \ud800 are of no known format" in report["examples"]["malformed"][1]
-    assert r"keys that nothing reads: text (2 records), \udc00 (2)" in capsys.readouterr().err
+    assert "half a surrogate pair, '\\ud800', is not text" in report["examples"]["malformed"][0]
+    assert r"keys \ud800 match no format" in report["examples"]["malformed"][1]
+    assert r"unused keys: text (2 records), \udc00 (2)" in capsys.readouterr().err

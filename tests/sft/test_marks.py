@@ -163,7 +163,7 @@ def test_marks_on_somebody_elses_text_are_refused(
     templates: dict[str, tuple[ChatTemplate, ChatTemplate]], tmp_path: Path
 ) -> None:
     turned = MARKED["chatml"].replace("== 'assistant'", "== 'user'")
-    with pytest.raises(BadSampleError, match=r"marks 'q0<\|im_end\|>.*' with {% generation %}, and that is not"):
+    with pytest.raises(BadSampleError, match=r"marks 'q0<\|im_end\|>.*' with {% generation %}, but that is not"):
         tokenize(edited(templates, tmp_path / "turned", turned), Conversation(turns("a1", "a2")))
     header = MARKED["chatml"].replace(
         "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}",

@@ -54,7 +54,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> No
     template.tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}{{ '!' if loop.last }}{{ m['content'] }}{% endfor %}"
     )
-    with pytest.raises(BadSampleError, match="writes turn 1 otherwise"):
+    with pytest.raises(BadSampleError, match="writes turn 1 differently"):
         tokenize(template, Conversation(chats(2)[1]))
 
 

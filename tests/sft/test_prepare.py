@@ -203,7 +203,7 @@ def test_the_outcome_does_not_depend_on_the_number_of_workers(tmp_path: Path, mo
     assert reports[0] == reports[1]
     assert found[0].report["chats"]["counts"] == {"empty": 1, "duplicate": 1}
     assert len(found[0].ends) == 250
-    with pytest.raises(UserError, match=r"line 6: no turn has any text; mend it, or write sft.on_empty: drop"):
+    with pytest.raises(UserError, match=r"line 6: no turn has any text; fix it, or write sft.on_empty: drop"):
         prepared(tmp_path / "3", records, on_empty="error")
     assert not list(tmp_path.glob("*/index/*.tmp-*"))
 

@@ -152,11 +152,11 @@ def test_tools_are_objects_however_they_are_written(template: ChatTemplate, form
 BAD = {
     '{"city": "Rome"': "the arguments of the call of 'weather0': not valid JSON",
     "{'city': 'Rome'}": "the arguments of the call of 'weather0': not valid JSON",
-    '{"a": NaN}': "NaN is no number of JSON",
-    '{"a": 1e999}': "1e999 is no number of JSON",
+    '{"a": NaN}': "NaN is not a JSON number",
+    '{"a": 1e999}': "1e999 is not a JSON number",
     '{"a": 1, "a": 2}': "a key occurs twice",
-    '"Rome"': "the arguments of the call of 'weather0' are no object",
-    "[1]": "the arguments of the call of 'weather0' are no object",
+    '"Rome"': "the arguments of the call of 'weather0' are not an object",
+    "[1]": "the arguments of the call of 'weather0' are not an object",
     "Rome": "not valid JSON",
 }
 
@@ -168,13 +168,13 @@ def test_arguments_that_are_no_object_are_refused(given: str) -> None:
     assert error.value.reason == "malformed"
     for calls, message in {
         "[": "tool_calls: not valid",
-        "1": "are no list$",
-        "[1]": "are no list of",
+        "1": "are not a list$",
+        "[1]": "are not a list of",
         '["x"]': "a call: ",
     }.items():
         with pytest.raises(BadSampleError, match=message):
             read_conversation({"messages": [{"role": "assistant", "content": "a", "tool_calls": calls}]})
-    with pytest.raises(BadSampleError, match="no object"):
+    with pytest.raises(BadSampleError, match="not an object"):
         read_conversation(record(["a"]))
     with pytest.raises(BadSampleError, match="tools: not valid JSON"):
         read_conversation(record(WIRE, tools="{"))
@@ -194,7 +194,7 @@ def test_a_template_that_cannot_write_calls_is_refused(template: ChatTemplate) -
         "{{ call.name }}{{ call.arguments }}": r"writes no arguments of the call of 'weather0'",
         NESTED + "{{ f.name }}": r"writes no arguments of the call of 'weather0'",
         NESTED + "{{ f.arguments | tojson }}": r"does not write which functions are called \(weather0, weather1\)",
-        "{{ {'of': call} }}": r"writes the arguments of the call of 'weather0' as no JSON object",
+        "{{ {'of': call} }}": r"does not write the arguments of the call of 'weather0' as a JSON object",
         "{{ raise_exception('no calls') }}": r"the chat template refuses it \(no calls\)",
     }
     for kind, message in said.items():

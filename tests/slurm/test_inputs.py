@@ -51,7 +51,7 @@ def test_nothing_is_said_where_all_is_there(folder: Path, capsys: pytest.Capture
         ("h/model.safetensors", "model.load.hf h: has no model.safetensors, nor shards of one"),
         ("data/a.bin", "data.mixture a data/a: a.bin: no such file or directory"),
         ("data/a.idx", "data.mixture a data/a: a.idx: no such file or directory"),
-        ("chats.jsonl", "sft.sources chats chats.jsonl: chats.jsonl does not exist or is no file; check the path"),
+        ("chats.jsonl", "sft.sources chats chats.jsonl: chats.jsonl does not exist or is not a file; check the path"),
     ],
 )
 def test_what_is_gone_is_named_and_nothing_submitted(

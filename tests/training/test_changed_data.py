@@ -70,7 +70,7 @@ def test_a_dataset_written_anew_is_another(trained: dict[str, Any], tmp_path: Pa
     status = tokens.stat()
     os.utime(tokens, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     try:
-        with pytest.raises(UserError, match=r"data\.mixture\.b: its files are others \(size, time of change or"):
+        with pytest.raises(UserError, match=r"data\.mixture\.b: its files changed \(size, modification time or"):
             find_start(changed(trained))
     finally:
         os.utime(tokens, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -21,7 +21,7 @@ def look_at_little() -> None:
     """As of a dataset of terabytes, only a small part is looked at before the run."""
     from megalong.data import indexed
 
-    indexed.LOOKED_AT, indexed.CHECKED_AT_ONCE = 1, 64
+    indexed.CHECKED_BLOCKS, indexed.CHECKED_AT_ONCE = 1, 64
 
 
 def test_one_line_names_it_before_the_run_or_when_its_sample_comes(tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]
@@ -52,7 +52,7 @@ def test_one_line_names_it_before_the_run_or_when_its_sample_comes(tmp_path: Pat
             writer.add_document(tokens)
         writer.finish()
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    said = f"document {document} holds the id {VOCABULARY} (token {token} of it), but there are {VOCABULARY} ids"
+    said = f"document {document} contains the id {VOCABULARY} (token {token} of it), but there are {VOCABULARY} ids"
 
     capfd.readouterr()
     assert main(["train", str(tmp_path / "run.yaml")]) == 2

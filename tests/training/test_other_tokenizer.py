@@ -98,7 +98,7 @@ def test_train_and_plan_refuse_it_by_name(made: Path, tmp_path: Path, capsys: py
     assert expected in refusal(capsys, "data", "plan", config)
     assert not (tmp_path / "run").exists()
     assert main(["data", "plan", config, "data.allow_other_tokenizer=true"]) == 0
-    assert "let through by data.allow_other_tokenizer: true" in capsys.readouterr().err
+    assert "allowed by data.allow_other_tokenizer: true" in capsys.readouterr().err
 
 
 def test_a_blend_compares_all_and_the_same_saved_again_is_the_same(made: Path, tmp_path: Path, capsys) -> None:
@@ -109,7 +109,7 @@ def test_a_blend_compares_all_and_the_same_saved_again_is_the_same(made: Path, t
     start = find_start(config)
     assert check_tokenizer(config, open_samples(config, "train", None, None), start.assets) == []
     mixed = written(settings(made, tmp_path / "run", "hf", "other"), tmp_path / "mixed.yaml")
-    assert "'other' with 'other', whose ids mean other text" in refusal(capsys, "train", mixed)
+    assert "'other' with 'other', which gives other ids" in refusal(capsys, "train", mixed)
 
 
 def test_evaluate_refuses_it(made: Path) -> None:
@@ -133,7 +133,7 @@ def test_what_one_of_both_does_not_tell_is_said(made: Path, tmp_path: Path, caps
     tree = settings(made, tmp_path / "run", "hf")
     tree["model"]["load"]["hf"] = str(make_llama(tmp_path / "plain"))
     assert main(["data", "plan", written(tree, tmp_path / "run.yaml")]) == 0
-    assert "plain holds no tokenizer.json to compare" in capsys.readouterr().err
+    assert "plain contains no tokenizer.json to compare" in capsys.readouterr().err
 
 
 def test_a_run_says_what_is_not_known_and_a_resume_is_held_against_its_own(made: Path, pool, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""From files of text to an indexed dataset: found, cut into parts, tokenized, put together; a kill loses no part."""
+"""Text files to an indexed dataset: list, split into parts, tokenize, assemble. A kill loses no finished part."""

@@ -1,10 +1,10 @@
-"""Finished parts, in order, become the datasets.
+"""Appends the finished parts to the datasets, in order.
 
-Each part is appended as its turn comes and, once its bytes are surely on the disk, deleted; a journal says how far that
-went. So a corpus needs the room of its dataset once, not twice, and a run killed here goes on here.
+A part is deleted once its bytes are known to be on disk, and a journal records how far that is done. The dataset
+therefore needs its disk space once, not twice, and a run that is killed here continues here.
 
     000000 000001 | 000002 000003        journal: 2 parts, 81,920 tokens, …
-    in the dataset, deleted   to come
+    appended, deleted   to do
 """
 
 import json
@@ -19,23 +19,23 @@ import orjson
 from megalong.data.corpus.keys import Unread
 from megalong.data.corpus.part_files import REJECTED, UNREAD, Finished, PartFolder
 from megalong.data.corpus.records import lines_before
-from megalong.data.indexed_writer import IndexedDatasetWriter, State, holds
+from megalong.data.indexed_writer import IndexedDatasetWriter, State, has_files_of
 from megalong.errors import UserError
 from megalong.runtime.folders import file_aside
 
-SETTLE_BYTES = 1 << 30  # appended between two waits for the disk: what a run may hold twice
+FLUSH_BYTES = 1 << 30  # appended between two flushes: at most this much is on disk twice
 
 Counts = dict[str, int]
 
 
 class Assembly:
-    """The datasets `prefixes` (one a key) as they grow out of the parts whose fingerprints are `fingerprints`.
+    """The datasets `prefixes` (one per key) while they are assembled from the parts with these `fingerprints`.
 
     Args:
-        acceptable: whether parts with such counts, of an earlier run, may be kept.
+        acceptable: whether parts of an earlier run with these counts may be kept.
 
     Attributes:
-        done: parts that are in already, those of an earlier run included.
+        done: parts already appended, those of an earlier run included.
         counts: sums of the counts of these parts.
     """
 
@@ -71,16 +71,16 @@ class Assembly:
             self.counts[name] = self.counts.get(name, 0) + count
         self.done += 1
         self._waiting.append(part)
-        if self._bytes >= SETTLE_BYTES:
-            self._settle()
+        if self._bytes >= FLUSH_BYTES:
+            self._flush()
 
     def close(self) -> None:
         """Close all files, finished or not."""
         for writer in self.writers:
             writer.abandon()
 
-    def _settle(self) -> None:
-        states = [writer.settle() for writer in self.writers]
+    def _flush(self) -> None:
+        states = [writer.flush() for writer in self.writers]
         journal = {"parts": self.done, "identity": self._identity(self.done), "counts": self.counts, "states": states}
         with file_aside(self._folder.path / "journal", durable=True) as aside:
             aside.write_text(json.dumps(journal))
@@ -89,10 +89,10 @@ class Assembly:
         self._waiting, self._bytes = [], 0
 
     def _journal(self, prefixes: Sequence[str], dtype: np.dtype[Any]) -> dict[str, Any]:
-        """What an earlier run of the same work left; nothing otherwise, and then its journal is deleted.
+        """The journal of an earlier run of the same work; else an empty one, and a journal that is there is deleted.
 
-        A run killed while it published has moved datasets away that its journal still speaks of. Left where it is,
-        that journal would be believed by the run after the next, over the first few bytes of a new dataset.
+        A run that was killed while it published has already moved datasets that its journal still describes. If that
+        journal stayed, the run after the next would apply it to the first bytes of a new dataset.
         """
         nothing: dict[str, Any] = {"parts": 0, "counts": {}, "states": None}
         path = self._folder.path / "journal"
@@ -101,15 +101,15 @@ class Assembly:
         except (OSError, ValueError):
             return nothing
         same = journal["identity"] == self._identity(journal["parts"]) and len(journal["states"]) == len(prefixes)
-        if same and self._hold(journal["states"], prefixes, dtype) and self._acceptable(journal["counts"]):
+        if same and self._has_files(journal["states"], prefixes, dtype) and self._acceptable(journal["counts"]):
             return journal
         path.unlink()
         return nothing
 
-    def _hold(self, states: Sequence[State], prefixes: Sequence[str], dtype: np.dtype[Any]) -> bool:
-        """Whether the files of the growing datasets are here, with all that `states` say of them."""
+    def _has_files(self, states: Sequence[State], prefixes: Sequence[str], dtype: np.dtype[Any]) -> bool:
+        """Whether the unfinished datasets have the files that `states` describe."""
         return all(
-            holds(state, self._folder.path / Path(prefix).name, dtype)
+            has_files_of(state, self._folder.path / Path(prefix).name, dtype)
             for state, prefix in zip(states, prefixes, strict=True)
         )
 
@@ -118,14 +118,14 @@ class Assembly:
 
 
 def publish_rejected(folders: Sequence[PartFolder], path: Path) -> int:
-    """Gather what was set aside into `path`, one JSON object a record, with the line's number in its file.
+    """Collect the rejected records in `path`, one JSON object per record, with the line number in its file.
 
-    Returns how many; without any there is no file, and one of an earlier run is deleted.
+    Returns their number. Without any no file is written, and one of an earlier run is deleted.
 
     Raises:
         UserError: the disk is full.
     """
-    aside = folders[0].path / f"{path.name}.tmp"  # where a killed run's is cleared away
+    aside = folders[0].path / f"{path.name}.tmp"  # in this folder, so that one of a killed run is cleaned up
     count = 0
     try:
         with aside.open("wb") as file:
@@ -143,7 +143,7 @@ def publish_rejected(folders: Sequence[PartFolder], path: Path) -> int:
 
 
 def unread_keys(folders: Iterable[PartFolder]) -> Unread:
-    """The keys of all parts that nothing has read."""
+    """The unused keys of all parts."""
     found = Unread()
     for folder in folders:
         for file in sorted(folder.path.glob(f"*.{UNREAD}")):

@@ -1,14 +1,14 @@
-"""Documents that share text with a benchmark: found by common runs of words, as GPT-3's authors did (arXiv 2005.14165,
-appendix C): a document that holds any 13 consecutive words of a benchmark was probably made from it.
+"""Finds documents that share text with a benchmark, by word n-grams as for GPT-3 (arXiv 2005.14165, appendix C): a
+document that contains any 13 consecutive words of a benchmark was probably made from it.
 
     words: lower-case runs of letters and digits     "The cat's 3 hats." → the cat s 3 hats
-    a hit: N consecutive words of a document that stand so in one text of a benchmark file
+    a hit: N consecutive words of a document that occur in one text of a benchmark file
 
 A benchmark file is JSON lines or .parquet (every string in a line or row is a text, at any depth), or .txt. Texts of
-fewer than N words are not looked for: "yes" would be found everywhere.
+fewer than N words are not searched for: "yes" would be found everywhere.
 
-How it is fast: words that no benchmark uses become 0, and a run that holds a 0 cannot match. What is left is hashed N
-words at a time by numpy, and each hit is compared word by word with the benchmark's, so chance never drops a document.
+Why it is fast: words that no benchmark uses become 0, and an n-gram with a 0 cannot match. The others are hashed by
+numpy. Each hash match is then compared word by word, so a collision never drops a document.
 """
 
 import re
@@ -27,7 +27,7 @@ from megalong.data.corpus.unpack import unpacked
 from megalong.errors import UserError
 
 NGRAM = 13
-SHORTEST_WHOLE = 4  # words of a text that is looked for as a whole: "yes" and "a cat" would be found everywhere
+SHORTEST_WHOLE = 4  # words of the shortest text that `find_whole` searches for: "a cat" would be found everywhere
 ACTIONS = ("drop", "report")
 _WORDS = re.compile(r"[^\W_]+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
@@ -35,7 +35,7 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Hit:
-    """A document's words that a benchmark holds too, and the benchmark file."""
+    """Words that a document shares with a benchmark, and the benchmark file."""
 
     benchmark: str
     words: str
@@ -45,10 +45,10 @@ class Benchmarks:
     """The runs of `ngram` words in benchmark files.
 
     Attributes:
-        fingerprint: what was loaded and how, for the identity of the work.
+        fingerprint: digest of the texts and settings; part of the fingerprint of finished parts.
 
     Raises:
-        UserError: a file is absent, broken, or holds no text of that many words.
+        UserError: a file is missing, broken, or contains no text of that many words.
     """
 
     def __init__(self, files: Sequence[str], ngram: int = NGRAM) -> None:
@@ -61,12 +61,12 @@ class Benchmarks:
         for source in find_files(files, lambda line: print(f"megalong: --decontaminate: {line}", file=sys.stderr)):
             before = len(self._runs)
             for text in _texts(source):
-                self._learn(source.path, text)
+                self._add(source.path, text)
                 content.update(text.encode("utf-8", "surrogatepass") + b"\0")
             if len(self._runs) == before:
                 raise UserError(
-                    f"--decontaminate: {source.path} holds no new run of {ngram} words; give a benchmark with texts, "
-                    "or fewer words with --decontaminate-ngram"
+                    f"--decontaminate: {source.path} contains no new run of {ngram} words; give a benchmark with "
+                    "longer texts, or fewer words with --decontaminate-ngram"
                 )
         self.fingerprint = content.hexdigest()
         self._hashes = np.unique(_hashes(np.array(list(self._runs), np.uint64)))
@@ -86,7 +86,7 @@ class Benchmarks:
         return None
 
     def find_whole(self, texts: Sequence[str]) -> Hit | None:
-        """The first of `texts` that is, word for word, a benchmark's text of four words or more, below `ngram`."""
+        """The first of `texts` that equals, word for word, a benchmark text of 4 to `ngram` - 1 words."""
         for text in texts:
             whole = " ".join(_WORDS.findall(text.lower()))
             if whole in self._wholes:
@@ -94,7 +94,7 @@ class Benchmarks:
         return None
 
     def _candidates(self, ids: np.ndarray) -> np.ndarray:
-        """Where runs without unknown words start whose hash a benchmark has."""
+        """Starts of runs without unknown words whose hash occurs in a benchmark."""
         unknown = np.concatenate([[0], np.cumsum(ids == 0)])
         starts = np.flatnonzero(unknown[self.ngram :] == unknown[: -self.ngram])
         if len(starts) == 0:
@@ -104,7 +104,7 @@ class Benchmarks:
         places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
         return starts[self._hashes[places] == hashes]
 
-    def _learn(self, path: str, text: str) -> None:
+    def _add(self, path: str, text: str) -> None:
         words = _WORDS.findall(text.lower())
         if len(words) < self.ngram:
             if len(words) >= SHORTEST_WHOLE:

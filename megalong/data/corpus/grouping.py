@@ -1,13 +1,14 @@
-"""`--group-by`: records that share a key, such as the files of one repository, become one document.
+"""`--group-by`: records with the same key, such as the files of one repository, become one document.
 
-Files of a group are ordered by their path and joined by a newline; groups are ordered by a hash of their key, so that
-shards can share them out. The corpus need not fit into memory. It is first dealt into buckets on disk, by that hash;
-then each bucket, which does fit, is read back, sorted and tokenized:
+Files of a group are ordered by path and joined by a newline. Groups are ordered by a hash of their key, so that they
+can be divided among shards. The corpus need not fit into memory: records are first dealt into buckets on disk by that
+hash. Then each bucket, which does fit, is read back, sorted and tokenized:
 
     part 0: a/x b/y a/z  ─┐  bucket 0: a: x z        →  document a
     part 1: b/x c/y      ─┴  bucket 1: b: x y, c: y  →  documents b, c
 
-One group must fit into memory, as any document must. The buckets take as much disk as the unpacked corpus for a while.
+One group must fit into memory, as any document must. During the run the buckets take as much disk space as the
+decompressed corpus.
 """
 
 import zlib
@@ -23,20 +24,20 @@ from megalong.data.corpus.sources import Source
 
 BUCKET_BYTES = 32 << 20
 LARGEST_NUMBER = 1 << 14
-UNPACKED = 4  # times larger than packed, about
-RUN_BYTES = 32 << 20  # held in memory before it is dealt out
+UNPACKED = 4  # estimated compression ratio
+RUN_BYTES = 32 << 20  # buffered in memory before it is written to the buckets
 
 Entry = tuple[str, str, list[str]]  # group, path, texts
 
 
 def bucket_count(files: Sequence[Source]) -> int:
-    """How many buckets a corpus needs, by its size alone."""
+    """How many buckets a corpus needs. Depends only on its size."""
     size = sum(file.size * (1 if file.path.endswith((".jsonl", ".json", ".txt")) else UNPACKED) for file in files)
     return min(max(size // BUCKET_BYTES, 1), LARGEST_NUMBER)
 
 
 class Dealer:
-    """Deals the records of one part into buckets; keeps those of buckets in `mine`."""
+    """Deals the records of one part into buckets; keeps only those of the buckets `mine`."""
 
     def __init__(self, writer: PartWriter, buckets: int, mine: range) -> None:
         self._writer, self._buckets, self._mine = writer, buckets, mine
@@ -44,7 +45,7 @@ class Dealer:
         self._size = 0
 
     def add(self, group: str, path: str, texts: list[str]) -> None:
-        """One record."""
+        """Add one record."""
         bucket = zlib.crc32(group.encode()) % self._buckets
         if bucket in self._mine:
             line = orjson.dumps([group, path, texts]) + b"\n"
@@ -54,7 +55,7 @@ class Dealer:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is held, bucket by bucket, and where each begins."""
+        """Write the buffered records, bucket by bucket, and where each bucket ends."""
         ends = np.zeros(len(self._mine) + 1, "<i8")
         for place, bucket in enumerate(self._mine, 1):
             data = b"".join(self._held.pop(bucket, []))
@@ -65,7 +66,7 @@ class Dealer:
 
 
 def dealt_bytes(dealt: Sequence[Finished]) -> int:
-    """Bytes in all buckets together."""
+    """Bytes of all buckets together."""
     return sum(part.files["dealt"][0] for part in dealt if "dealt" in part.files)
 
 
@@ -75,13 +76,13 @@ def documents(
     """(bytes of one bucket, its documents: for each the joined texts of every key).
 
     Args:
-        place: which of the dealt buckets, from 0; buckets: how many were dealt.
+        place: index of the bucket among the dealt ones; buckets: number of dealt ones.
     """
     size, entries = 0, list[Entry]()
     for block in _blocks(folder, dealt, place, buckets):
         size += len(block)
         entries += (tuple(orjson.loads(line)) for line in block.splitlines())
-    entries.sort(key=itemgetter(0, 1))  # stable: then by place in corpus
+    entries.sort(key=itemgetter(0, 1))  # stable: equal paths keep the order of the corpus
     groups = (files for _, files in groupby(entries, key=itemgetter(0)))
     return size, (["\n".join(texts) for texts in zip(*(entry[2] for entry in files), strict=True)] for files in groups)
 

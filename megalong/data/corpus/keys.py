@@ -1,12 +1,11 @@
-"""Keys of records that nothing reads: counted, and told once a file.
+"""Counts the keys of records that are not used, and reports them once per file.
 
-A key that is read is used; one that is known to be about a text and no part of it (its source, its date, a score) says
-nothing that a model could learn. Every other key may be a part of the text that its author expects to be read, so it
-is told:
+Keys that are known to be metadata (source, date, score) are ignored. Any other unused key may be text that the author
+of the data expects to be read, so it is reported:
 
-    --input: a.jsonl: keys that nothing reads: title (1,000 records), abstract (998)
+    --input: a.jsonl: unused keys: title (1,000 records), abstract (998)
 
-Files in which the same keys are left over are told in one line.
+Files with the same unused keys share a line.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ SHOWN = 12  # keys of a file that are named; the others are counted
 
 
 def words(text: str) -> frozenset[str]:
-    """The words of a text: how a list of keys is written here."""
+    """The words of `text`, as a set; key lists are written this way here."""
     return frozenset(text.split())
 
 
-# What corpora of text and of conversations call their metadata.
+# Names of metadata in corpora of text and of conversations.
 HARMLESS = words(
     """
     id _id uid uuid guid idx index row row_id key hash sha sha1 sha256 md5 digest minhash_cluster_size cluster_id
@@ -46,13 +45,13 @@ HARMLESS = words(
 
 
 class Unread:
-    """Counts, file by file, the keys that nothing has read."""
+    """Counts unused keys, file by file."""
 
     def __init__(self) -> None:
         self._files: dict[str, Counter[str]] = {}
 
     def add(self, file: str, keys: Iterable[str], records: int = 1) -> None:
-        """So many records of a file have these keys, and nothing reads them."""
+        """Count `keys` as unused in this many records of `file`."""
         for key in keys:
             self._files.setdefault(file, Counter())[key] += records
 
@@ -67,14 +66,14 @@ class Unread:
         return dict(sum(self._files.values(), Counter()).most_common())
 
     def lines(self) -> Iterator[str]:
-        """A line a file, or for all files with the same keys; the most frequent keys first."""
+        """One line for each file, or for all files with the same keys; the most frequent keys come first."""
         alike: dict[frozenset[str], list[str]] = {}
         for file, counts in self._files.items():
             alike.setdefault(frozenset(counts), []).append(file)
         for files in alike.values():
             counts = sum((self._files[file] for file in files), Counter[str]())
             more = f" and {len(files) - 1:,} more files" if len(files) > 1 else ""
-            yield f"{files[0]}{more}: keys that nothing reads: {listed(counts)}"
+            yield f"{files[0]}{more}: unused keys: {listed(counts)}"
 
 
 def listed(counts: dict[str, int]) -> str:
@@ -83,7 +82,7 @@ def listed(counts: dict[str, int]) -> str:
     if shown:
         shown[0] = f"{shown[0][:-1]} record{'' if shown[0].endswith('(1)') else 's'})"
     others = len(counts) - len(shown)
-    return ", ".join(shown) + (f" and {others:,} keys more" if others else "")
+    return ", ".join(shown) + (f" and {others:,} more keys" if others else "")
 
 
 def unknown(keys: Iterable[str], read: Iterable[str]) -> list[str]:
@@ -93,5 +92,5 @@ def unknown(keys: Iterable[str], read: Iterable[str]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """`text` without half surrogates, which JSON can spell and no file can hold."""
+    """`text` with lone surrogates escaped; JSON can spell them, but UTF-8 cannot encode them."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,13 +1,13 @@
-"""Which files a corpus is made of: those named, and those found in folders and by wildcards.
+"""Which files a corpus consists of: named files, and files found in folders and by wildcards.
 
-    corpus/books.jsonl                     taken
-    corpus/more -> /elsewhere/more         walked, as any folder: corpora are often put together from links
+    corpus/books.jsonl                     read
+    corpus/more -> /elsewhere/more         walked like any folder: corpora are often assembled from links
     corpus/.ipynb_checkpoints/books.jsonl  left out: hidden, as .git, .cache, ._books.jsonl
-    corpus/_temporary/0/part.parquet       left out: the half of a Spark job; so are __MACOSX and the like
-    corpus/again.jsonl -> books.jsonl      left out: a file is taken once, whatever its names
+    corpus/_temporary/0/part.parquet       left out: unfinished output of a Spark job; so are __MACOSX and the like
+    corpus/again.jsonl -> books.jsonl      left out: a file is read once, whatever its names
 
-Nothing is left out silently, and whatever is named itself is taken, hidden or not. What a walk cannot look into (a
-folder without permission, a link to nothing) ends it: a corpus must not be smaller than it looks.
+Nothing is left out silently, and a file that is named itself is read even if it is hidden. A folder without permission
+or a broken link is an error: a corpus must not be smaller than it looks.
 """
 
 from __future__ import annotations
@@ -20,43 +20,43 @@ from pathlib import Path
 
 from megalong.errors import UserError
 
-# Folders of tools, never of a corpus: half-written output of Spark, logs of Delta tables, what macOS packs along.
+# Folders that tools write: unfinished output of Spark, logs of Delta tables, macOS archive metadata, Python caches.
 TOOLS = {"_temporary", "_delta_log", "_spark_metadata", "__MACOSX", "__pycache__"}
-NAMED = 3  # paths that a line names
+NAMED = 3  # paths named per line
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 Identity = tuple[int, ...] | str
 
 
 class Listing:
-    """Files of a corpus, in the order in which they are asked for.
+    """Files of a corpus, in the order in which they were added.
 
     Args:
-        endings: names of files that folders are searched for, in lower case.
+        endings: endings of the file names that folders are searched for, in lower case.
 
     Attributes:
-        files: what was found.
+        files: the files found so far.
     """
 
     def __init__(self, endings: tuple[str, ...]) -> None:
         self.files: list[Path] = []
         self._endings = endings
-        self._taken: dict[Identity, Path] = {}
+        self._listed: dict[Identity, Path] = {}
         self._hidden: list[Path] = []
-        self._again: list[tuple[Path, Path]] = []
+        self._other_names: list[tuple[Path, Path]] = []
 
     def add(self, name: str) -> None:
-        """Take the file `name`; of a folder, all it holds in depth; of a wildcard, all it matches: in sorted order.
+        """Add the file `name`, all files in a folder and its subfolders, or all that match a wildcard, sorted.
 
         Raises:
-            UserError: there is nothing, or something that cannot be looked at.
+            UserError: nothing was found, or something cannot be read.
         """
         path = Path(name)
         if path.is_dir():
             found = self._in_folder(path)
             if not found:
                 raise UserError(
-                    f"--input: the folder {name} holds none of {', '.join(self._endings)}{self._but_hidden()}; name "
+                    f"--input: the folder {name} contains none of {', '.join(self._endings)}{self._but_hidden()}; name "
                     "files instead"
                 )
         elif not path.exists() and has_magic(name):
@@ -66,21 +66,21 @@ class Listing:
         elif path.is_file():
             found = [path]
         else:
-            raise UserError(f"--input: {name} does not exist or is no file; check the path")
-        self._take(found)
+            raise UserError(f"--input: {name} does not exist or is not a file; check the path")
+        self._list(found)
 
-    def tell(self, say: Say) -> None:
-        """Say what was left out, and what may be there twice, a line for each kind."""
+    def log_left_out(self, log: Log) -> None:
+        """Log what was left out, and what may be there twice, a line for each kind."""
         if self._hidden:
-            say(f"left out as hidden: {_counted(self._hidden)}; name one itself to have it read")
-        if self._again:
-            again = [f"{path} is {first}" for path, first in self._again]
-            say(f"left out as other names of files already taken: {_counted(again)}")
+            log(f"left out as hidden: {_counted(self._hidden)}; name a file itself to read it")
+        if self._other_names:
+            again = [f"{path} is {first}" for path, first in self._other_names]
+            log(f"left out as other names of the same files: {_counted(again)}")
         for same in self._likely_twice():
-            say(f"{' and '.join(map(str, same))} may hold the same text; name the one you want if they do")
+            log(f"{' and '.join(map(str, same))} may contain the same text; if so, name only one of them")
 
     def _in_folder(self, root: Path) -> list[Path]:
-        """Files of a folder, each of its folders walked once, under its own name rather than that of a link."""
+        """Files of a folder. Each subfolder is walked once, under its own name rather than a link's."""
         found: list[Path] = []
         seen: set[Identity] = set()
         folders, links = deque([root]), deque[Path]()
@@ -109,23 +109,23 @@ class Listing:
                 self._hidden.append(path)
             elif not path.is_dir():
                 found.append(path)
-            elif "**" not in pattern:  # which has looked into all folders
+            elif "**" not in pattern:  # `**` has walked all folders already
                 found += self._in_folder(path)
         return found
 
-    def _take(self, found: Sequence[Path]) -> None:
-        """Take what is not taken under another name, a file's own name rather than that of a link."""
+    def _list(self, found: Sequence[Path]) -> None:
+        """List each file once, under its own name rather than a link's."""
         own = {_identity(path): path for path in sorted(found, key=lambda path: (path.is_symlink(), path))[::-1]}
         for path in found:
             one = _identity(path)
-            first = self._taken.setdefault(one, own[one])
+            first = self._listed.setdefault(one, own[one])
             if first is path:
                 self.files.append(path)
             else:
-                self._again.append((path, first))
+                self._other_names.append((path, first))
 
     def _likely_twice(self) -> Iterator[list[Path]]:
-        """Files of one folder whose names differ in their endings only: a file beside its packed or converted self."""
+        """Files of one folder whose names differ only in the ending: a file beside its compressed or converted copy."""
         alike: dict[Path, list[Path]] = defaultdict(list)
         for path in self.files:
             ending = next((end for end in sorted(self._endings, key=len)[::-1] if path.name.lower().endswith(end)), "")
@@ -142,7 +142,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _refuse_no_file(path: Path) -> Path:
     if not path.is_file():
-        raise UserError(f"--input: {path} is no file, or a link to nothing; delete it or mend it")
+        raise UserError(f"--input: {path} is not a file, or is a broken link; delete it or fix it")
     return path
 
 
@@ -155,9 +155,9 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _identity(path: Path) -> Identity:
-    """What is the same for all names of a file or folder; size and time besides, for inodes that are not unique."""
+    """Equal for all names of one file or folder. Includes size and time, because inodes may not be unique."""
     status = path.stat()
-    if not status.st_ino:  # a file system without
+    if not status.st_ino:  # a file system without inodes
         return os.path.realpath(path)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 

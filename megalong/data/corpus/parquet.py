@@ -1,7 +1,7 @@
 """Rows of a parquet file, a few megabytes at a time, through pyarrow.
 
-The footer is read when the corpus is cut into parts, so a truncated file is told before any work; a damaged page is
-told where it is met, by file and row group. pyarrow is imported here alone: a corpus without tables starts without it.
+The footer is read when the corpus is split into parts, so a truncated file is reported before any work. A damaged page
+is reported by file when it is reached. Only this module imports pyarrow, so a corpus without tables does not load it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ ROWS = 1024  # read at once: at 4 KB a text, 4 MB a column
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A value that is no text and cannot be one, and why."""
+    """A value that cannot be read, and why."""
 
     why: str
 
@@ -27,7 +27,7 @@ def row_group_sizes(path: str) -> list[int]:
     Raises:
         UserError: not a parquet file, or a truncated one.
     """
-    with _told(path):
+    with _reading(path):
         footer = _opened(path).metadata
         groups = [footer.row_group(group) for group in range(footer.num_row_groups)]
         return [sum(group.column(c).total_compressed_size for c in range(group.num_columns)) for group in groups]
@@ -39,17 +39,17 @@ def number_of_rows(path: str) -> int:
     Raises:
         UserError: not a parquet file, or a truncated one.
     """
-    with _told(path):
+    with _reading(path):
         return int(_opened(path).metadata.num_rows)
 
 
 def text_columns(path: str) -> list[str]:
-    """Columns that hold text, be it inside lists, structs or maps.
+    """Columns that contain text, also inside lists, structs or maps.
 
     Raises:
         UserError: not a parquet file, or a truncated one.
     """
-    with _told(path):
+    with _reading(path):
         return [field.name for field in _opened(path).schema_arrow if _holds_text(field.type)]
 
 
@@ -59,20 +59,20 @@ def columns(path: str) -> list[str]:
     Raises:
         UserError: not a parquet file, or a truncated one.
     """
-    with _told(path):
+    with _reading(path):
         return list(_opened(path).schema_arrow.names)
 
 
 def rows(path: str, first: int, end: int, keys: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
     """(row number from 1 in the file, values of `keys`) of row groups [first, end).
 
-    A column of text gives raw bytes, not yet known to be UTF-8. Lists, structs and maps give Python's, with
-    `Unreadable` for those that hold text which is not UTF-8. A time finer than Python's is the number it is stored as.
+    Values of a text column are raw bytes, which may not be UTF-8. Lists, structs and maps become Python objects, or
+    `Unreadable` if they contain text that is not UTF-8. A time too fine for Python becomes the stored number.
 
     Raises:
-        UserError: a column is not there or there twice, or the file is damaged.
+        UserError: a column is missing or occurs twice, or the file is damaged.
     """
-    with _told(path):
+    with _reading(path):
         file = _opened(path)
         _refuse_unclear(path, file.schema_arrow.names, keys)
         row = sum(file.metadata.row_group(group).num_rows for group in range(first))
@@ -84,12 +84,12 @@ def rows(path: str, first: int, end: int, keys: Sequence[str]) -> Iterator[tuple
 
 
 def text_rows(path: str, first: int, end: int, keys: Sequence[str]) -> Iterator[tuple[int, list[bytes | None]]]:
-    """`rows` of columns that must be text: each value its raw bytes, or None where there is none.
+    """`rows` of text columns: each value is its raw bytes, or None for a null.
 
     Raises:
-        UserError: as `rows`; or a column of another type. That is a wrong key, not a bad row: no row of it can be used.
+        UserError: as `rows`, or a column has another type. That is a wrong key, not a bad row: no row could be used.
     """
-    with _told(path):
+    with _reading(path):
         types = {field.name: field.type for field in _opened(path).schema_arrow}
     for key in keys:
         if key in types and not _is_text(types[key]):
@@ -116,12 +116,12 @@ def _opened(path: str) -> Any:
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether a column's values are text, or bytes that may be: whatever its width, views, dictionaries, JSON."""
+    """Whether a column contains text, or bytes that may be text: of any width, as views, dictionaries or JSON."""
     from pyarrow import types
 
-    kind = _plain(kind)
+    kind = _storage_type(kind)
     binary = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
-    # null: what polars and pandas write where a file has no value at all
+    # null: the type that polars and pandas write for a column without any value
     return _is_string(kind) or types.is_null(kind) or any(is_kind(kind) for is_kind in binary)
 
 
@@ -131,18 +131,18 @@ def _is_string(kind: Any) -> bool:
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
-def _plain(kind: Any) -> Any:
-    """The type of a dictionary's values, or of what an extension type such as JSON keeps its values as."""
+def _storage_type(kind: Any) -> Any:
+    """The value type of a dictionary, or the storage type of an extension type such as JSON."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(kind):
-        return _plain(kind.value_type)
+        return _storage_type(kind.value_type)
     is_text = isinstance(kind, pyarrow.BaseExtensionType) and not pyarrow.types.is_fixed_size_binary(kind.storage_type)
-    return _plain(kind.storage_type) if is_text else kind
+    return _storage_type(kind.storage_type) if is_text else kind
 
 
 def _holds_text(kind: Any) -> bool:
-    kind = _plain(kind)
+    kind = _storage_type(kind)
     inner = [kind.field(place).type for place in range(kind.num_fields)]
     return _is_string(kind) or any(map(_holds_text, inner))
 
@@ -150,7 +150,7 @@ def _holds_text(kind: Any) -> bool:
 def _values(column: Any) -> list[Any]:
     import pyarrow
 
-    if isinstance(column.type, pyarrow.BaseExtensionType) and _plain(column.type) != column.type:
+    if isinstance(column.type, pyarrow.BaseExtensionType) and _storage_type(column.type) != column.type:
         column = column.storage
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
@@ -163,19 +163,19 @@ def _values(column: Any) -> list[Any]:
 
 
 def _value(scalar: Any) -> Any:
-    """One value of a column in which Python cannot hold them all."""
+    """One value of a column that has values which Python cannot represent."""
     try:
         return scalar.as_py(maps_as_pydicts="strict")
     except UnicodeDecodeError as error:
         return Unreadable(f"not UTF-8 ({error.reason})")
     except KeyError as error:
-        return Unreadable(f"a map with a key twice ({error})")
+        return Unreadable(f"a map contains a key twice ({error})")
     except (ValueError, OverflowError):
         return _parts_of(scalar)
 
 
 def _parts_of(scalar: Any) -> Any:
-    """A value that holds a time finer or further away than Python's, which is left as a number."""
+    """A value that contains a time outside Python's range or precision; such a time is left as a number."""
     import pyarrow
 
     if isinstance(scalar, pyarrow.StructScalar):
@@ -186,7 +186,8 @@ def _parts_of(scalar: Any) -> Any:
 
 
 @contextmanager
-def _told(path: str) -> Iterator[None]:
+def _reading(path: str) -> Iterator[None]:
+    """Report pyarrow's errors as one line."""
     import pyarrow
 
     try:

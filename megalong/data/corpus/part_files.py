@@ -1,15 +1,15 @@
-"""Finished parts on disk: what makes a killed run go on where it was, and memory independent of the corpus.
+"""Finished parts on disk, so that a killed run can continue and memory does not grow with the corpus.
 
-A worker writes what it made of part 17 into files of the folder `P.parts`, and at last their description:
+A worker writes its result for part 17 to files in the folder `P.parts`, and then their description:
 
-    000017.0.bin  000017.0.lengths      tokens and document lengths under the first key; .1. under the second …
-    000017.unread                       keys of its records that nothing reads (keys.py); often absent
+    000017.0.bin  000017.0.lengths      tokens and document lengths of the first key; .1. of the second …
+    000017.unread                       unused keys of its records (keys.py); often absent
     000017.rejected                     bad records and contaminated documents, one JSON object a line; often absent
-    000017.json                         fingerprint, counts, size and CRC-32 of each file: it appears last, and whole
+    000017.json                         fingerprint, counts, size and CRC-32 of each file; written last and atomically
 
-A part counts as finished if its description names the fingerprint of the work to do (corpus files with their sizes and
-times, tokenizer, settings) and every file has the size and checksum described. So after a kill, after a power cut that
-lost half a file, or after a file of the corpus was replaced, exactly the right parts are made again.
+A part counts as finished if its description has the fingerprint of the work (corpus files with sizes and times,
+tokenizer, settings) and every file has the recorded size and checksum. After a kill, a power cut that lost half a file,
+or a change of a corpus file, exactly the affected parts are made again.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from megalong.data.indexed_writer import written
+from megalong.data.indexed_writer import writing
 from megalong.errors import UserError
 from megalong.runtime.folders import file_aside
 
@@ -45,10 +45,10 @@ class Finished:
 
 
 class PartFolder:
-    """The folder of finished parts; one run at a time may hold it.
+    """The folder of finished parts, locked by one run at a time.
 
     Raises:
-        UserError: it cannot be made, or another run holds it.
+        UserError: it cannot be created, or another run has locked it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,7 +60,7 @@ class PartFolder:
             raise UserError(
                 f"{path.parent}: cannot be written to ({error.strerror}); give another output prefix"
             ) from None
-        # Workers of a run that was just killed hold it too, until they have noticed.
+        # Workers of a run that was just killed keep the lock until they notice.
         deadline = time.monotonic() + LOCK_SECONDS
         while not self._locked():
             if time.monotonic() > deadline:
@@ -70,48 +70,49 @@ class PartFolder:
             time.sleep(LOCK_SECONDS / 100)
 
     def file(self, number: int, ending: str) -> Path:
-        """Where part `number` has its file `ending`."""
+        """Path of the file `ending` of part `number`."""
         return self.path / f"{number:06d}.{ending}"
 
     def finished(self, number: int, fingerprint: str) -> Finished | None:
-        """The finished part `number`, if it is this work and undamaged."""
+        """The finished part `number`, if it has this fingerprint and is undamaged."""
         try:
             found = Finished(**json.loads(self.file(number, "json").read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
         if found.fingerprint != fingerprint:
             return None
-        whole = all(_checked(self.file(number, ending)) == told for ending, told in found.files.items())
-        return found if whole else None
+        files = found.files.items()
+        undamaged = all(_checked(self.file(number, ending)) == expected for ending, expected in files)
+        return found if undamaged else None
 
     def finished_count(self) -> int:
         """Parts that have a description."""
         return len(list(self.path.glob("[0-9]*.json")))
 
-    def forget(self, number: int) -> None:
-        """Delete whatever an earlier run left of part `number`."""
+    def discard(self, number: int) -> None:
+        """Delete all files that an earlier run left of part `number`."""
         for path in self.path.glob(f"{number:06d}.*"):
             path.unlink(missing_ok=True)
 
-    def forget_all_but(self, numbers: Collection[int]) -> None:
-        """Delete what an earlier run left of parts that this one does not have."""
+    def discard_all_but(self, numbers: Collection[int]) -> None:
+        """Delete the files that an earlier run left of all other parts."""
         for path in self.path.glob("[0-9]*.*"):
             if int(path.name.partition(".")[0]) not in numbers:
                 path.unlink(missing_ok=True)
 
     def remove(self, part: Finished) -> None:
-        """Delete the files of a part that are not needed any more; those of `KEPT` stay to the end."""
+        """Delete the files of an appended part; those of `KEPT` stay until the end."""
         for ending in ("json", *part.files):
             if ending not in KEPT:
                 self.file(part.number, ending).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Delete the folder and all it holds."""
+        """Delete the folder with its contents."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.release()
 
     def release(self) -> None:
-        """Let another run have it."""
+        """Release the lock."""
         if self._lock >= 0:
             os.close(self._lock)
         self._lock = -1
@@ -125,21 +126,21 @@ class PartFolder:
 
 
 class PartWriter:
-    """Files of one part as they grow; a context manager, finished by `finish` alone."""
+    """Writes the files of one part. A context manager; the part counts as finished only after `finish`."""
 
     def __init__(self, folder: PartFolder, number: int) -> None:
         self._folder, self._number = folder, number
         self._open: dict[str, IO[bytes]] = {}
         self._files: dict[str, list[int]] = {}
-        folder.forget(number)
+        folder.discard(number)
 
     def write(self, ending: str, data: bytes | memoryview) -> None:
-        """Add `data` to the file `ending`.
+        """Append `data` to the file `ending`.
 
         Raises:
             UserError: the disk is full.
         """
-        with written(self._folder.path):
+        with writing(self._folder.path):
             if ending not in self._open:
                 self._open[ending] = self._folder.file(self._number, ending).open("wb", buffering=BLOCK)
                 self._files[ending] = [0, 0]
@@ -148,9 +149,9 @@ class PartWriter:
         self._files[ending] = [size + memoryview(data).nbytes, zlib.crc32(data, checksum)]
 
     def finish(self, fingerprint: str, counts: dict[str, int]) -> Finished:
-        """Describe the part: from here on it is kept."""
+        """Write the part's description, which makes it a finished part."""
         done = Finished(self._number, fingerprint, counts, self._files)
-        with written(self._folder.path):
+        with writing(self._folder.path):
             for file in self._open.values():
                 file.close()
             with file_aside(self._folder.file(self._number, "json")) as aside:
@@ -169,7 +170,7 @@ class PartWriter:
 
 
 def _checked(path: Path) -> list[int] | None:
-    """[size, CRC-32] of a file, None where there is none."""
+    """[size, CRC-32] of a file, None if it does not exist."""
     size = checksum = 0
     try:
         with path.open("rb") as file:
@@ -180,6 +181,6 @@ def _checked(path: Path) -> list[int] | None:
     return [size, checksum]
 
 
-def described(value: Any) -> str:
-    """A text that is the same for the same value, whatever the order of its keys."""
+def canonical(value: Any) -> str:
+    """JSON with sorted keys, so that equal values give equal text."""
     return json.dumps(value, sort_keys=True, default=str)

@@ -1,13 +1,13 @@
-"""`megalong data preprocess`: a corpus of text becomes indexed datasets of tokens, one for each JSON key.
+"""`megalong data preprocess`: tokenizes a text corpus into indexed datasets, one for each JSON key.
 
-    files → parts of 8 to 64 MB → workers: read, tokenize, leave a finished part on disk → in order → the dataset
+    files → parts of 8 to 64 MB → workers: read, tokenize, write a finished part to disk → in order → the dataset
 
-No token passes between processes, memory does not grow with the corpus, and a run that is killed and started again
-keeps its finished parts (they lie in `P.parts` until the end). What one dataset is made of does not depend on the
-number of workers, nor on how often it was interrupted.
+Tokens are not sent between processes, and memory does not grow with the corpus. A run that is killed and started again
+keeps its finished parts (in `P.parts` until the end). The result does not depend on the number of workers or on
+interruptions.
 
-`--shard 3/16` does the third sixteenth of the parts, for the tasks of a SLURM array; `megalong data merge` of all
-shards, in order, is what one run would have written, to the byte.
+`--shard 3/16` does the third of 16 shares of the parts, for the tasks of a SLURM array. `megalong data merge` of all
+shards, in order, gives byte for byte what one run would have written.
 """
 
 import sys
@@ -29,8 +29,8 @@ from megalong.data.tokenizer import TextTokenizer
 from megalong.data.workers import available_cores, in_background
 from megalong.errors import UserError
 
-WORKER_BYTES = 64 << 20  # of the corpus, before a worker is replaced
-SAMPLES = 8  # documents on which both encoders are compared before the work
+WORKER_BYTES = 64 << 20  # of the corpus, after which a worker is replaced
+SAMPLES = 8  # documents on which the encoders are compared before the run
 ON_ERROR = ("fail", "skip")
 
 
@@ -56,21 +56,21 @@ def preprocess(
 
     Args:
         inputs: files, folders or wildcards (see sources.py).
-        output_prefix: where to; missing folders are made.
-        tokenizer: folder that holds a tokenizer.json.
+        output_prefix: where to write; missing folders are created.
+        tokenizer: folder that contains a tokenizer.json.
         json_keys: keys whose values are documents, one dataset each.
-        append_eod, separator, separator_position: what stands between documents (see separator.py).
-        workers: processes that tokenize; all cores unless told otherwise. The output does not depend on it.
+        append_eod, separator, separator_position: the separator between documents (see separator.py).
+        workers: processes that tokenize; None: one per core. The output does not depend on it.
         on_error: "fail" at the first bad record, or "skip" it into `{output_prefix}_rejected.jsonl`.
-        group_by, group_path: keys of a record's group and of its path there (see grouping.py).
-        shard: "i/n", from 1: this share of the work alone, into `{output_prefix}_shard_i_of_n_{key}_document`.
-        decontaminate, decontaminate_action, decontaminate_ngram: benchmark files, what to do with documents that share
-            that many consecutive words with them ("drop" or "report"; see decontaminate.py).
-        encoder: "gigatoken" wherever it is exact, or "tokenizers" alone (see encoder.py).
+        group_by, group_path: keys of a record's group and of its path in the group (see grouping.py).
+        shard: "i/n", from 1: do only this share, into `{output_prefix}_shard_i_of_n_{key}_document`.
+        decontaminate, decontaminate_action, decontaminate_ngram: benchmark files, and what to do ("drop" or "report")
+            with documents that share this many consecutive words with them (see decontaminate.py).
+        encoder: "gigatoken" where it is exact, or only "tokenizers" (see encoder.py).
 
     Raises:
-        UserError: a bad argument, an unreadable input (with file and line), an empty corpus, a full disk. No dataset is
-            touched then; finished parts are kept, and the message says so.
+        UserError: a bad argument, an unreadable input (with file and line), an empty corpus, or a full disk. Existing
+            datasets are then unchanged; finished parts are kept, and the message says so.
     """
     workers = available_cores() if workers is None else workers
     _check_arguments(json_keys, workers)
@@ -123,7 +123,7 @@ def _check_keys_fit(files: list[Source], keys: Sequence[str]) -> None:
 
 
 def _shard(shard: str | None) -> tuple[int, int]:
-    """`"3/16"` → (2, 16); (0, 1) for all of it."""
+    """`"3/16"` → (2, 16); None → (0, 1)."""
     place, _, shards = (shard or "1/1").partition("/")
     if not (place.isdecimal() and shards.isdecimal() and 1 <= int(place) <= int(shards)):
         raise UserError(f"--shard {shard}: shards are counted from 1; write 1/16 to 16/16 for sixteen")
@@ -134,7 +134,7 @@ def _shard(shard: str | None) -> tuple[int, int]:
 def _encoder(
     tokenizer: TextTokenizer, asked: str, parts: Sequence[Part], keys: Sequence[str]
 ) -> Iterator[tuple[BatchEncoder, Callable[[], None]]]:
-    """The encoder, and what holds it against `tokenizers`, which a process of its own loads and asks meanwhile."""
+    """The encoder, and a function that compares it with `tokenizers`, which run in another process meanwhile."""
     if asked != ENCODERS[0]:
         yield BatchEncoder(tokenizer, asked), lambda: None
         return
@@ -143,8 +143,8 @@ def _encoder(
         batch_encoder = BatchEncoder(tokenizer, asked)
         if batch_encoder.fallback:
             print(
-                f"megalong: gigatoken cannot take {tokenizer.name} ({batch_encoder.fallback}); "
-                "tokenizing with `tokenizers`, some fifty times slower",
+                f"megalong: gigatoken cannot load {tokenizer.name} ({batch_encoder.fallback}); "
+                "tokenizing with `tokenizers`, about fifty times slower",
                 file=sys.stderr,
             )
 
@@ -157,7 +157,7 @@ def _encoder(
 
 
 def _sample(parts: Sequence[Part], keys: Sequence[str]) -> Iterator[str]:
-    """The first good texts of parts evenly spread over the corpus."""
+    """The first good texts of evenly spaced parts of the corpus."""
     for number in range(0, len(parts), -(-len(parts) // SAMPLES)):
         for record in islice(read_records(parts[number], keys, lambda bad: None), 1):
             yield from record.texts

@@ -1,15 +1,15 @@
-"""Documents out of a part of the corpus, and every bad one told with its file and line.
+"""Reads documents from a part of the corpus and reports every bad record with its file and line.
 
-A record is what one line, row or text file holds: the text under each key. Text is taken as it stands: no newline is
-translated, nothing is stripped but a byte order mark at the start of a file. Bad records (not UTF-8, not JSON, a key
-that is missing, there twice or no string, half a surrogate pair) end the run, or are set aside with `--on-error skip`.
+A record is one line, row or text file: the text of each key. Text is kept as it is: newlines are not translated, and
+only a byte order mark at the start of a file is stripped. Bad records (not UTF-8, not JSON, a key that is missing,
+repeated or not a string, a lone surrogate) end the run, or are set aside with `--on-error skip`.
 
-A line is read by orjson, five times as fast as Python's `json`. What orjson refuses, `json` judges: some of it is good
-(NaN, whole numbers past 64 bits), and for the rest it says what is wrong. Conversations and benchmarks are read by the
-same functions, so that a line is as good for one of them as for another.
+Lines are parsed by orjson, which is five times as fast as Python's `json`. Lines that orjson refuses are parsed again
+by `json`: some are valid (NaN, integers beyond 64 bits), and for the others it says what is wrong. Conversations and
+benchmarks are read by the same functions, so the same lines are valid for all of them.
 
-Lines are counted from the start of a part; `lines_before` adds what lies before it, which costs a pass over the file
-and is asked for only where there is something to tell.
+Lines are counted from the start of a piece. `lines_before` adds the lines before it. That costs a pass over the file,
+so it is called only for messages.
 """
 
 import json
@@ -27,13 +27,13 @@ from megalong.data.corpus.sources import LINES, TABLE, Part, Piece
 from megalong.data.corpus.unpack import unpacked
 from megalong.errors import UserError
 
-BLOCK = 1 << 20  # bytes of a file looked at once
-_KEY_ENDS = (b'":', b'" :')  # how a key ends in a line
+BLOCK = 1 << 20  # bytes read at a time
+_KEY_ENDS = (b'":', b'" :')  # the end of a key in a line
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Record(NamedTuple):
-    """One record: the texts of its keys, the piece it came from, its line there (from 1; 0: the whole file)."""
+    """One record: the texts of its keys, its piece, and its line in the piece (from 1; 0: the whole file)."""
 
     texts: list[str]
     piece: Piece
@@ -41,7 +41,7 @@ class Record(NamedTuple):
 
 
 class Bad(NamedTuple):
-    """A record that cannot be used: where it stands, why, and what it holds."""
+    """A record that cannot be used: where it is, why, and its content."""
 
     piece: Piece
     line: int
@@ -58,7 +58,7 @@ OnKeys = Callable[[Piece, Iterable[str]], None]
 
 
 def refuse(bad: Bad) -> None:
-    """What `--on-error fail` does with a bad record.
+    """Handle a bad record under `--on-error fail`.
 
     Raises:
         UserError: always, with file and line.
@@ -67,13 +67,13 @@ def refuse(bad: Bad) -> None:
 
 
 def place(piece: Piece, line: int) -> str:
-    """A record's place as a message names it: file and line, the file alone where it is one document."""
+    """A record's place for messages: file and line, or only the file if it is one document."""
     word = "row" if piece.source.kind == TABLE else "line"
     return f"{piece.source.path}, {word} {line_number(piece, line)}" if line else piece.source.path
 
 
 def line_number(piece: Piece, line: int) -> int:
-    """The line in the file of line `line` of a piece."""
+    """The line number in the file of line `line` of a piece."""
     whole = piece.source.kind != LINES or piece.start == 0
     return line if whole else line + lines_before(piece.source.path, piece.start)
 
@@ -81,10 +81,10 @@ def line_number(piece: Piece, line: int) -> int:
 def read_records(
     part: Part, keys: Sequence[str], on_bad: OnBad = refuse, on_keys: OnKeys | None = None
 ) -> Iterator[Record]:
-    """The records of `part` in order; those that cannot be used go to `on_bad`.
+    """The records of `part` in order; those that cannot be used are passed to `on_bad`.
 
     Args:
-        on_keys: told of all keys of a record that has more than `keys`.
+        on_keys: called with all keys of a record that has more than `keys`.
 
     Raises:
         UserError: a file changed since it was listed, or is broken.
@@ -110,29 +110,29 @@ def texts_of(line: bytes, keys: Sequence[str], more: Callable[[Iterable[str]], N
     """The texts of one JSON line, one for each of `keys`.
 
     Args:
-        more: called with all keys of a record that has others too.
+        more: called with all keys of a record that has more than `keys`.
 
     Raises:
-        BadRecordError: it cannot be used.
+        BadRecordError: the record cannot be used.
     """
     try:
         content = orjson.loads(line)
         texts = [content[key] for key in keys]
     except (ValueError, KeyError, TypeError, IndexError):
-        texts, content = _judged(line, keys)
+        texts, content = _texts_by_json(line, keys)
     else:
         if not all(type(text) is str for text in texts) or any(_may_repeat(line, key) for key in keys):
-            texts, content = _judged(line, keys)
+            texts, content = _texts_by_json(line, keys)
     if more is not None and len(content) > len(keys):
         more(content)
     return texts
 
 
 def parsed(line: bytes) -> Any:
-    """What a line of JSON says; NaN, infinity and whole numbers of any size included, as Python's `json` has them.
+    """The value of a line of JSON. NaN, infinity and integers of any size are accepted, as by Python's `json`.
 
     Raises:
-        BadRecordError: it is no JSON, or not UTF-8.
+        BadRecordError: the line is not JSON or not UTF-8.
     """
     try:
         return orjson.loads(line)
@@ -141,10 +141,10 @@ def parsed(line: bytes) -> Any:
 
 
 def parsed_unambiguous(line: bytes) -> Any:
-    """As `parsed`, of a line in which no object has a key twice, of which every reader would drop one.
+    """Like `parsed`, but refuses a line in which an object has a key twice: parsers silently drop one of them.
 
     Raises:
-        BadRecordError: it cannot be parsed, or an object has a key twice.
+        BadRecordError: the line cannot be parsed, or an object has a key twice.
     """
     content = parsed(line)
     spelled = sum(line.count(end) - line.count(b"\\" + end) for end in _KEY_ENDS)
@@ -155,7 +155,7 @@ def parsed_unambiguous(line: bytes) -> Any:
 
 @lru_cache(maxsize=64)
 def lines_before(path: str, position: int) -> int:
-    """Lines of a plain file that start before byte `position`."""
+    """Number of lines of an uncompressed file that start before byte `position`."""
     lines, left, last = 0, position, b"\n"
     with open(path, "rb") as file:
         while left and (block := file.read(min(BLOCK, left))):
@@ -173,7 +173,7 @@ def _refuse_changed(piece: Piece) -> None:
 
 
 def raw_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
-    """(line, from 1; its bytes) of every line of a piece that is not blank, without a byte order mark."""
+    """(line number from 1, bytes) of each non-blank line of a piece, without a byte order mark."""
     line = 0
     with unpacked(piece.source.path, piece.source.packing) as stream:
         for block in _blocks(stream, piece):
@@ -181,11 +181,11 @@ def raw_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
                 line += 1
                 if data and not data.isspace():
                     yield line, data
-            line -= 1  # what follows a block's last newline is no line
+            line -= 1  # the empty string after a block's last newline is not a line
 
 
 def _raw_records(piece: Piece, keys: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    """(line, content) of every record that is not blank: bytes, or the values of a table's row."""
+    """(line, content) of each non-blank record. The content is bytes, or the values of a table's row."""
     source = piece.source
     if source.kind == TABLE:
         yield from parquet.text_rows(source.path, piece.start, piece.end, keys)
@@ -197,7 +197,7 @@ def _raw_records(piece: Piece, keys: Sequence[str]) -> Iterator[tuple[int, Any]]
 
 
 def _blocks(stream: IO[bytes], piece: Piece) -> Iterator[bytes]:
-    """Whole lines, a few megabytes at a time: those that start inside the piece."""
+    """The lines that start inside the piece, in blocks of whole lines of about a megabyte."""
     if piece.start:
         stream.seek(piece.start - 1)
         stream.readline()
@@ -238,9 +238,9 @@ def _by_json(line: bytes, of_pairs: Callable[[list[tuple[str, Any]]], Any] | Non
         raise BadRecordError(f"not valid JSON ({error}); give one JSON object a line") from None
 
 
-def _judged(line: bytes, keys: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The texts of a line that orjson or its keys would not give, and all the line says."""
-    repeated: set[str] = set()  # of the outermost object: it is complete last
+def _texts_by_json(line: bytes, keys: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """(texts, whole record) of a line by Python's `json`, which finds out what is wrong with a bad one."""
+    repeated: set[str] = set()  # keys of the outermost object, which the hook sees last
 
     def of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated.clear()
@@ -255,7 +255,7 @@ def _judged(line: bytes, keys: Sequence[str]) -> tuple[list[str], dict[str, Any]
             there = ", ".join(map(printable, content))
             raise BadRecordError(f"no key {key!r} (there are: {there or 'none'}); set --json-keys")
         if key in repeated:
-            raise BadRecordError(f"key {key!r} is there twice; leave one")
+            raise BadRecordError(f"key {key!r} occurs twice; keep one")
         if not isinstance(content[key], str):
             _refused_type(f"value of {key!r}", content[key])
         if (why := half_surrogate(content[key])) is not None:
@@ -264,9 +264,9 @@ def _judged(line: bytes, keys: Sequence[str]) -> tuple[list[str], dict[str, Any]
 
 
 def _may_repeat(line: bytes, key: str) -> bool:
-    """Whether an object in a line may have `key` twice: quotes within a text never come without a backslash."""
+    """Whether an object in a line may have `key` twice. Inside a text every quote has a backslash before it."""
     quoted = _quoted(key)
-    if line.find(quoted) == line.rfind(quoted):  # nearly always, and found fast
+    if line.find(quoted) == line.rfind(quoted):  # nearly always true, and fast
         return False
     return sum(line.count(quoted[:-1] + end) for end in _KEY_ENDS) > 1
 
@@ -277,7 +277,7 @@ def _quoted(key: str) -> bytes:
 
 
 def _number_of_keys(content: Any) -> int:
-    """Keys of all objects in a value."""
+    """Number of keys in all objects in `content`."""
     count, left = 0, [content]
     while left:
         value = left.pop()
@@ -295,13 +295,13 @@ def _repeated(pairs: list[tuple[str, Any]]) -> set[str]:
 
 def _refuse_repeated(pairs: list[tuple[str, Any]]) -> None:
     for key in _repeated(pairs):
-        raise BadRecordError(f"key {key!r} is there twice in one object; leave one")
+        raise BadRecordError(f"key {key!r} occurs twice in one object; keep one")
 
 
 def half_surrogate(text: str) -> str | None:
-    """Why `text` is none, if it holds half of a surrogate pair, as JSON can spell it."""
+    """Why `text` is invalid if it contains a lone surrogate, which JSON can spell; else None."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        return f"half a surrogate pair, {text[error.start]!a}, is no text; write the file again from its source"
+        return f"half a surrogate pair, {text[error.start]!a}, is not text; write the file again from its source"
     return None

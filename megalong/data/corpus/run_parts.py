@@ -1,8 +1,8 @@
-"""A run over the parts of a corpus: from a folder of finished parts, empty or left by a killed run, to the datasets.
+"""A run over the parts of a corpus, from a folder of finished parts (empty, or left by a killed run) to the datasets.
 
     parts → workers (tokenize_part.py) → finished parts → assembly, in order (assemble.py) → published
 
-Whatever ends it, the folder of finished parts stays if there is anything in it to go on from.
+If the run fails, the folder is kept if it contains finished parts.
 """
 
 import sys
@@ -22,16 +22,16 @@ from megalong.data.progress import Progress
 from megalong.data.workers import map_in_order
 from megalong.errors import UserError
 
-PARTS_AHEAD = 64  # of a worker: one slow part (a large .gz) must not hold up the others; waiting costs no memory
+PARTS_AHEAD = 64  # per worker: one slow part (a large .gz) must not block the others; waiting parts take no memory
 
 Check = Callable[[], None]
 
 
 class Run:
-    """One run over the parts of one shard, from an empty (or half-full) folder of finished parts to the datasets.
+    """One run over the parts of one shard.
 
     Args:
-        turns: parts after which a worker is replaced: gigatoken remembers every word it has met, without a limit.
+        turns: parts after which a worker is replaced: gigatoken caches every word it has seen, without a limit.
     """
 
     def __init__(self, prefix: str, reading: Reading, tokenizing: Tokenizing, workers: int, turns: int) -> None:
@@ -40,28 +40,28 @@ class Run:
         self._folder = PartFolder(Path(f"{prefix}.parts"))
         self._dealt_in: PartFolder | None = None
         self._assembly: Assembly | None = None
-        self._cleared = self._worthless = False
+        self._cleared = self._discard = False
         self.counts = {"documents": 0, "bad": 0, "contaminated": 0}
         self.seconds = 0.0
 
     @property
     def writers(self) -> list[IndexedDatasetWriter]:
-        """One a key, once all parts are in."""
+        """One per key, complete after `tokenize`."""
         assert self._assembly is not None
         return self._assembly.writers
 
     def tokenize(self, parts: Sequence[Part], shard: int, shards: int, buckets: int | None, check: Check) -> None:
-        """Do the share `shard` of `shards`, from 0, of the corpus, which `buckets` (None: no grouping) deals out.
+        """Tokenize share `shard` (from 0) of `shards`: of `parts`, or of `buckets` buckets if records are grouped.
 
         Args:
-            check: called once the workers are at work; what it raises makes all they have done worthless.
+            check: called once the workers are busy. If it raises, their results are discarded.
         """
 
         def checked() -> None:
             try:
                 check()
             except UserError:
-                self._worthless = True  # cleared once the workers are gone: one of them may be writing its part
+                self._discard = True  # the folder is cleared after the workers have stopped: one may still be writing
                 raise
 
         if buckets is None:
@@ -73,15 +73,17 @@ class Run:
         numbers = range(buckets * shard // shards, buckets * (shard + 1) // shards)
         self._dealt_in = PartFolder(self._folder.path / "dealt")
         deal = DealPart(self._dealt_in, self._reading, buckets, numbers)
-        dealt = self._all(deal, parts, checked)
+        dealt = self._deal(deal, parts, checked)
         for part in dealt:
             self._count(part)
         bucket_task = TokenizeBucket(self._folder, self._reading.keys, self._tokenizing, self._dealt_in, dealt, numbers)
         size = dealt_bytes(dealt)
-        self._assemble(bucket_task, numbers, list(numbers), size, lambda done: done.counts.get("bytes", 0), two=True)
+        self._assemble(
+            bucket_task, numbers, list(numbers), size, lambda done: done.counts.get("bytes", 0), grouped=True
+        )
 
     def refuse_empty(self, inputs: Sequence[str]) -> None:
-        """Refuse a corpus without a token under any key."""
+        """Refuse a corpus that has no token under one of the keys."""
         for key, writer in zip(self._reading.keys, self.writers, strict=True):
             if writer.num_tokens == 0:
                 found = f"{writer.num_documents:,} documents, all empty" if writer.num_documents else "no document"
@@ -91,7 +93,7 @@ class Run:
                 )
 
     def publish(self, about: dict[str, Any]) -> list[IndexedDatasetWriter]:
-        """Make the datasets appear, with `about` and what was counted in their sidecars; delete the finished parts."""
+        """Publish the datasets, with `about` and the counts in their sidecars, and delete the finished parts."""
         folders = [self._folder, *([self._dealt_in] if self._dealt_in else [])]
         log = Path(f"{self._prefix}_rejected.jsonl")
         if publish_rejected(folders, log):
@@ -114,11 +116,11 @@ class Run:
 
     @contextmanager
     def kept_on_failure(self) -> Iterator[None]:
-        """Whatever ends the run: close all files, and keep the folder only if it holds finished parts."""
+        """On any failure close all files, and keep the folder only if it contains finished parts."""
         try:
             yield
         except BaseException as error:
-            if self._worthless:
+            if self._discard:
                 self._clear()
             if self._cleared:
                 raise
@@ -127,13 +129,13 @@ class Run:
             if kept == 0:
                 self._clear()
             elif isinstance(error, UserError | KeyboardInterrupt):
-                told = (
-                    f"finished parts, {kept} at least, are kept in {self._folder.path}: run the same command to "
-                    "continue, or delete it"
+                hint = (
+                    f"at least {kept} finished parts are kept in {self._folder.path}: run the same command to "
+                    "continue, or delete the folder"
                 )
                 if isinstance(error, KeyboardInterrupt):
-                    raise KeyboardInterrupt(told) from None
-                raise UserError(f"{error} ({told})") from None
+                    raise KeyboardInterrupt(hint) from None
+                raise UserError(f"{error} ({hint})") from None
             raise
         finally:
             if self._assembly is not None:
@@ -150,22 +152,22 @@ class Run:
         size: int,
         read: Callable[[Assembly], int],
         meanwhile: Check | None = None,
-        two: bool = False,
+        grouped: bool = False,
     ) -> None:
-        """Run `task` on `items` (parts of `numbers`) and append what it makes, in order.
+        """Run `task` on `items` (the parts `numbers`) and append the results in order.
 
         Args:
-            size: bytes of all items; read: those of the items that are in.
-            two: whether this is the second of two readings.
+            size: bytes of all items; read: bytes of the items already appended.
+            grouped: whether this is the second pass of --group-by.
         """
         prefixes = [f"{self._prefix}_{key}_document" for key in self._reading.keys]
         fingerprints = [task.fingerprint(item) for item in items]
-        self._folder.forget_all_but(numbers)
+        self._folder.discard_all_but(numbers)
         self._assembly = Assembly(self._folder, prefixes, self._tokenizing.dtype, fingerprints, self._reading.accepts)
         done = self._assembly.done
         progress = Progress(
             size,
-            doing="tokenizing groups, 2 of 2" if two else "",
+            doing="tokenizing groups, 2 of 2" if grouped else "",
             position=read(self._assembly),
             documents=self.writers[0].num_documents,
         )
@@ -182,10 +184,10 @@ class Run:
             self.counts[name] += self._assembly.counts.get(name, 0)
         self.seconds = progress.seconds
 
-    def _all(self, task: DealPart, parts: Sequence[Part], meanwhile: Check) -> list[Finished]:
+    def _deal(self, task: DealPart, parts: Sequence[Part], meanwhile: Check) -> list[Finished]:
         assert self._dealt_in is not None
-        self._dealt_in.forget_all_but(range(len(parts)))
-        progress = Progress(sum(part.size for part in parts), what="records", doing="dealing into groups, 1 of 2")
+        self._dealt_in.discard_all_but(range(len(parts)))
+        progress = Progress(sum(part.size for part in parts), what="records", doing="sorting into groups, 1 of 2")
         results = map_in_order(task, parts, min(self._workers, len(parts)), PARTS_AHEAD, meanwhile, self._turns)
         dealt: list[Finished] = []
         size = records = 0

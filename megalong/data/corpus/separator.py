@@ -1,16 +1,16 @@
-"""What stands between documents, or before each of them, and how it gets there.
+"""The separator between documents, or before each of them.
 
-    --separator "<s>"    a special or added token of the tokenizer, by its spelling: its one id
-    --separator $'\\n\\n'  any other text: the ids of that text
-    --append-eod         the tokenizer's end token: Megatron-LM's flag for the same place
-    (none of them)       documents touch
+    --separator "<s>"    a special or added token of the tokenizer, by its spelling: its ID
+    --separator $'\\n\\n'  any other text: the IDs of that text
+    --append-eod         the tokenizer's end token; the flag is Megatron-LM's
+    (none of them)       no separator
 
-It is stored with every document, as its last tokens or (`--separator-position before`) its first, so that it is there
-in whatever order a sampler lays documents down. Documents of 3, 0 and 2 tokens, separator S:
+It is stored with every document, as its last tokens or (`--separator-position before`) its first. It is therefore there
+in whatever order a sampler puts documents. Documents of 3, 0 and 2 tokens with the separator S:
 
     between  a a a S | | b b S        before  S a a a | | S b b
 
-An empty document stays an empty document without tokens and without separator, as Megatron-LM's own tool writes it.
+An empty document gets no separator and stays empty, as Megatron-LM's own tool writes it.
 """
 
 from dataclasses import dataclass
@@ -26,24 +26,24 @@ POSITIONS = ("between", "before")
 
 @dataclass(frozen=True)
 class Separator:
-    """How the user names it, its ids, and where it stands."""
+    """The text that the user gave, its IDs, and its position."""
 
     text: str
     ids: list[int]
     position: str = POSITIONS[0]
 
     def described(self) -> dict[str, Any]:
-        """What the sidecar says of it."""
+        """Its description in the sidecar."""
         return {"text": self.text, "ids": self.ids, "position": self.position}
 
 
 def find_separator(
     tokenizer: TextTokenizer, append_eod: bool, separator: str | None, position: str = POSITIONS[0]
 ) -> Separator | None:
-    """The separator, from the flags that say so; None for nothing.
+    """The separator that the flags ask for, or None.
 
     Raises:
-        UserError: flags that contradict each other, an empty separator, or no end token to append.
+        UserError: flags contradict each other, the separator is empty, or the tokenizer has no end token.
     """
     if append_eod and separator is not None:
         raise UserError(f"--append-eod and --separator {separator!r} both end a document; give one of them")
@@ -68,10 +68,10 @@ def find_separator(
 def with_separator(
     tokens: np.ndarray, lengths: np.ndarray, separator: Separator | None, dtype: np.dtype[Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Documents end to end and their lengths → the same of type `dtype` with the separator in every one not empty.
+    """(tokens as `dtype`, lengths) with the separator added to each non-empty document.
 
     Args:
-        tokens: ids [sum of lengths]; lengths: int64 [documents].
+        tokens: IDs [sum of lengths], documents end to end; lengths: int64 [documents].
     """
     if separator is None:
         return tokens.astype(dtype), lengths

@@ -1,24 +1,25 @@
-"""Where a corpus lies: which files, of which kind, and how they are cut into parts that are tokenized on their own.
+"""The files of a corpus, and how they are split into parts that are tokenized independently.
 
-    .jsonl .json   one JSON object a line, the document under a key ("text" unless told otherwise)
+    .jsonl .json   one JSON object a line, the document under a key (by default "text")
     .txt           the whole file is one document
     .parquet       one row a document, the text in the column of that name
-    .gz .zst       JSON lines or text, packed
+    .gz .zst       compressed JSON lines or text
 
-A part is about as many bytes for every number of workers, so the same corpus is always cut the same way:
+The size of a part does not depend on the number of workers, so a corpus is always split the same way:
 
     a.jsonl 20 MB | b.txt 1 MB | c.jsonl.gz 9 MB, parts of 8 MB:
     [a 0-8M] [a 8-16M] [a 16-20M, b, c]
 
-Plain JSON lines are cut anywhere (a line belongs to the part it starts in), parquet between row groups, and a packed
-file is one piece, for it can be read from its start only: a corpus packed into a few huge files keeps few cores busy.
+Plain JSON lines are split anywhere (a line belongs to the part in which it starts), parquet between row groups. A
+compressed file is one piece, because it can only be read from its start: a corpus of a few huge compressed files keeps
+few cores busy.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalong.data.corpus.listing import Listing, Say
+from megalong.data.corpus.listing import Listing, Log
 from megalong.errors import UserError
 
 LINES = (".jsonl", ".json")
@@ -26,19 +27,19 @@ TEXT = (".txt",)
 TABLE = (".parquet",)
 PACKED = (".gz", ".zst")
 IN_FOLDERS = (
-    tuple(  # not .json: folders of data hold settings of that name
+    tuple(  # not .json: data folders contain settings files of that name
         f"{kind}{packing}" for kind in (".jsonl", ".txt") for packing in ("", *PACKED)
     )
     + TABLE
 )
 
 SMALLEST_PART, LARGEST_PART = 8 << 20, 64 << 20
-PARTS_WANTED = 256  # enough to share out evenly and to lose little in a kill; more would only be more files
+PARTS_WANTED = 256  # enough to balance the workers and to lose little in a kill
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file of the corpus: `kind` one of LINES, TEXT, TABLE, `packing` one of PACKED or nothing."""
+    """One file of the corpus: `kind` is LINES, TEXT or TABLE, `packing` one of PACKED or empty."""
 
     path: str
     kind: tuple[str, ...]
@@ -49,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a part takes of a file: bytes [start, end) of plain JSON lines, row groups of a table, else all of it."""
+    """A part's share of a file: bytes [start, end) of plain JSON lines, row groups of a table, else the whole file."""
 
     source: Source
     start: int
@@ -58,21 +59,21 @@ class Piece:
 
 @dataclass(frozen=True)
 class Part:
-    """What one worker takes at once; `size` is in bytes on disk."""
+    """The unit of work of a worker; `size` is in bytes on disk."""
 
     number: int
     pieces: tuple[Piece, ...]
     size: int
 
 
-def find_files(inputs: Sequence[str], say: Say | None = None) -> list[Source]:
-    """Files named by `inputs`, in order; folders (all they hold, in depth) and wildcards in sorted order.
+def find_files(inputs: Sequence[str], log: Log | None = None) -> list[Source]:
+    """Files named by `inputs`, in order. Files in folders and subfolders, and matches of wildcards, are sorted.
 
     Args:
-        say: told of what was left out, a line at a time (see listing.py).
+        log: called with each line about what was left out (see listing.py).
 
     Raises:
-        UserError: something is not there, cannot be opened, is of an unknown kind, or holds no corpus.
+        UserError: a file does not exist, cannot be opened or is of an unknown kind, or a folder contains no corpus.
     """
     listing = Listing(IN_FOLDERS)
     for name in inputs:
@@ -80,18 +81,18 @@ def find_files(inputs: Sequence[str], say: Say | None = None) -> list[Source]:
     files = [_source(file) for file in listing.files]
     if not files:
         raise UserError("--input: no file given; name at least one .jsonl, .txt or .parquet file, or a folder of them")
-    if say is not None:
-        listing.tell(say)
+    if log is not None:
+        listing.log_left_out(log)
     return files
 
 
 def part_bytes(files: Sequence[Source]) -> int:
-    """Bytes of a part, by the size of the corpus alone."""
+    """Bytes of a part. Depends only on the size of the corpus."""
     return min(max(sum(file.size for file in files) // PARTS_WANTED, SMALLEST_PART), LARGEST_PART)
 
 
 def cut_into_parts(files: Sequence[Source], size: int) -> list[Part]:
-    """The corpus in order, in parts of about `size` bytes.
+    """Split the corpus, in order, into parts of about `size` bytes.
 
     Raises:
         UserError: a parquet file is damaged.
@@ -117,7 +118,7 @@ def cut_into_parts(files: Sequence[Source], size: int) -> list[Part]:
 
 
 def _pieces(file: Source, size: int) -> Iterator[tuple[Piece, int]]:
-    """Pieces of a file that may stand alone, each with its bytes."""
+    """Row groups of a table, else the whole file, each with its bytes."""
     if file.kind == TABLE:
         from megalong.data.corpus.parquet import row_group_sizes
 

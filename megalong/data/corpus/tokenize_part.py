@@ -1,9 +1,9 @@
-"""What a worker does with one part: read, check, tokenize, and leave the result in the folder of finished parts.
+"""A worker's task: read, check and tokenize one part, and write the result to the folder of finished parts.
 
-    part → records → (bad ones set aside, contaminated ones dropped) → batches of texts → ids → files of the part
+    part → records → (bad ones set aside, contaminated ones dropped) → batches of texts → IDs → files of the part
 
-Nothing but a few numbers goes back to the parent: tokens never pass through a pipe. With `--group-by` there are two
-such tasks, one that deals records into buckets and one that tokenizes a bucket (see grouping.py).
+Only a few numbers go back to the parent; tokens never pass through a pipe. With `--group-by` there are two such tasks:
+one deals records into buckets, the other tokenizes a bucket (see grouping.py).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,15 +19,15 @@ from megalong.data.corpus import grouping
 from megalong.data.corpus.decontaminate import Benchmarks
 from megalong.data.corpus.encoder import BatchEncoder
 from megalong.data.corpus.keys import Unread, printable, unknown
-from megalong.data.corpus.part_files import REJECTED, UNREAD, Finished, PartFolder, PartWriter, described
+from megalong.data.corpus.part_files import REJECTED, UNREAD, Finished, PartFolder, PartWriter, canonical
 from megalong.data.corpus.records import Bad, Record, read_records, refuse
 from megalong.data.corpus.separator import Separator, with_separator
 from megalong.data.corpus.sources import LINES, Part, Piece
 from megalong.data.indexed_writer import refuse_too_long
 
-FORMAT = 2  # of finished parts; another one makes those of an earlier version of this program be made again
+FORMAT = 2  # of finished parts; parts of another format are made again
 SHOWN = 1000  # characters of a contaminated document in the report
-BATCH_CHARACTERS = 1 << 18  # tokenized at once: bounds a worker's memory, unless one document is longer
+BATCH_CHARACTERS = 1 << 18  # tokenized at once; bounds a worker's memory, unless one document is longer
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Reading:
 
     Attributes:
         keys: JSON keys of texts; skip_bad: set bad records aside instead of failing.
-        benchmarks, drop: what documents must not share text with, and whether those that do are dropped or told.
+        benchmarks, drop: benchmarks to compare with, and whether contaminated documents are dropped or only reported.
         group: the keys of group and path, None without --group-by.
     """
 
@@ -47,26 +47,26 @@ class Reading:
     group: tuple[str, str] | None = None
 
     def records(self, part: Part, writer: PartWriter, counts: dict[str, int]) -> Iterator[Record]:
-        """Records of `part` to be kept; what is set aside is written and counted."""
+        """The records of `part` to keep. Rejected ones are written to the part and counted."""
         keys, unread = [*self.keys, *(self.group or ())], Unread()
 
         def set_aside(bad: Bad) -> None:
             counts["bad"] += 1
-            _tell(writer, bad.piece, bad.line, bad.why, bad.data.decode("utf-8", "replace"))
+            _write_rejected(writer, bad.piece, bad.line, bad.why, bad.data.decode("utf-8", "replace"))
 
-        @lru_cache(maxsize=1024)  # records of a corpus have few sets of keys
-        def left(found: tuple[str, ...]) -> tuple[str, ...]:
+        @lru_cache(maxsize=1024)  # the records of a corpus have few different sets of keys
+        def unused(found: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(map(printable, unknown(found, keys)))
 
-        def tell_keys(piece: Piece, found: Iterable[str]) -> None:
-            unread.add(piece.source.path, left(tuple(found)))
+        def count_keys(piece: Piece, found: Iterable[str]) -> None:
+            unread.add(piece.source.path, unused(tuple(found)))
 
-        for record in read_records(part, keys, set_aside if self.skip_bad else refuse, tell_keys):
+        for record in read_records(part, keys, set_aside if self.skip_bad else refuse, count_keys):
             hit = self.benchmarks.find(record.texts[: len(self.keys)]) if self.benchmarks else None
             if hit is not None:
                 counts["contaminated"] += 1
                 why = f"shares text with {hit.benchmark}: {hit.words}"
-                _tell(writer, record.piece, record.line, why, record.texts[0][:SHOWN])
+                _write_rejected(writer, record.piece, record.line, why, record.texts[0][:SHOWN])
                 if self.drop:
                     continue
             yield record
@@ -74,12 +74,12 @@ class Reading:
             writer.write(UNREAD, orjson.dumps(unread.counts))
 
     def settings(self) -> dict[str, Any]:
-        """What the records depend on besides the corpus."""
+        """Settings that the records depend on."""
         benchmarks = [self.benchmarks.fingerprint, self.drop] if self.benchmarks else None
         return {"format": FORMAT, "keys": self.keys, "benchmarks": benchmarks, "group": self.group}
 
     def accepts(self, counts: dict[str, int]) -> bool:
-        """Whether parts with these counts may be kept: under --on-error fail, only without bad records."""
+        """Whether finished parts with these counts may be kept: with --on-error fail only those without bad records."""
         return self.skip_bad or counts["bad"] == 0
 
 
@@ -93,7 +93,7 @@ class Tokenizing:
     sha256: str
 
     def write(self, documents: Iterable[Sequence[str]], keys: int, writer: PartWriter) -> int:
-        """Tokenize `documents` (for each, a text under every key) into the files of a part; returns how many."""
+        """Tokenize `documents` (each a text for every key) into the files of a part; returns their number."""
         total = 0
         for batch in _batches(documents):
             total += len(batch)
@@ -107,21 +107,21 @@ class Tokenizing:
         return total
 
     def settings(self) -> dict[str, Any]:
-        """What the tokens depend on besides the texts."""
+        """Settings that the tokens depend on."""
         separator = self.separator.described() if self.separator else None
         return {"tokenizer": self.sha256, "separator": separator, "dtype": self.dtype.str}
 
 
 @dataclass
 class TokenizePart:
-    """Task: a part of the corpus → its tokens."""
+    """Task: tokenize a part of the corpus."""
 
     folder: PartFolder
     reading: Reading
     tokenizing: Tokenizing
 
     def __call__(self, part: Part) -> Finished:
-        """The finished part, made now or before."""
+        """The finished part, from an earlier run or made now."""
         fingerprint = self.fingerprint(part)
         done = self.folder.finished(part.number, fingerprint)
         if done is not None and self.reading.accepts(done.counts):
@@ -133,13 +133,13 @@ class TokenizePart:
             return writer.finish(fingerprint, counts)
 
     def fingerprint(self, part: Part) -> str:
-        """Identity of the work."""
+        """Digest of everything that the result depends on."""
         return _fingerprint(part.pieces, self.reading.settings(), self.tokenizing.settings())
 
 
 @dataclass
 class DealPart:
-    """Task of --group-by: a part of the corpus → its records, dealt into buckets."""
+    """Task of --group-by: deal the records of a part into buckets."""
 
     folder: PartFolder
     reading: Reading
@@ -147,7 +147,7 @@ class DealPart:
     mine: range
 
     def __call__(self, part: Part) -> Finished:
-        """The dealt part, made now or before."""
+        """The dealt part, from an earlier run or made now."""
         fingerprint = _fingerprint(part.pieces, self.reading.settings(), [self.buckets, *self.mine])
         done = self.folder.finished(part.number, fingerprint)
         if done is not None and self.reading.accepts(done.counts):
@@ -165,7 +165,7 @@ class DealPart:
 
 @dataclass
 class TokenizeBucket:
-    """Task of --group-by: a bucket, by its number → the tokens of its groups."""
+    """Task of --group-by: tokenize the groups of a bucket, given by its number."""
 
     folder: PartFolder
     keys: list[str]
@@ -176,10 +176,10 @@ class TokenizeBucket:
     _content: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self._content = described([part.fingerprint for part in self.dealt])
+        self._content = canonical([part.fingerprint for part in self.dealt])
 
     def __call__(self, bucket: int) -> Finished:
-        """The finished part, made now or before."""
+        """The finished part, from an earlier run or made now."""
         fingerprint = self.fingerprint(bucket)
         if (done := self.folder.finished(bucket, fingerprint)) is not None:
             return done
@@ -189,12 +189,12 @@ class TokenizeBucket:
             return writer.finish(fingerprint, {"documents": total, "bad": 0, "contaminated": 0, "bytes": size})
 
     def fingerprint(self, bucket: int) -> str:
-        """Identity of the work."""
+        """Digest of everything that the result depends on."""
         return _fingerprint(bucket, self._content, self.tokenizing.settings())
 
 
 def _fingerprint(*what: object) -> str:
-    return sha256(described(what).encode()).hexdigest()
+    return sha256(canonical(what).encode()).hexdigest()
 
 
 def _batches(documents: Iterable[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
@@ -210,7 +210,7 @@ def _batches(documents: Iterable[Sequence[str]]) -> Iterator[list[Sequence[str]]
         yield batch
 
 
-def _tell(writer: PartWriter, piece: Piece, line: int, why: str, data: str) -> None:
-    """Note a record; where its piece starts is told too where lines are counted from there."""
+def _write_rejected(writer: PartWriter, piece: Piece, line: int, why: str, data: str) -> None:
+    """Write a rejected record, with the start of its piece if its line is counted from there."""
     start = piece.start if piece.source.kind == LINES else 0
     writer.write(REJECTED, orjson.dumps([piece.source.path, start, line, why, data]) + b"\n")

@@ -1,7 +1,7 @@
-"""The bytes of a corpus file as they were before it was packed: plain, gzip or Zstandard, one stream to read.
+"""Reads a corpus file as one decompressed stream: plain, gzip or Zstandard.
 
-A packed stream that ends too early or was altered is an error, never a short file: gzip's own reader sees to that;
-Zstandard's Python reader ends in silence where a file was cut, so frames are followed here one by one.
+A stream that is truncated or damaged is an error, never a shorter file. gzip's own reader ensures that. Zstandard's
+Python reader silently stops where a file was truncated, so frames are decompressed here one by one.
 """
 
 import gzip
@@ -14,15 +14,15 @@ from typing import IO, Any, cast
 from megalong.errors import UserError
 
 BUFFER = 1 << 20
-LARGEST_WINDOW = 1 << 31  # what `zstd --long=31` needs; the default refuses everything above 128 MB
+LARGEST_WINDOW = 1 << 31  # as `zstd --long=31` needs; the default refuses more than 128 MB
 
 
 @contextmanager
 def unpacked(path: str, packing: str) -> Iterator[IO[bytes]]:
-    """The content of a file as a stream.
+    """The decompressed content of a file as a stream.
 
     Raises:
-        UserError: the file cannot be opened, or its packing is broken where it is being read.
+        UserError: the file cannot be opened, or it is damaged.
     """
     try:
         with open(path, "rb") as raw:
@@ -42,7 +42,7 @@ def _stream(raw: IO[bytes], packing: str) -> IO[bytes]:
 
 
 class _Zstandard(io.RawIOBase):
-    """Frame after frame, as many as the file holds."""
+    """All frames of a file, one after the other."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         import zstandard
@@ -53,11 +53,11 @@ class _Zstandard(io.RawIOBase):
         self._packed = self._ready = b""
 
     def readable(self) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` as far as what is at hand allows; 0 at the end."""
+        """Fill `buffer` with at most one decompressed block; returns its bytes, 0 at the end."""
         while not self._ready and self._more():
             pass
         size = min(len(buffer), len(self._ready))
@@ -65,7 +65,7 @@ class _Zstandard(io.RawIOBase):
         return size
 
     def _more(self) -> bool:
-        """Unpack a little more; False at the end of the file."""
+        """Decompress the next block; False at the end of the file."""
         self._packed = self._packed or self._raw.read(BUFFER // 64)
         if not self._packed:
             if self._frame is not None:

@@ -1,1 +1,1 @@
-"""From an indexed dataset to samples: documents, their order in an epoch, packs and mixtures, by number alone."""
+"""Indexed datasets to samples: order of documents, packs and mixtures. Sample k follows from the number k alone."""

@@ -1,10 +1,10 @@
-"""Best-fit decreasing: items into as few bins as it can, longest first, each into the fullest bin that still has room.
+"""Best-fit decreasing bin packing: longest item first, each into the fullest bin that has room for it.
 
     capacity 10, items 6 5 4 4 1    →  6 4 | 5 4 1
 
-It never needs more than 11/9 of the fewest bins possible, plus 6/9 (Dósa 2007), and on real lengths leaves well under
-1 % empty. Items of one length and bins of one room are taken together: the work grows with the number of different
-lengths, not of items, so ten million short documents take seconds.
+It needs at most 11/9 of the minimum number of bins, plus 6/9 (Dósa 2007), and leaves well under 1 % empty on real
+lengths. Items of equal length, and bins with equal room, are handled together. The work therefore grows with the number
+of different lengths, not of items: ten million short documents take seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 
-class _Open:
+class _OpenBins:
     """Bins that still have room, by room."""
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class _Open:
         self._bins: dict[int, np.ndarray] = {}
 
     def tightest(self, length: int) -> tuple[int, np.ndarray] | None:
-        """(room, bins) of the bins with least room for `length`, taken out; None where there are none."""
+        """Remove and return (room, bins) of the fullest bins with room for `length`; None if there are none."""
         place = bisect_left(self._rooms, length)
         if place == len(self._rooms):
             return None
@@ -31,7 +31,7 @@ class _Open:
         return room, self._bins.pop(room)
 
     def add(self, room: int, bins: np.ndarray) -> None:
-        """Bins that have `room` now; full ones are forgotten."""
+        """Add bins that have `room` left; full ones are dropped."""
         if room == 0 or len(bins) == 0:
             return
         if room in self._bins:
@@ -42,14 +42,14 @@ class _Open:
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """(int64 [items], the bin of each item; number of bins).
+    """(bin of each item: int64 [items], number of bins).
 
     Args:
-        lengths: whole numbers [items], 1 to `capacity`.
+        lengths: integers [items], 1 to `capacity`.
     """
     order = np.argsort(-lengths, kind="stable")
     _, firsts = np.unique(-lengths[order], return_index=True)
-    bin_of, count, room_left = np.empty(len(lengths), np.int64), 0, _Open()
+    bin_of, count, room_left = np.empty(len(lengths), np.int64), 0, _OpenBins()
     for first, last in pairwise([*firsts.tolist(), len(lengths)]):
         length, items = int(lengths[order[first]]), order[first:last]
         while len(items):

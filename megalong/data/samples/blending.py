@@ -1,13 +1,13 @@
 """Which domain sample k comes from: Megatron's greedy blending.
 
-With shares w_i that sum to 1 and c_i samples of domain i so far, sample k goes to the domain that is furthest behind,
+With shares w_i that sum to 1 and c_i samples of domain i so far, sample k is from the domain that is furthest behind,
 
     argmax_i  w_i · max(k, 1) - c_i        (the first such domain wins a tie)
 
-so after any k every domain is within about one sample of its share. Shares 0.7 and 0.3: 0 1 0 0 1 0 0 1 0 0 ...
+so that after any k every domain is within about one sample of its share. Shares 0.7 and 0.3: 0 1 0 0 1 0 0 1 0 0 ...
 
-The choice depends on all choices before it, so a table is kept and extended as higher k are asked for: 10 bytes a
-sample, about a second for a million samples, and then any k costs one look-up. Every rank builds the same one.
+The choice depends on all earlier choices, so they are kept in a table that grows when a higher k is needed: 10 bytes
+per sample and about a second per million samples. Any k is then one look-up. Every rank builds the same table.
 """
 
 from threading import Lock
@@ -19,7 +19,7 @@ class Blend:
     """The domain of every sample and the sample's number within that domain.
 
     Args:
-        weights: positive shares, one a domain; they are normalised.
+        weights: positive shares, one per domain; they are normalised.
     """
 
     def __init__(self, weights: list[float]) -> None:
@@ -42,13 +42,13 @@ class Blend:
         return np.bincount(self._domains[:samples], minlength=len(self.shares)).astype(np.int64)
 
     def _extend(self, wanted: int) -> None:
-        with self._extending:  # a loader asks from several threads
+        with self._extending:  # loader threads call this concurrently
             have = len(self._domains)
             if wanted <= have:
                 return
             size = max(wanted, 2 * have, 1024)
             domains, indices = self._choose(have, size)
-            # In this order: `of` looks at both as soon as the first is long enough.
+            # `_domains` last: `of` reads both as soon as `_domains` is long enough.
             self._indices = np.concatenate([self._indices, np.asarray(indices, np.int64)])
             self._domains = np.concatenate([self._domains, np.asarray(domains, np.int16)])
 

@@ -1,12 +1,11 @@
-"""Shuffled orders on disk, so that one rank shuffles and the others map.
+"""Shuffled orders on disk, so that one rank shuffles and the others map the result.
 
-Shuffling and summing ten million documents takes a second or two: nothing on one rank, wasted GPU time on 256. The rank
-that prepares writes each order's arrays to DIR/KEY/0.npy, 1.npy, …; every rank then maps them, which takes a
-millisecond and no memory of its own, whatever their size.
+Shuffling and summing ten million documents takes a second or two: nothing on one rank, but wasted GPU time on 256. The
+rank that calls `prepare` writes the arrays of each order to DIR/KEY/0.npy, 1.npy, … Every rank then memory-maps them,
+which takes a millisecond and no extra memory, whatever their size.
 
-KEY is a digest of all that an order follows from: the dataset's files (size, time of change, and what the sidecar
-says), the split and part, seed, domain, rules, epoch or block. So a dataset made anew at the same path never meets an
-old index.
+KEY is a digest of everything that decides an order: the dataset's files (size, modification time, sidecar), the split
+and part, seed, domain, rules, epoch or block. A rewritten dataset at the same path therefore never gets an old index.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ Arrays = tuple[np.ndarray, ...]
 
 
 class EpochIndex:
-    """The arrays of one domain's stream that are kept in `folder`; None keeps nothing.
+    """The arrays of one domain's stream, stored in `folder`; None stores nothing.
 
     Args:
         prefix: the dataset.
-        what: everything else that all of them follow from.
+        what: everything else that decides all of them.
     """
 
     def __init__(self, folder: Path | None, prefix: str, *what: object) -> None:
@@ -36,7 +35,7 @@ class EpochIndex:
         self._base = _identity(prefix, what) if folder is not None else b""
 
     def load(self, *what: object) -> Arrays | None:
-        """The arrays stored under `what`, mapped; None where none were, or where a file is damaged."""
+        """The arrays stored under `what`, memory-mapped; None if there are none or a file is damaged."""
         if self._folder is None:
             return None
         folder = self._folder / self._key(what)
@@ -47,11 +46,11 @@ class EpochIndex:
             return None
 
     def store(self, make: Callable[[], Arrays], *what: object) -> None:
-        """Make and store what is not there yet, aside first."""
+        """Compute and store the arrays of `what`, atomically, unless they are already stored."""
         if self._folder is None or self.load(*what) is not None:
             return
         folder = self._folder / self._key(what)
-        with folder_aside(folder, replace=True) as aside:  # what is there is damaged
+        with folder_aside(folder, replace=True) as aside:  # an existing folder is damaged
             for number, array in enumerate(make()):
                 np.save(aside / f"{number}.npy", array)
 
@@ -60,7 +59,7 @@ class EpochIndex:
 
 
 def _identity(prefix: str, what: tuple[object, ...]) -> bytes:
-    """Digest of the dataset's files and `what`; a file that is missing is told when the dataset is opened."""
+    """Digest of the dataset's files and `what`. A missing file is reported later, when the dataset is opened."""
     digest = hashlib.sha256(repr(what).encode())
     for path in (index_path(prefix), data_path(prefix)):
         if path.exists():

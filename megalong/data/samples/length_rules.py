@@ -1,15 +1,16 @@
-"""What a domain's length rules make of its documents: classes, each with the number of times an epoch holds it.
+"""Length rules divide a domain's documents into classes, each with the number of times an epoch contains it.
 
     lengths: {below: 4096, keep: 0.1, above: 8192, repeat: 2}       short × 0.1, middle × 1, long × 2
     lengths: {above: 8192, share: 0.6}                              long × r, such that r·long = 0.6 · (rest + r·long)
 
-A class of ratio r is a circle of its documents that every epoch goes r times further along: three tenths are the first
-three tenths in epoch 0, the next three in epoch 1, and so on round; 2.5 times are two rounds and a half, then from
-where that ended. An epoch's part of the circle ends at the document's border nearest to the exact token, so
+The documents of a class form a circle, in an order drawn from the seed. With ratio r each epoch continues r rounds
+further along it. With r = 0.3, epoch 0 contains the first three tenths, epoch 1 the next three, and so on. With r = 2.5
+an epoch is two and a half rounds, and the next one starts where it ended. An epoch ends at the document boundary
+nearest to the exact token, so
 
     tokens of a class in the first e epochs = e · r · (tokens of the class)   within half a document, for every e,
 
-and no document of a class has come two times more often than another. The circle's order is drawn from the seed.
+and any two documents of a class have occurred equally often, or differ by one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from megalong.errors import UserError
 
 
 class LengthRules(Protocol):
-    """`lengths` of a domain in `data.mixture`; None is a rule that is not written."""
+    """`lengths` of a domain in `data.mixture`; None: the rule is not set."""
 
     @property
     def drop_below(self) -> int | None: ...
@@ -45,12 +46,12 @@ class LengthRules(Protocol):
 
 @dataclass(frozen=True)
 class LengthClass:
-    """Documents that an epoch holds `ratio` times.
+    """Documents that an epoch contains `ratio` times.
 
     Attributes:
-        documents: whole numbers [n], the circle.
-        ends: int64 [n], tokens up to the end of each of them; [0] where every epoch ends with a whole round.
-        tokens: of one round.
+        documents: integers [n], the circle.
+        ends: int64 [n], tokens up to the end of each document; int64 [0] if every epoch ends with a whole round.
+        tokens: tokens of one round.
     """
 
     documents: np.ndarray
@@ -59,7 +60,7 @@ class LengthClass:
     ratio: float
 
     def reached(self, epoch: int) -> tuple[int, int]:
-        """(documents, tokens) that all epochs before `epoch` have taken, rounds included."""
+        """(documents, tokens) of this class in all epochs before `epoch`, repeats included."""
         if self.ratio.is_integer():
             return epoch * int(self.ratio) * len(self.documents), epoch * int(self.ratio) * self.tokens
         reached = epoch * self.ratio * self.tokens
@@ -72,7 +73,7 @@ class LengthClass:
         return rounds * len(self.ends) + place, rounds * self.tokens + before
 
     def times_before(self, epoch: int) -> np.ndarray:
-        """int64 [n]: how often all epochs before `epoch` have held each of `documents`."""
+        """int64 [n]: how often each of `documents` occurs in all epochs before `epoch`."""
         rounds, rest = divmod(self.reached(epoch)[0], len(self.documents))
         return rounds + (np.arange(len(self.documents)) < rest).astype(np.int64)
 
@@ -89,16 +90,16 @@ class LengthClass:
 def length_classes(
     documents: np.ndarray, lengths: np.ndarray, rules: LengthRules | None, random: np.random.RandomState, where: str
 ) -> list[LengthClass]:
-    """The classes of `documents`, empty ones left out.
+    """The classes of `documents`, without empty classes.
 
     Args:
-        documents: whole numbers [n].
-        lengths: int64 [n], their tokens, none of them 0.
-        random: draws the circles; not used without rules, nor for classes that every epoch takes whole.
+        documents: integers [n].
+        lengths: int64 [n], tokens of each, all above 0.
+        random: shuffles the circles. Not used without rules, or for classes with an integer ratio.
         where: the domain and part, for the error message.
 
     Raises:
-        UserError: the rules leave no document, or a share of tokens cannot be had.
+        UserError: the rules leave no document, or a share of tokens is impossible.
     """
     if rules is None:
         return [LengthClass(documents, np.empty(0, np.int64), int(lengths.sum()), 1.0)]
@@ -126,12 +127,12 @@ def length_classes(
 
 
 def _repeat(rules: LengthRules, rest: float, long: int, where: str) -> float:
-    """How often an epoch holds a document of the long class; `rest` and `long` are tokens."""
+    """How often an epoch contains a document of the long class; `rest` and `long` are tokens."""
     if rules.share is None:
         return rules.repeat or 0.0
     if not rest or not long:
         raise UserError(
-            f"data.mixture: lengths.share {rules.share:g} of {where} cannot be had: {'no' if not long else 'every'} "
+            f"data.mixture: lengths.share {rules.share:g} of {where} is impossible: {'no' if not long else 'every'} "
             f"document is longer than {rules.above} tokens; change above, or write repeat"
         )
     return rules.share / (1 - rules.share) * rest / long
@@ -148,7 +149,7 @@ def _circle(
 
 
 def to_arrays(classes: list[LengthClass]) -> tuple[np.ndarray, ...]:
-    """Classes as arrays, to be stored: ratios, tokens, then documents and ends of each."""
+    """Classes as arrays for storage: ratios, tokens, then documents and ends of each."""
     heads = np.array([one.ratio for one in classes]), np.array([one.tokens for one in classes], np.int64)
     return heads + tuple(array for one in classes for array in (one.documents, one.ends))
 

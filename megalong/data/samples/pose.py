@@ -1,12 +1,13 @@
 """PoSE (arXiv 2309.10400): positions that skip ahead, so that a model trained on L tokens sees distances up to T.
 
-The tokens of a sample stay as they are and attention stays causal over all of them; only positions change. They are cut
-into N chunks at random places, and chunk i is moved ahead by u_i, with u_0 = 0 and u_i drawn from u_{i-1} … T - L:
+The tokens of a sample do not change, and attention stays causal over all of them; only positions change. The sample is
+cut into N chunks at random places. The positions of chunk i are shifted by u_i, where u_0 = 0 and u_i is drawn from
+u_{i-1} to T - L:
 
     L = 8, T = 32, 2 chunks     0 1 2 | 20 21 22 23 24
 
-Positions rise, stay below T, and run on by one inside a chunk. Where documents or packs are masked from each other
-each of them is cut and moved for itself, with its own length for L; one shorter than N tokens stays as it is.
+Positions ascend, stay below T, and are consecutive inside a chunk. If documents or packs are masked from each other,
+each is cut and shifted separately, with its own length as L; one shorter than N tokens is not changed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-PURPOSE = 0x506F5345  # apart from all other uses of the run's seed
+PURPOSE = 0x506F5345  # "PoSE"; separates this use of the run's seed from all others
 
 
 class PoseSettings(Protocol):
@@ -31,9 +32,9 @@ def skipped_positions(starts: np.ndarray, length: int, settings: PoseSettings, s
     """int64 [length]: the positions of sample k.
 
     Args:
-        starts: int64, ascending from 0: where positions begin anew.
+        starts: int64, ascending from 0: where positions restart.
     """
-    # A seed of nine numbers: streams, samples and tasks have fewer.
+    # A seed of nine numbers; those of streams, samples and tasks have fewer.
     parts = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, k & 0xFFFFFFFF, k >> 32, PURPOSE, 0, 0, 0, 0)
     random = np.random.RandomState(list(parts))
     begins = starts[starts < length]

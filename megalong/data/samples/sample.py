@@ -1,4 +1,4 @@
-"""The sample type that every source of samples returns: packed documents, conversations, synthetic texts."""
+"""The sample type that all sources return: packed documents, conversations, synthetic texts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ import numpy as np
 
 
 class StoredTokens:
-    """Tokens of a sample that still lie on disk: what is sliced or copied is read, nothing else ever is.
+    """Tokens of a sample that are still on disk. Only what is sliced or copied is read.
 
     Args:
-        length: how many there are.
-        read: called with (first, out), fills `out` with the tokens from `first` on.
+        length: number of tokens.
+        read: called with (first, out); fills `out` with the tokens from `first` on.
     """
 
     def __init__(self, length: int, read: Callable[[int, np.ndarray], None]) -> None:
@@ -34,24 +34,24 @@ class StoredTokens:
         return self[:] if dtype is None else self[:].astype(dtype)
 
     def copy_to(self, first: int, out: np.ndarray) -> None:
-        """Fill `out`, of any type that holds the ids, with the tokens from `first` on."""
+        """Fill `out`, of any type that fits the IDs, with the tokens from `first` on."""
         self._read(first, out)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """S + 1 tokens: the first S are read, the last S are to be predicted.
+    """S + 1 tokens: the first S are inputs, the last S are labels.
 
     Attributes:
-        tokens: int64 [S + 1], or what reads them when they are asked for.
-        documents: int64, ascending from 0: where what is kept apart begins: a document or the rest of one, a pack,
-            padding; 0 alone where all tokens see each other.
-        filled: tokens that are documents', at most S + 1; padding follows.
-        positions: int64 [S]: positions of the tokens read, where they are not places in the document (masked) or in the
+        tokens: int64 [S + 1], or an object that reads them lazily.
+        documents: int64, ascending from 0: where each masked span begins (a document or the rest of one, a pack,
+            padding). Only 0 if all tokens attend to each other.
+        filled: number of tokens before the padding at the end, at most S + 1.
+        positions: int64 [S]: positions of the inputs; None: counted from the start of the document (masked) or of the
             sample (naive).
-        targets: bool [S + 1]: the tokens that count when they are predicted, the first never being one; None: all.
-        weights: float32 [2, S + 1], where the loss is no mean over tokens: what the loss of each token weighs when it
-            is predicted, 0 where it is no target, and how much it adds to the number that the sum is divided by.
+        targets: bool [S + 1]: the tokens that are targets, never the first; None: all.
+        weights: float32 [2, S + 1]: for each token, the weight of its loss (0 if it is not a target), and its share of
+            the number that the sum is divided by. None: the loss is a mean over tokens.
     """
 
     tokens: np.ndarray | StoredTokens
@@ -62,7 +62,7 @@ class Sample:
     weights: np.ndarray | None = None
 
     def copy_tokens(self, first: int, out: np.ndarray) -> None:
-        """Fill `out`, of any type that holds the ids, with the tokens from `first` on."""
+        """Fill `out`, of any type that fits the IDs, with the tokens from `first` on."""
         if isinstance(self.tokens, StoredTokens):
             self.tokens.copy_to(first, out)
         else:
@@ -70,7 +70,7 @@ class Sample:
 
 
 class SampleSource(Protocol):
-    """Samples that any rank computes from a number alone."""
+    """Samples that any rank can compute from their number alone."""
 
     seq_length: int
 
@@ -79,9 +79,9 @@ class SampleSource(Protocol):
         ...
 
     def describe(self, samples: int) -> Sequence[object]:
-        """What the first `samples` samples are made of, a line for each part."""
+        """What the first `samples` samples consist of, one line for each source."""
         ...
 
     def prepare(self, first: int, last: int) -> None:
-        """Make what samples `first` to `last` - 1 need, once for all ranks."""
+        """Prepare what samples `first` to `last` - 1 need, once for all ranks."""
         ...

@@ -3,8 +3,8 @@
     sample k → blending picks the domain and its sample number j → a shuffle picks piece i → tokens i·S .. (i+1)·S of
     the domain's stream
 
-There is no iterator and no state: the data position of a run is k. Ranks of one data-parallel group ask for different
-k, ranks that share a sample for the same one, and a resumed run goes on with the next k.
+There is no iterator and no state: the data position of a run is k. Data-parallel ranks read different k, ranks that
+share a sample read the same k, and a resumed run continues with the next k.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from megalong.data.samples.stream import DomainStream
 from megalong.data.samples.whole_documents import WholeDocuments
 from megalong.data.synthetic.related import RelatedDocuments
 from megalong.data.token_ids import same_ids
-from megalong.data.tokenizer_check import Made
+from megalong.data.tokenizer_check import DatasetTokenizer
 from megalong.errors import UserError
 
 
@@ -46,7 +46,7 @@ class MixtureEntry(Protocol):
 
 @dataclass(frozen=True)
 class DomainShare:
-    """What a number of samples takes from one domain; `epochs` above 1 means that documents repeat."""
+    """What a number of samples reads from one domain; `epochs` above 1 means that documents repeat."""
 
     name: str
     documents: int
@@ -66,22 +66,23 @@ class PackedSamples:
     """Packed samples of a mixture, endless and in a fixed order.
 
     Args:
-        mixture: domains with `name`, `path` (a dataset's prefix), `weight`, `lengths`, and `synthetic` if they have it.
-        seq_length: tokens S a sample trains on.
+        mixture: domains with `name`, `path` (a dataset's prefix), `weight`, `lengths`, and optionally `synthetic`.
+        seq_length: tokens S that a sample trains on.
         seed: the run's seed; it decides the order of documents.
         split: shares of documents for training and validation, as in "99,1".
         part: "train" or "validation".
-        index_folder: where `prepare` leaves the shuffled orders for other ranks to read; None keeps them in memory.
-        packing: `data.packing`. "naive" and "masked" read the same samples, documents laid end to end; with "best_fit"
-            and "whole" samples hold whole documents and padding; longer documents are split, or left out. Packs
-            of an entry with a `seq_length` are masked from each other with any of them.
+        index_folder: where `prepare` writes the shuffled orders for other ranks; None: they stay in memory.
+        packing: `data.packing`. "naive" and "masked" have the same samples, of documents end to end. Samples of
+            "best_fit" and "whole" contain whole documents and padding; longer documents are split (best_fit) or left
+            out (whole). Packs of an entry with a `seq_length` are always masked from each other.
         pose: `data.pose`: positions that skip ahead.
-        separator: `data.separator`: what must stand between documents; None takes the datasets as they are.
-        vocabulary: the model's vocabulary size. Higher ids are refused if the dataset records no size of its own; None:
-            unknown, and no id is checked.
+        separator: `data.separator`: the separator that datasets must have; None: any.
+        vocabulary: the model's vocabulary size. IDs beyond it are refused if the dataset records no size of its own.
+            None: unknown, and IDs are not checked.
 
     Raises:
-        UserError: an unreadable dataset, an empty part, a weight not above 0, separators or tokenizers that disagree.
+        UserError: an unreadable dataset, an empty part, a weight that is not positive, separators or tokenizers that
+            differ.
     """
 
     def __init__(
@@ -125,11 +126,11 @@ class PackedSamples:
         self.vocabulary_size = max((stream.vocabulary_size for stream in self.streams), default=0) or None
         datasets = [stream.dataset for stream in self.streams]
         _check_separators(self.names, datasets, separator)
-        self._untold = [dataset for dataset in datasets if dataset.vocabulary_size is None]
-        for dataset in self._untold:
+        self._without_vocabulary = [dataset for dataset in datasets if dataset.vocabulary_size is None]
+        for dataset in self._without_vocabulary:
             dataset.ids = vocabulary
         # Rows of a batch are stacked: if one domain has a target mask, every sample needs one.
-        self._tells_targets = any(_synthetic(entry) and _synthetic(entry).answer_only for entry in mixture) or any(
+        self._has_target_mask = any(_synthetic(entry) and _synthetic(entry).answer_only for entry in mixture) or any(
             length is not None for length in lengths
         )
 
@@ -137,7 +138,7 @@ class PackedSamples:
     def of(
         cls, config: Config, part: str = "train", index_folder: Path | None = None, vocabulary: int | None = None
     ) -> Self:
-        """The samples of a run's `data.mixture`; held-out ones are at plain positions, whatever `data.pose` says."""
+        """The samples of a run's `data.mixture`. `data.pose` does not change the positions of held-out samples."""
         data = config.data
         return cls(
             data.mixture,
@@ -153,56 +154,56 @@ class PackedSamples:
         )
 
     def refuse_foreign_ids(self, vocabulary: int) -> None:
-        """Refuse datasets with ids of `vocabulary` or above; checks a part of the data before a run.
+        """Refuse datasets with IDs of `vocabulary` or above; checks a part of the data before a run.
 
         Raises:
-            UserError: a dataset's tokenizer has more ids, or it records no tokenizer and contains an id out of range.
+            UserError: a dataset's tokenizer has more IDs, or it records no tokenizer and contains an ID out of range.
         """
         if (found := self.vocabulary_size or 0) > vocabulary:
             raise UserError(
                 f"data.mixture: tokenized with a vocabulary of {found}, but the model has {vocabulary}; use "
                 "the model's own tokenizer"
             )
-        for dataset in self._untold:
+        for dataset in self._without_vocabulary:
             dataset.refuse_ids_from(vocabulary)
 
-    def made_with(self) -> list[Made]:
+    def made_with(self) -> list[DatasetTokenizer]:
         """Which tokenizer each dataset was made with, for `check_tokenizers`."""
         return [
-            Made(f"data.mixture: {name}", stream.made_with, (stream.dataset.sidecar or {}).get("separator"))
+            DatasetTokenizer(f"data.mixture: {name}", stream.made_with, (stream.dataset.sidecar or {}).get("separator"))
             for name, stream in zip(self.names, self.streams, strict=True)
         ]
 
     @cached_property
     def token_type(self) -> np.dtype[Any]:
-        """The narrowest type that holds the tokens of all datasets as they are stored."""
+        """The narrowest type that fits the stored tokens of all datasets."""
         return np.result_type(*(stream.dataset.dtype for stream in self.streams))
 
     @cached_property
     def _blend(self) -> Blend:
         """Assigns samples so that weights are shares of tokens: a domain with more padding gets more samples."""
-        known = 1000  # samples over which the tokens of a sample are averaged
-        fills = [rows.tokens(known) / known for rows in self.rows]
+        count = 1000  # samples over which the tokens of a sample are averaged
+        fills = [rows.tokens(count) / count for rows in self.rows]
         return Blend([entry.weight * self.seq_length / fill for entry, fill in zip(self.mixture, fills, strict=True)])
 
     def row(self, k: int) -> Row:
-        """What sample k is made of."""
+        """The row of sample k, with its pieces."""
         domain, j = self._blend.of(k)
         return self.rows[domain].row(j)
 
     def read(self, k: int) -> Sample:
-        """Sample k as a batch needs it; tokens are read lazily."""
+        """Sample k; its tokens are read lazily."""
         domain, j = self._blend.of(k)
         row = self.rows[domain].row(j)
-        apart = self._packing != "naive" or (self.masked and _synthetic(self.mixture[domain]) is not None)
-        bounds, positions = row.starts if apart else row.bounds, None
+        by_document = self._packing != "naive" or (self.masked and _synthetic(self.mixture[domain]) is not None)
+        bounds, positions = row.starts if by_document else row.bounds, None
         if self._pose is not None:
             positions = skipped_positions(bounds, self.seq_length, self._pose, self._seed, k)
         return Sample(row.tokens, bounds, row.filled, positions, self._targets(row))
 
     def _targets(self, row: Row) -> np.ndarray | None:
-        """bool [seq_length + 1]: the tokens that count when they are predicted; None: all of them, in every sample."""
-        if not self._tells_targets:
+        """bool [seq_length + 1]: the tokens that are targets; None: no sample has a target mask."""
+        if not self._has_target_mask:
             return None
         targets = row.targets
         return np.ones(self.seq_length + 1, bool) if targets is None else targets
@@ -218,25 +219,25 @@ class PackedSamples:
             rows.prepare(before, after)
 
     def describe(self, samples: int) -> list[DomainShare]:
-        """What the first `samples` samples take from each domain, in the mixture's order."""
+        """What the first `samples` samples read from each domain, in the mixture's order."""
         counts = self._blend.counts(samples).tolist()
         return [self._share(domain, count) for domain, count in enumerate(counts)]
 
     def refuse_repeats(self, samples: int) -> None:
-        """Refuse a run of `samples` samples that shows documents more often than `lengths.max_repeats` allows.
+        """Refuse a run of `samples` samples that repeats documents more often than `lengths.max_repeats` allows.
 
         Raises:
-            UserError: a domain's documents would come more often.
+            UserError: a domain's documents would occur more often.
         """
         if not any(entry.lengths and entry.lengths.max_repeats for entry in self.mixture):
-            return  # counting samples may have to join or pack documents first
+            return  # skip the count, for which documents may have to be joined or packed
         for entry, rows, count in zip(self.mixture, self.rows, self._blend.counts(samples), strict=True):
             cap = entry.lengths.max_repeats if entry.lengths is not None else None
             if cap is not None and (most := rows.most_repeats(int(count))) > cap:
                 raise UserError(
-                    f"data.mixture: {entry.name}: this run shows documents up to {most} times, lengths.max_repeats "
-                    f"allows {cap}: {count * self.seq_length:,} tokens are asked of "
-                    f"{rows.stream.tokens_per_epoch:,} an epoch; lower its weight or repeat, or train fewer steps"
+                    f"data.mixture: {entry.name}: this run shows documents up to {most} times, but lengths.max_repeats "
+                    f"allows {cap}: it reads {count * self.seq_length:,} tokens, and an epoch has "
+                    f"{rows.stream.tokens_per_epoch:,}; lower its weight or repeat, or train fewer steps"
                 )
 
     def _share(self, domain: int, samples: int) -> DomainShare:
@@ -244,7 +245,7 @@ class PackedSamples:
         tokens = self.rows[domain].tokens(samples)
         return DomainShare(
             name=self.names[domain],
-            documents=stream.taken[0],
+            documents=stream.used[0],
             tokens_per_epoch=stream.tokens_per_epoch,
             samples=samples,
             tokens=tokens,
@@ -255,19 +256,19 @@ class PackedSamples:
 def _check_mixture(mixture: Sequence[MixtureEntry]) -> None:
     if not mixture:
         raise UserError(
-            "data.mixture: empty; list at least one domain as {name: …, path: …, weight: 1} (what task sft reads is "
-            "shown by megalong data inspect)"
+            "data.mixture: empty; list at least one domain as {name: …, path: …, weight: 1} (for task sft see "
+            "megalong data inspect)"
         )
     names = [entry.name for entry in mixture]
     for entry in mixture:
         if not 0 < entry.weight < float("inf"):
             raise UserError(f"data.mixture: weight {entry.weight} of {entry.name!r} must be above 0; remove the domain")
         if names.count(entry.name) > 1:
-            raise UserError(f"data.mixture: the name {entry.name!r} stands twice; give every domain a name of its own")
+            raise UserError(f"data.mixture: the name {entry.name!r} occurs twice; give every domain a name of its own")
 
 
 def _synthetic(entry: MixtureEntry) -> Any:
-    """`synthetic` of an entry; None where its samples are the dataset's own documents."""
+    """`synthetic` of an entry; None if its samples are the dataset's own documents."""
     return getattr(entry, "synthetic", None)
 
 
@@ -288,7 +289,7 @@ def _piece_length(entry: MixtureEntry, packing: str, seq_length: int, pack_lengt
 
 
 def _in_bins(entry: MixtureEntry, packing: str) -> bool:
-    """Whether an entry's samples are bins of whole documents."""
+    """Whether an entry's samples are packed from whole documents."""
     synthetic = _synthetic(entry)
     return packing in ("best_fit", "whole") if synthetic is None else synthetic.task == "related"
 
@@ -300,13 +301,13 @@ def _stream_kind(entry: MixtureEntry, packing: str) -> Callable[..., DomainStrea
         return WholeDocuments if _in_bins(entry, packing) else DomainStream
     if synthetic.task == "related":
         return RelatedDocuments
-    from megalong.data.synthetic.documents import TaskDocuments  # `tokenizers` takes a moment to import
+    from megalong.data.synthetic.documents import TaskDocuments  # imports `tokenizers`, which is slow
 
     return partial(TaskDocuments, synthetic)
 
 
 def _common_tokenizer(names: list[str], streams: Sequence[DomainStream]) -> str | None:
-    """Fingerprint of the tokenizer all datasets were made with; None if no dataset records it."""
+    """Fingerprint of the tokenizer that all datasets were made with; None if no dataset records it."""
     first: tuple[str, dict[str, str]] | None = None
     for name, stream in zip(names, streams, strict=True):
         tokenizer = stream.made_with
@@ -317,7 +318,7 @@ def _common_tokenizer(names: list[str], streams: Sequence[DomainStream]) -> str 
         elif not same_ids(first[1], tokenizer):
             raise UserError(
                 f"data.mixture: {first[0]!r} was tokenized with {first[1]['name']!r} and {name!r} with "
-                f"{tokenizer['name']!r}, whose ids mean other text; preprocess them with one tokenizer"
+                f"{tokenizer['name']!r}, which gives other ids; preprocess them with one tokenizer"
             )
     return first[1]["sha256"] if first else None
 
@@ -329,6 +330,6 @@ def _check_separators(names: list[str], datasets: list[IndexedDataset], wanted: 
         found = (dataset.sidecar.get("separator") or {}).get("text")
         if found != wanted:
             raise UserError(
-                f"data.separator: {wanted!r} asked for, but {name!r} was written with {found!r}; "
+                f"data.separator: {wanted!r} expected, but {name!r} was written with {found!r}; "
                 f"preprocess it again with --separator {wanted!r} or change data.separator"
             )

@@ -1,10 +1,10 @@
 """Held-out documents: which documents of a dataset are for training and which for validation.
 
 `"99,1"` (Megatron's spelling) gives 99 % of the documents to training and 1 % to validation. Documents are shuffled
-first, since corpora are often sorted; a document is never cut in two, so nothing held out is ever trained on.
+first, because corpora are often sorted. A document is never split between the two, so no held-out text is trained on.
 
-The shuffle depends on the number of documents alone, not on the run's seed nor on the mixture: every stage of a run,
-every run, and a dataset that stands in a mixture twice hold out the same documents.
+The shuffle depends only on the number of documents, not on the run's seed or the mixture. Every run and every stage
+therefore holds out the same documents, also of a dataset that occurs in a mixture twice.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from megalong.config.split import split_weights
 from megalong.errors import UserError
 
 PARTS = ("train", "validation")
-SHUFFLE_SEED = 20250406  # any constant; changing it would leak held-out documents of runs already trained
+SHUFFLE_SEED = 20250406  # arbitrary, but must not change: existing models would train on their held-out documents
 
 
 def split_shares(split: str) -> tuple[float, float]:
@@ -30,7 +30,7 @@ def split_shares(split: str) -> tuple[float, float]:
 
 
 def documents_of_part(documents: int, split: str, part: str, where: str) -> np.ndarray:
-    """Numbers of the documents, of `documents` in all, that belong to `part`: int64, in rising order.
+    """The documents of `part`, of `documents` in all: int64, ascending.
 
     Args:
         where: the dataset's path, for the error message.

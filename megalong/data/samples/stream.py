@@ -1,20 +1,19 @@
-"""The endless token stream of one domain: documents shuffled anew each epoch, laid end to end.
+"""The endless token stream of one domain: documents end to end, shuffled again in each epoch.
 
-Naive packing: the piece at place i is tokens i·S to (i+1)·S of that stream, both included, so it holds S inputs and,
-shifted by one, S targets; neighbours share one token. Documents are cut where a piece ends and continue in the next.
+Naive packing: the piece at place i is tokens i·S to (i+1)·S of the stream, both included. It has S inputs and, shifted
+by one, S targets; neighbours share one token. Documents are cut where a piece ends and continue in the next.
 
     epoch 0: documents c a b      c c c a a b b b b | b a a c ...   epoch 1: b a c
     S = 4                        [c c c a a]
                                          [a b b b b]
                                                  [b | b a a c]
 
-Samples are these pieces in another order, shuffled within blocks of about an epoch: the pieces of one long document
-would else fill a whole batch. (On the quickstart's model, in order instead of shuffled: loss 4.33 instead of 3.18 after
-330 steps.)
+Samples are these pieces, shuffled within blocks of about an epoch. Otherwise the pieces of one long document would fill
+a whole batch. (The quickstart's model without this shuffle: loss 4.33 instead of 3.18 after 330 steps.)
 
-Any sample is found without walking the stream: where an epoch begins is a formula (e·T without length rules), and a
-binary search over the running sum of that epoch's lengths gives the document of a token. The order of an epoch is a
-function of (seed, domain name, part, rules, epoch), so any rank computes any sample, and resuming needs no state but a
+Any sample is found without walking the stream: the start of an epoch is a formula (e·T without length rules), and a
+binary search in the cumulative lengths of that epoch gives the document of a token. The order of an epoch is a function
+of (seed, domain name, part, rules, epoch). Any rank can therefore compute any sample, and a resume needs no state but a
 number.
 """
 
@@ -45,17 +44,17 @@ class DomainStream:
 
     Args:
         prefix: the dataset.
-        seq_length: S of its samples, which hold S + 1 tokens.
-        split, part: which of its documents: "99,1" and "train", for example.
+        seq_length: S of its samples, which have S + 1 tokens.
+        split, part: which of its documents, such as "99,1" and "train".
         seed: the run's seed.
-        name: the domain's; streams of different name or part are shuffled independently.
-        rules: `lengths` of the domain; None: every epoch holds each document once.
-        longest: longer documents are left out; None: none is.
-        index_folder: where `prepare` writes orders for other ranks; None keeps them in memory.
+        name: the domain's name; streams of different name or part are shuffled independently.
+        rules: `lengths` of the domain; None: every epoch contains each document once.
+        longest: longer documents are left out; None: none are.
+        index_folder: where `prepare` writes orders for other ranks; None: they stay in memory.
 
     Raises:
-        UserError: an unreadable dataset; an empty part, no token in it, or rules that leave none. Raised at once if
-            there is no index, else on first use.
+        UserError: an unreadable dataset, or a part that is empty, has no tokens, or is left without any by the rules.
+            Raised at once without an index folder, else on first use.
     """
 
     tokenizer: TextTokenizer | None = None  # set if the domain's samples need one
@@ -86,7 +85,7 @@ class DomainStream:
 
     @cached_property
     def epochs(self) -> Epochs:
-        """Which documents each epoch holds, and where it begins."""
+        """The documents of each epoch, and where it begins."""
         stored = self._index.load("classes")
         return Epochs(from_arrays(stored) if stored is not None else self._classes())
 
@@ -101,23 +100,23 @@ class DomainStream:
         return self.dataset.document_lengths
 
     @property
-    def given(self) -> np.ndarray:
-        """int64, ascending: all documents of this part, before length rules, empty ones included."""
+    def part_documents(self) -> np.ndarray:
+        """int64, ascending: all documents of this part before length rules, empty ones included."""
         return documents_of_part(self.dataset.num_documents, self._split, self._part, self.dataset.prefix)
 
     def _classes(self) -> list[LengthClass]:
-        given = self.given
-        lengths = self.lengths[given]
-        comes = lengths > 0
+        part = self.part_documents
+        lengths = self.lengths[part]
+        usable = lengths > 0
         if self._longest is not None:
-            comes &= lengths <= self._longest
-        documents = given[comes].astype(np.int32 if self.dataset.num_documents < 2**31 else np.int64)
+            usable &= lengths <= self._longest
+        documents = part[usable].astype(np.int32 if self.dataset.num_documents < 2**31 else np.int64)
         if len(documents) == 0:
-            what = f"1 to {self._longest} tokens, as data.packing whole needs it" if self._longest else "a token"
-            raise UserError(f"{self.dataset.prefix}: none of the {len(given)} documents of {self._where} holds {what}")
-        # A seed of three numbers, apart from those of epochs (four) and blocks (five).
+            what = f"1 to {self._longest} tokens, as data.packing whole requires" if self._longest else "a token"
+            raise UserError(f"{self.dataset.prefix}: none of the {len(part)} documents of {self._where} has {what}")
+        # A seed of three numbers; those of epochs have four and those of blocks five.
         random = np.random.RandomState(self._seed)
-        return length_classes(documents, lengths[comes], self._rules, random, self._where)
+        return length_classes(documents, lengths[usable], self._rules, random, self._where)
 
     def order(self, epoch: int) -> np.ndarray:
         """Document indices in the order of `epoch`."""
@@ -130,7 +129,7 @@ class DomainStream:
         return out
 
     def copy(self, start: int, out: np.ndarray) -> None:
-        """Fill `out`, of any type that holds the ids, with the stream's tokens from `start` on."""
+        """Fill `out`, of any type that fits the IDs, with the stream's tokens from `start` on."""
         filled = 0
         while filled < len(out):
             epoch, first = self.epochs.around(start + filled)
@@ -138,30 +137,30 @@ class DomainStream:
 
     def piece(self, j: int) -> Piece:
         """Sample j of this domain."""
-        return _Stretch(self, self.place_of(j) * self.seq_length)
+        return _StreamPiece(self, self.place_of(j) * self.seq_length)
 
     def tokens_of_pieces(self, pieces: int) -> int:
-        """Tokens of documents that the first `pieces` samples hold, shared ones counted once."""
+        """Tokens of documents in the first `pieces` samples; shared tokens count once."""
         return pieces * self.seq_length
 
     @property
     def made_with(self) -> dict[str, str] | None:
-        """`name` and `sha256` of the tokenizer that made the ids; None if the dataset does not record it."""
+        """The sidecar's record of the tokenizer (`name`, `sha256`, …); None if there is none."""
         return (self.dataset.sidecar or {}).get("tokenizer")
 
     @property
     def vocabulary_size(self) -> int:
-        """Highest id + 1 that its samples may hold, 0 if the dataset does not record it."""
+        """Highest ID + 1 that its samples may contain, 0 if the dataset does not record it."""
         return int((self.dataset.sidecar or {}).get("vocabulary_size", 0))
 
     @property
-    def taken(self) -> tuple[int, int]:
-        """(documents, tokens) of the dataset that epochs contain, before packing."""
+    def used(self) -> tuple[int, int]:
+        """(documents, tokens) of the dataset that epochs use, before packing."""
         classes = self.epochs.classes
         return sum(len(one.documents) for one in classes), sum(one.tokens for one in classes)
 
     def lengths_by_class(self) -> list[tuple[np.ndarray, float]]:
-        """Tokens of the documents that an epoch holds, class by class, with the times it holds them on average."""
+        """For each class: tokens of its documents, and how often an epoch contains them on average."""
         return [(self.lengths[one.documents], one.ratio) for one in self.epochs.classes]
 
     def document_starts(self, start: int, length: int) -> np.ndarray:
@@ -177,12 +176,12 @@ class DomainStream:
         return np.unique(np.concatenate(found))
 
     def place_of(self, j: int) -> int:
-        """The place of sample j: it begins with token place · S. A block of samples is a permutation of its places."""
+        """The place of sample j, which begins with token place · S. Each block of samples permutes its places."""
         block, place = divmod(j, self._block_size)
         return block * self._block_size + int(self._block(self._block_size, block)[place])
 
     def most_repeats(self, pieces: int) -> int:
-        """How often the first `pieces` samples may show one document: they are drawn from whole blocks."""
+        """How often one document may occur in the first `pieces` samples, which are drawn from whole blocks."""
         if pieces == 0:
             return 0
         size = self._block_size
@@ -198,7 +197,7 @@ class DomainStream:
         return max(1, self.tokens_per_epoch // self.seq_length)
 
     def prepare(self, first: int, last: int) -> None:
-        """Write the orders that samples `first` up to `last` need, where they are not on disk yet."""
+        """Write the orders that samples `first` up to `last` need, if they are not on disk yet."""
         if last <= first:
             return
         self._store_classes()
@@ -214,11 +213,11 @@ class DomainStream:
         self._index.store(lambda: to_arrays(self._classes()), "classes")
 
     def _fill(self, out: np.ndarray, epoch: int, offset: int) -> int:
-        """Copy tokens of one epoch from `offset` on; returns how many there were, at most len(out)."""
+        """Copy tokens of one epoch from `offset` on; returns their number, at most len(out)."""
         order, ends = self._epoch(epoch)
         stop = min(offset + len(out), int(ends[-1]))
-        # Array methods, not numpy functions: samples of a million tokens are read at memcpy speed, and
-        # the functions' wrappers would be a visible cost.
+        # Array methods, not numpy functions: samples of a million tokens are read at memcpy speed, and the overhead of
+        # the functions' wrappers would be visible.
         place, last = int(ends.searchsorted(offset, "right")), int(ends.searchsorted(stop, "left"))
         cuts = np.empty(last - place + 2, np.int64)
         cuts[0], cuts[1:-1], cuts[-1] = offset, ends[place:last], stop
@@ -236,19 +235,20 @@ class DomainStream:
         return order
 
     def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Documents of an epoch in its order, and the token at which each of them ends.
+        """Documents of an epoch in order, and the token at which each of them ends.
 
-        numpy freezes RandomState's stream for good (NEP 19): a run resumed under another numpy sees the same data.
+        RandomState's stream never changes between numpy versions (NEP 19), so a run resumed under another numpy sees
+        the same data.
         """
         order = self.epochs.shuffled(epoch, np.random.RandomState([*self._seed, epoch]))
         return order, np.cumsum(self.lengths[order])
 
     def _permuted(self, size: int, block: int) -> tuple[np.ndarray]:
-        """The order in which a block's pieces become samples; a seed apart from those of the epochs."""
+        """The order in which a block's pieces become samples. Its seed differs from those of the epochs."""
         return (np.random.RandomState([*self._seed, block, size]).permutation(size),)
 
 
-class _Stretch(Piece):
+class _StreamPiece(Piece):
     """Tokens `start` up to `start + S` of a stream."""
 
     def __init__(self, stream: DomainStream, start: int) -> None:
@@ -268,7 +268,7 @@ class _Stretch(Piece):
 
     @property
     def cut(self) -> tuple[bool, bool]:
-        return not self._begins(self._start), not self._begins(self._start + self._stream.seq_length)
+        return not self._starts_document(self._start), not self._starts_document(self._start + self._stream.seq_length)
 
-    def _begins(self, token: int) -> bool:
+    def _starts_document(self, token: int) -> bool:
         return token == 0 or len(self._stream.document_starts(token - 1, 2)) == 2

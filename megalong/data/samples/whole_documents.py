@@ -1,13 +1,13 @@
-"""Samples of whole documents, best fit: none is cut that fits into a sample, and what stays free is padded.
+"""Samples of whole documents, packed by best fit. No document that fits into a sample is cut; the rest is padding.
 
-    S = 6, documents a a a a, b b b, c c, d d d d d d d d d d        (7 tokens hold 6 inputs and their targets)
-    [a a a a b b b] [d d d d d d d] [d d d d c c ·]                  d is cut in two, its 7th token stands in both
+    S = 6, documents a a a a, b b b, c c, d d d d d d d d d d        (7 tokens: 6 inputs and their targets)
+    [a a a a b b b] [d d d d d d d] [d d d d c c ·]                  d is cut in two, its 7th token is in both
 
-A document longer than S + 1 tokens becomes pieces of S + 1 that share one token, so that every token of it but the
-first is a target once. Documents are masked from each other; padding is no target, and nobody attends to it.
+A document longer than S + 1 tokens is split into parts of S + 1 that share one token, so that each of its tokens but
+the first is a target once. Documents are masked from each other. Padding is not a target, and no token attends to it.
 
-Each epoch is packed as a whole by bins.py, longest first, and its samples are shuffled. Against masked packing, which
-cuts a document at the end of every sample, this costs a little padding: `megalong data plan` tells both.
+Each epoch is packed as a whole by bins.py, and its samples are shuffled. Masked packing cuts a document at the end of
+every sample instead; this costs a little padding. `megalong data plan` shows both.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Packed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class WholeDocuments(DomainStream):
-    """A domain whose samples are bins of whole documents; the same arguments and methods as its base."""
+    """A domain whose samples are bins of whole documents. Arguments and methods are those of its base."""
 
     STORED_AS = "samples"  # the name of packed epochs in the index
-    ALIKE = True  # whether epochs of the same documents have as many samples
+    FIXED_COUNT = True  # whether epochs of the same documents have the same number of samples
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -38,7 +38,9 @@ class WholeDocuments(DomainStream):
         self._counts: dict[int, int] = {}
 
     def _indexed_samples(self, epoch: int) -> Packed:
-        """The samples of an epoch: (document, first token, tokens) of their pieces, and the pieces up to each's end."""
+        """The samples of an epoch: (document, first token, tokens) of all parts, and the number of parts up to the end
+        of each sample.
+        """
         stored = self._index.load(self.STORED_AS, self.seq_length, epoch)
         documents, firsts, lengths, ends = stored if stored is not None else self._pack(epoch)
         return documents, firsts, lengths, ends
@@ -47,7 +49,7 @@ class WholeDocuments(DomainStream):
         order = self.order(epoch)
         documents, firsts, lengths = parts(order, self.lengths[order], self.seq_length)
         bin_of, bins = best_fit(lengths, self.seq_length + 1)
-        # A seed of six numbers, apart from those of circles, epochs and blocks.
+        # A seed of six numbers; those of circles, epochs and blocks have fewer.
         random = np.random.RandomState([*self._seed, epoch, self.seq_length & 0xFFFFFFFF, 0])
         sample_of = random.permutation(bins)[bin_of]
         by_sample = np.argsort(sample_of, kind="stable")
@@ -56,37 +58,37 @@ class WholeDocuments(DomainStream):
 
     def piece(self, j: int) -> Piece:
         """Sample j of this domain."""
-        return self._bin(*self._found(j))
+        return self._bin(*self._parts_of(j))
 
     def _bin(self, documents: np.ndarray, firsts: np.ndarray, lengths: np.ndarray) -> Piece:
         return Bin(self, documents, firsts, lengths)
 
-    def _found(self, j: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _parts_of(self, j: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(document, first token, tokens) of each part of sample j."""
         for epoch in count():
-            held = self._count(epoch)
-            if j < held:
+            samples = self._count(epoch)
+            if j < samples:
                 break
-            j -= held
+            j -= samples
         documents, firsts, lengths, ends = self._samples(epoch)
         some = slice(int(ends[j - 1]) if j else 0, int(ends[j]))
         return documents[some], firsts[some], lengths[some]
 
     def _count(self, epoch: int) -> int:
-        """Samples of an epoch; without rules that vary, every epoch has as many."""
-        key = epoch if self.epochs.vary or not self.ALIKE else 0
+        """Number of samples of an epoch; the same for every epoch if all have the same documents."""
+        key = epoch if self.epochs.vary or not self.FIXED_COUNT else 0
         if key not in self._counts:
             self._counts[key] = len(self._samples(key)[3])
         return self._counts[key]
 
     def tokens_of_pieces(self, pieces: int) -> int:
-        """Tokens of documents in the first `pieces` samples, at the mean of the first epoch that has any."""
+        """Tokens of documents in the first `pieces` samples, estimated from the mean of the first non-empty epoch."""
         epoch = next(epoch for epoch in count() if self._count(epoch))
         lengths = self._samples(epoch)[2]
         return round(pieces * int(lengths.sum()) / self._count(epoch))
 
     def most_repeats(self, pieces: int) -> int:
-        """How often the first `pieces` samples may show one document: they are drawn from whole epochs."""
+        """How often one document may occur in the first `pieces` samples, which are drawn from whole epochs."""
         epochs = 0
         while pieces > 0:
             pieces -= self._count(epochs)
@@ -94,7 +96,7 @@ class WholeDocuments(DomainStream):
         return max(int(one.times_before(epochs).max()) for one in self.epochs.classes)
 
     def prepare(self, first: int, last: int) -> None:
-        """Write the epochs up to sample `last`, where they are not on disk yet."""
+        """Write the epochs up to sample `last`, if they are not on disk yet."""
         if last > first:
             self._store_classes()
         epoch = 0
@@ -105,7 +107,7 @@ class WholeDocuments(DomainStream):
 
 
 class Bin(Piece):
-    """Documents, or parts of them: of each its number, its first token here, and how many tokens."""
+    """Documents, or parts of them: the number, first token and number of tokens of each."""
 
     def __init__(self, stream: WholeDocuments, documents: np.ndarray, firsts: np.ndarray, lengths: np.ndarray) -> None:
         self.stream, self._documents, self._firsts, self._lengths = stream, documents, firsts, lengths
@@ -125,12 +127,12 @@ class Bin(Piece):
 
     @property
     def cut(self) -> tuple[bool, bool]:
-        goes_on = self._firsts + self._lengths < self.stream.lengths[self._documents]
-        return bool(np.any(self._firsts > 0)), bool(np.any(goes_on))
+        continues = self._firsts + self._lengths < self.stream.lengths[self._documents]
+        return bool(np.any(self._firsts > 0)), bool(np.any(continues))
 
     def _copy(self, first: int, out: np.ndarray) -> None:
         ends = np.cumsum(self._lengths, dtype=np.int64)
-        low = np.maximum(first, ends - self._lengths)  # what each part gives, counted in the sample
+        low = np.maximum(first, ends - self._lengths)  # [low, high): tokens of the sample to copy from each part
         high = np.maximum(low, np.minimum(first + len(out), ends))
         filled = max(0, min(len(out), int(ends[-1]) - first))
         skipped = low - (ends - self._lengths)
@@ -141,7 +143,7 @@ class Bin(Piece):
 
 
 def parts(documents: np.ndarray, lengths: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents as parts of at most S + 1 tokens that share one with the next: (document, first token, tokens)."""
+    """(document, first token, tokens) of parts of at most S + 1 tokens; neighbours share one token."""
     counts = np.maximum(1, -(-(lengths - 1) // seq_length))
     which = np.repeat(np.arange(len(documents)), counts)
     number = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,1 +1,1 @@
-"""Long documents made on the fly: related documents joined, and tasks whose answer lies far back in real text."""
+"""Long documents made on the fly: related documents joined, and tasks whose answer is far back in real text."""

@@ -1,13 +1,13 @@
-"""Samples that are tasks: real text of the dataset, something planted in it, a question and its answer at the end.
+"""Samples that are tasks: real text of the dataset with something planted in it, then a question and its answer.
 
     sample j → its length T → text of piece j of the dataset's stream, as much as leaves room for the rest
              → notes planted at random depths → [text … note … text, question, answer, separator, padding]
 
-Each sample is one document of T tokens, T evenly spread over `min_length` … S: every SPREAD samples hold the same
-lengths in another order, so that shares of tokens are exact and known without making a sample. What stands between
-documents of the haystack becomes a line break. Sample j follows from (seed, domain, part, j) alone.
+Each sample is one document of T tokens, with T evenly spread over `min_length` … S. Every SPREAD samples have the same
+lengths in another order, so shares of tokens are exact and known without making a sample. Separators inside the
+haystack become line breaks. Sample j follows from (seed, domain, part, j) alone.
 
-The text is that of the dataset's own stream, so length rules and held-out documents are as for any domain.
+The text is from the dataset's own stream, so length rules and held-out documents work as for any domain.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from megalong.data.tokenizer import TextTokenizer
 from megalong.errors import UserError
 
 SPREAD = 1000
-TOKENS_OF_A_WORD = 6  # set aside for each word of an answer, so that a text is rarely counted twice
-LOOKED_AT = 16  # tasks that are drawn beforehand to see how much room they take
+TOKENS_OF_A_WORD = 6  # reserved per word of an answer, so that words of a text rarely have to be counted twice
+TRIAL_TASKS = 16  # tasks that are drawn beforehand to estimate their size
 
 
 class Built(NamedTuple):
-    """A sample's document, of the dataset's type of tokens; where its answer stands; what to show of it."""
+    """A sample's document in the dataset's token type, the span of its answer, and the spans to mark when shown."""
 
     tokens: np.ndarray
     answer: Span
@@ -40,14 +40,14 @@ class Built(NamedTuple):
 
 
 class TaskDocuments(DomainStream):
-    """A domain whose samples are tasks in its text; the methods of its base.
+    """A domain whose samples are tasks in its text. Methods are those of its base.
 
     Args:
         settings: `synthetic` of the domain.
         arguments, named: those of the base.
 
     Raises:
-        UserError: also for a tokenizer that is gone or another one, and for tasks that do not fit.
+        UserError: as the base, or the tokenizer is missing or a different one, or tasks do not fit.
     """
 
     def __init__(self, settings: TaskSettings, *arguments: Any, **named: Any) -> None:
@@ -66,7 +66,7 @@ class TaskDocuments(DomainStream):
 
     @property
     def vocabulary_size(self) -> int:
-        """Highest id + 1."""
+        """Highest ID + 1."""
         return super().vocabulary_size or self.tokenizer.vocabulary_size
 
     def piece(self, j: int) -> Piece:
@@ -79,12 +79,12 @@ class TaskDocuments(DomainStream):
         return blocks * int(self._lengths(0).sum()) + int(self._lengths(blocks)[:rest].sum())
 
     def lengths_by_class(self) -> list[tuple[np.ndarray, float]]:
-        """Tokens of the tasks, with the times as many tokens as an epoch of the haystack hold them."""
+        """Tokens of the tasks, and how often each occurs in as many tokens as an epoch of the haystack has."""
         lengths = self._lengths(0)
         return [(lengths, self.tokens_per_epoch / int(lengths.sum()))]
 
     def _random(self, number: int, purpose: int) -> np.random.RandomState:
-        """A seed of eight numbers, apart from those of the base."""
+        """A generator with a seed of eight numbers; those of the base have fewer."""
         numbers = [number & 0xFFFFFFFF, number >> 32, self.seq_length & 0xFFFFFFFF, purpose, 0]
         return np.random.RandomState([*self._seed, *numbers])
 
@@ -94,17 +94,17 @@ class TaskDocuments(DomainStream):
         return int(self._lengths(block)[place])
 
     def _lengths_of(self, block: int) -> np.ndarray:
-        """int64 [SPREAD]: tokens of the documents of one block of samples."""
+        """int64 [SPREAD]: tokens of each document in one block of samples."""
         shortest = self._shortest
         steps = 2 * self._random(block, 0).permutation(SPREAD) + 1
         return shortest + steps * (self.seq_length - shortest + 1) // (2 * SPREAD)
 
     def build(self, j: int) -> Built:
-        """Make sample j's document."""
+        """Build sample j's document."""
         random = self._random(j, 1)
         task = draw_task(self._settings, random)
         depths = np.sort(random.random_sample(len(task.planted))).tolist()
-        before, after = self._around
+        before, after = self._separators
         notes = [self.tokenizer.encode(f"\n{sentence}\n") for sentence in task.planted]
         question = self.tokenizer.encode(f"\n\n{task.question}\nAnswer:")
         room = self.length_of(j) - len(before) - len(question) - len(after) - sum(map(len, notes))
@@ -120,25 +120,25 @@ class TaskDocuments(DomainStream):
         )
 
     def _text_and_answer(self, task: Task, start: int, room: int) -> tuple[np.ndarray, list[int]]:
-        """Haystack and answer that together take `room` tokens.
+        """Haystack and answer that together have `room` tokens.
 
-        Where the answer follows from the text, its length does too: room is set aside for it, more where it does not
-        fit, and what it leaves is filled with line breaks.
+        If the answer depends on the text, so does its length. Room is then reserved for it, and more if it does not
+        fit; what is left is filled with line breaks.
         """
-        aside = TOKENS_OF_A_WORD * self._settings.words if task.reads_text else len(self._answer(task, ""))
+        reserved = TOKENS_OF_A_WORD * self._settings.words if task.reads_text else len(self._answer(task, ""))
         while True:
-            text = self._haystack(start, room - aside)
+            text = self._haystack(start, room - reserved)
             answer = self._answer(task, self.tokenizer.decode(text.tolist()) if task.reads_text else "")
-            if len(answer) <= aside:
+            if len(answer) <= reserved:
                 break
-            aside = len(answer)
-        return np.append(text, np.full(aside - len(answer), self._line_break)), answer
+            reserved = len(answer)
+        return np.append(text, np.full(reserved - len(answer), self._line_break)), answer
 
     def _answer(self, task: Task, text: str) -> list[int]:
         return self.tokenizer.encode(f" {task.answer(text)}")
 
     def _haystack(self, start: int, length: int) -> np.ndarray:
-        """int64 [length]: tokens of the stream, separators between documents turned into line breaks."""
+        """int64 [length]: tokens of the stream, with separators replaced by line breaks."""
         tokens = self.tokens(start, length)
         ids = self._separator["ids"]
         if ids and length >= len(ids):
@@ -154,8 +154,8 @@ class TaskDocuments(DomainStream):
         return (self.dataset.sidecar or {}).get("separator") or {"ids": []}
 
     @property
-    def _around(self) -> tuple[list[int], list[int]]:
-        """What a document of this dataset begins and ends with."""
+    def _separators(self) -> tuple[list[int], list[int]]:
+        """The separator tokens at the begin and at the end of a document of this dataset."""
         ids = list(self._separator["ids"])
         return (ids, []) if self._separator.get("position") == "before" else ([], ids)
 
@@ -169,12 +169,12 @@ class TaskDocuments(DomainStream):
 
     @property
     def answer_only(self) -> bool:
-        """Whether nothing but answers counts in the loss."""
+        """Whether only answers count in the loss."""
         return self._settings.answer_only
 
     def _refuse_too_short(self) -> None:
         shortest = self._shortest
-        most = max(self._room_taken(number) for number in range(LOOKED_AT))
+        most = max(self._task_tokens(number) for number in range(TRIAL_TASKS))
         if shortest < 2 * most:
             key = "synthetic.min_length" if self._settings.min_length else "data.seq_length"
             raise UserError(
@@ -182,7 +182,7 @@ class TaskDocuments(DomainStream):
                 f"{self._settings.task} take {most} tokens and must be less than half of it; write {2 * most} or more"
             )
 
-    def _room_taken(self, j: int) -> int:
+    def _task_tokens(self, j: int) -> int:
         task = draw_task(self._settings, self._random(j, 1))
         written = "".join(f"\n{sentence}\n" for sentence in task.planted) + f"\n\n{task.question}\nAnswer:"
         answer = " strawberries," * self._settings.words if task.reads_text else f" {task.answer('')}"
@@ -190,7 +190,7 @@ class TaskDocuments(DomainStream):
 
 
 class _TaskPiece(Piece):
-    """Sample j of a stream of tasks; its text is made once."""
+    """Sample j of a stream of tasks; its text is built once."""
 
     def __init__(self, stream: TaskDocuments, j: int) -> None:
         self._stream, self._j = stream, j
@@ -213,7 +213,7 @@ class _TaskPiece(Piece):
 
     @property
     def cut(self) -> tuple[bool, bool]:
-        return False, False  # a task is whole, whatever its haystack is a part of
+        return False, False  # a task is whole, although its haystack may cut documents
 
     @property
     def targets(self) -> np.ndarray | None:

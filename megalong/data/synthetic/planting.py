@@ -1,8 +1,8 @@
-"""Where sentences go into a text of tokens, without breaking what stands there.
+"""Inserts sentences into a text of tokens without breaking the text.
 
-A place is drawn as a share of the text. The sentence goes to the nearest token after which a line or a sentence ends,
-within WINDOW tokens; where there is none, to the nearest one between whole characters (a byte-level vocabulary cuts
-characters in two). It stands on a line of its own.
+A place is given as a share of the text. The sentence goes to the nearest token boundary within WINDOW tokens at which a
+line or a sentence ends; if there is none, to the nearest boundary between whole characters (a byte-level vocabulary may
+split a character). The sentence is on a line of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BROKEN = "\ufffd"
 
 
 class Planter:
-    """Puts sentences into texts written with `tokenizer`."""
+    """Inserts sentences into texts that were tokenized with `tokenizer`."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._decode = tokenizer.decode
@@ -30,8 +30,8 @@ class Planter:
         """`text` with each of `sentences` at its depth.
 
         Args:
-            text: int64 [tokens]; sentences: ids of each, in the order in which they are to stand.
-            depths: shares of the text, in rising order: 0 its beginning, 1 its end.
+            text: int64 [tokens]; sentences: IDs of each, in the order in which they are inserted.
+            depths: shares of the text, ascending: 0 is its beginning, 1 its end.
 
         Returns:
             (int64 [tokens of all], (first token, end) of each sentence in it).
@@ -47,7 +47,7 @@ class Planter:
         return np.concatenate([*parts, text[before:]]), spans
 
     def place(self, text: np.ndarray, wanted: int) -> int:
-        """The number of tokens before the place nearest to `wanted` at which a sentence may stand."""
+        """The place nearest to `wanted` at which a sentence may be inserted, as the number of tokens before it."""
         low, high = max(0, wanted - WINDOW), min(len(text), wanted + WINDOW)
         near = sorted(range(low, high + 1), key=lambda place: (abs(place - wanted), place))
         for good in (self._between_sentences, self._between_characters):
@@ -61,5 +61,5 @@ class Planter:
         return last.endswith("\n") or (last.rstrip(" ").endswith(ENDS) and not first[:1].strip())
 
     def _between_characters(self, text: np.ndarray, place: int) -> bool:
-        """Whether a character begins here: of the bytes in its middle none can be spelled, and it has at most four."""
+        """Whether a character begins here. It has at most four bytes, and its middle bytes decode to BROKEN."""
         return not self._decode(text[place : place + 4].tolist()).startswith(BROKEN)

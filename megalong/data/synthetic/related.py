@@ -1,15 +1,16 @@
-"""Samples that are related documents joined to one, which a model can then read across.
+"""Samples of related documents that are joined to one document, so that a model attends across them.
 
     S = 7     documents  a a a, b b b b, a' a' a', c c c c c c c c c c
     samples   [a a a a' a' a' · ·]  [b b b b · · · ·]  [c c c c c c c c]  [c c c …]
 
-An epoch holds every document once, or as often as `lengths` says. Documents longer than S + 1 tokens become pieces, as
-in best-fit packing; whole pieces of S + 1 tokens stand alone, all others are joined by likeness (sketch.py,
-joining.py). The result is one document: its parts see each other and positions run on, whatever the packing; separators
-stay between them. Which documents meet changes from epoch to epoch, since another one comes first.
+An epoch contains every document once, or as often as `lengths` says. Documents longer than S + 1 tokens are split, as
+in best-fit packing; parts of S + 1 tokens stay alone, all others are joined by similarity (sketch.py, joining.py). The
+result is one document with any packing: its parts attend to each other and positions continue; separators stay between
+them. Each epoch joins other documents, because it starts with another one.
 
-Likeness is taken from the tokens, so no column need name what belongs together. Where one does, such as a repository,
-`megalong data preprocess --group-by` joins by it, and `related` then joins what resembles each other among those.
+Similarity is computed from the tokens, so no column has to name what belongs together. If one does, such as a
+repository, `megalong data preprocess --group-by` joins by it, and `related` then joins similar documents among the
+results.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ import numpy as np
 from megalong.data.samples.piece import Piece
 from megalong.data.samples.whole_documents import Bin, Packed, WholeDocuments, parts
 from megalong.data.synthetic.joining import AT_ONCE, joined
-from megalong.data.synthetic.sketch import looked_at, sketches
+from megalong.data.synthetic.sketch import sketched_spans, sketches
 
 
 class RelatedDocuments(WholeDocuments):
-    """A domain whose samples are joined documents; the same arguments and methods as its base."""
+    """A domain whose samples are joined documents. Arguments and methods are those of its base."""
 
     STORED_AS = "related"
-    ALIKE = False  # other documents meet, and fill their samples otherwise
+    FIXED_COUNT = False  # each epoch joins other documents
 
     def _pack(self, epoch: int) -> Packed:
         seq_length = self.seq_length
@@ -37,25 +38,26 @@ class RelatedDocuments(WholeDocuments):
         groups = [np.array([alone]) for alone in np.flatnonzero(lengths > seq_length)]
         rest = np.flatnonzero(lengths <= seq_length)
         for part in np.array_split(rest, max(1, -(-len(rest) // AT_ONCE))):
-            found = sketches(len(part), partial(self._looked_at, documents[part], firsts[part], lengths[part]))
+            found = sketches(len(part), partial(self._sketched, documents[part], firsts[part], lengths[part]))
             groups += [part[members] for members in joined(lengths[part], found, seq_length + 1)]
-        # A seed of seven numbers, apart from those of circles, epochs, blocks and best-fit samples.
+        # A seed of seven numbers; those of circles, epochs, blocks and best-fit samples have fewer.
         random = np.random.RandomState([*self._seed, epoch, seq_length & 0xFFFFFFFF, 0, 0])
         groups = [groups[number] for number in random.permutation(len(groups))]
         by_sample = np.concatenate(groups)
         ends = np.cumsum([len(group) for group in groups])
         return documents[by_sample], firsts[by_sample], lengths[by_sample].astype(np.int32), ends
 
-    def _looked_at(self, documents: np.ndarray, firsts: np.ndarray, lengths: np.ndarray, number: int) -> np.ndarray:
+    def _sketched(self, documents: np.ndarray, firsts: np.ndarray, lengths: np.ndarray, number: int) -> np.ndarray:
+        """The tokens from which the sketch of one part is computed."""
         start = self.dataset.start_of(int(documents[number])) + int(firsts[number])
-        parts = [self.dataset.read(start + first, count) for first, count in looked_at(int(lengths[number]))]
+        parts = [self.dataset.read(start + first, count) for first, count in sketched_spans(int(lengths[number]))]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _bin(self, documents: np.ndarray, firsts: np.ndarray, lengths: np.ndarray) -> Piece:
         return _Joined(self, documents, firsts, lengths)
 
     def lengths_by_class(self) -> list[tuple[np.ndarray, float]]:
-        """Tokens of the joined documents of the first epoch, with the times an epoch holds them on average."""
+        """Tokens of the joined documents of the first epoch, and how often an epoch contains them on average."""
         lengths, ends = self._samples(0)[2:]
         tokens = np.diff(np.cumsum(lengths)[ends - 1], prepend=0)
         return [(tokens, self.tokens_per_epoch / max(1, int(tokens.sum())))]

@@ -1,12 +1,12 @@
-"""What is planted into a text, what is asked at its end, and the answer: four kinds of task in words of our own.
+"""Four kinds of task: what is planted into a text, the question at its end, and the answer.
 
     needle              one note with a number, asked for by its key
     multi_key           many such notes, of which one is asked for
     variable_tracking   values copied from register to register: which ones hold a certain value?
-    word_count          nothing planted: which words does the text hold most often?
+    word_count          nothing planted: which words are the most frequent in the text?
 
-The kinds are RULER's (Hsieh et al., 2024), so that what it measures can be trained; its wording is not, so that nothing
-is trained on its wording. Everything is drawn from the random state that is given, in a fixed order.
+The kinds are RULER's (Hsieh et al., 2024), so that a model can be trained for what RULER measures. The wording is our
+own, so that no model trains on RULER's. Everything is drawn from the given random state, in a fixed order.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class Task:
     """One task.
 
     Attributes:
-        planted: sentences that go into the text, in the order in which they stand there.
-        question: what follows the text.
-        answer: of the text's own words, as it stands there.
+        planted: sentences to insert into the text, in this order.
+        question: the question after the text.
+        answer: computes the answer from the text.
     """
 
     planted: list[str]
@@ -74,12 +74,12 @@ class Task:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the answer follows from the text and not from what is planted."""
+        """Whether the answer depends on the text and not on what is planted."""
         return not self.planted
 
 
 def draw_task(settings: TaskSettings, random: np.random.RandomState) -> Task:
-    """A task of the kind that `settings` say."""
+    """Draw a task of the kind in `settings`."""
     if settings.task == "variable_tracking":
         return _variable_tracking(settings.chains, settings.hops, random)
     if settings.task == "word_count":
@@ -106,7 +106,7 @@ def _notes(count: int, random: np.random.RandomState) -> Task:
 
 
 def _variable_tracking(chains: int, hops: int, random: np.random.RandomState) -> Task:
-    """Chains stand in the text in any interleaving, each in its own order."""
+    """The sentences of the chains are interleaved at random; each chain keeps its order."""
     names = _distinct(chains * (hops + 1), lambda: "".join(random.choice(list(LETTERS), 5)))
     values = _distinct(chains, lambda: str(random.randint(10**4, 10**5)))
     own = [names[chain * (hops + 1) : (chain + 1) * (hops + 1)] for chain in range(chains)]

@@ -74,7 +74,7 @@ def test_case_and_punctuation_do_not_hide_a_run(tmp_path: Path) -> None:
         text = "… JANET'S ducks -- lay 16 eggs, per day; she eats three\nfor Breakfast every_morning!"
         assert benchmarks.find([text]) is not None
         assert benchmarks.find([text.replace("ducks", "dogs").replace("eggs", "nuts")]) is None
-    with pytest.raises(UserError, match=r"a\.txt holds no new run of 50 words"):
+    with pytest.raises(UserError, match=r"a\.txt contains no new run of 50 words"):
         Benchmarks([str(tmp_path / "a.txt")], 50)
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{')
     with pytest.raises(UserError, match=r"bad\.jsonl, line 2: not valid JSON"):

@@ -197,13 +197,13 @@ def word_piece(folder: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [lower_case, word_piece])
-def test_what_gigatoken_cannot_take_is_left_to_tokenizers_and_said(
+def test_what_gigatoken_cannot_load_is_left_to_tokenizers_and_said(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], make: object
 ) -> None:
     make(folder, tmp_path)  # type: ignore[operator]
     (tmp_path / "a.jsonl").write_text('{"text": "one two One"}\n')
     (prefix,) = preprocess([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), str(tmp_path))
-    assert "gigatoken cannot take" in capsys.readouterr().err
+    assert "gigatoken cannot load" in capsys.readouterr().err
     dtype = np.uint16
     assert np.fromfile(f"{prefix}.bin", dtype).tolist() == expected(tmp_path, ["one two One"])[0]
 

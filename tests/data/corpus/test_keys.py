@@ -15,7 +15,7 @@ from megalong.data.corpus import tokenize_part
 from megalong.data.corpus.keys import HARMLESS, Unread, listed
 from megalong.data.corpus.preprocess import preprocess
 
-START, MIDDLE = "megalong: --input: ", ": keys that nothing reads: "
+START, MIDDLE = "megalong: --input: ", ": unused keys: "
 
 
 def written(path: Path, records: list[dict[str, object]]) -> Path:
@@ -25,7 +25,7 @@ def written(path: Path, records: list[dict[str, object]]) -> Path:
 
 
 def told(shown: str) -> list[str]:
-    return [line for line in shown.splitlines() if "nothing reads" in line]
+    return [line for line in shown.splitlines() if "unused keys" in line]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -93,7 +93,7 @@ def test_parts_of_a_run_that_failed_are_counted_too(
 def test_many_keys_are_few_words() -> None:
     counts = {f"k{n}": 1 for n in range(20)} | {"all": 3}
     assert listed(counts).startswith("all (3 records), k0 (1), ")
-    assert listed(counts).endswith(", k10 (1) and 9 keys more")
+    assert listed(counts).endswith(", k10 (1) and 9 more keys")
     assert listed({"x": 1}) == "x (1 record)"
     assert not {"messages", "system", "prompt", "title", "name", "tools", "weight", "mask", "loss"} & HARMLESS
     unread = Unread()

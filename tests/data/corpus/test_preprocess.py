@@ -119,7 +119,7 @@ def test_output_does_not_depend_on_workers_and_keys_are_apart(tmp_path: Path, to
         ({"group_by": "title"}, "no key 'path'"),
         ({"inputs": ["none.txt"], "group_by": "title"}, "is one text"),
         ({"decontaminate": ["absent.jsonl"]}, "absent.jsonl does not exist"),
-        ({"decontaminate": ["short.txt"]}, "holds no new run of 13 words"),
+        ({"decontaminate": ["short.txt"]}, "contains no new run of 13 words"),
         ({"inputs": ["none.txt"], "json_keys": ("text", "title")}, "is one text"),
     ],
 )
@@ -218,7 +218,7 @@ def test_preprocess_and_inspect_import_no_torch(tmp_path: Path, tokenizer_folder
     code += "; assert not {'torch', 'transformers', 'megatron'} & set(sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
-    unread = f"megalong: --input: {corpus}: keys that nothing reads: title (40 records)\n"
+    unread = f"megalong: --input: {corpus}: unused keys: title (40 records)\n"
     assert (done.returncode, done.stderr) == (0, unread)
     assert "34 documents" not in done.stdout
     assert "40 documents (6 empty)" in done.stdout

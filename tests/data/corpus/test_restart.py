@@ -39,10 +39,10 @@ def big(tmp_path: Path) -> Path:
     return path
 
 
-def run_in_process(big: Path, output: Path, tokenizer: Path, settle: int, options: str) -> subprocess.Popen[str]:
+def run_in_process(big: Path, output: Path, tokenizer: Path, flush_bytes: int, options: str) -> subprocess.Popen[str]:
     code = (
         "from megalong.data.corpus import assemble, preprocess as p, sources\n"
-        f"assemble.SETTLE_BYTES = {settle}\n"
+        f"assemble.FLUSH_BYTES = {flush_bytes}\n"
         f"p.part_bytes = lambda files: {PART}\n"
         f"p.preprocess([{str(big)!r}], {str(output)!r}, {str(tokenizer)!r}, ('text', 'title'), workers=2, "
         f"on_error='skip', separator='<s>', {options})\n"
@@ -66,8 +66,8 @@ def assert_same(found: dict[str, bytes], expected: dict[str, bytes], which: str)
 
 
 def kill_and_finish(folder: Path, big: Path, tokenizer: Path, trials: int, options: str) -> None:
-    settle = 100_000
-    unbroken = run_in_process(big, folder / "unbroken", tokenizer, settle, options)
+    flush_bytes = 100_000
+    unbroken = run_in_process(big, folder / "unbroken", tokenizer, flush_bytes, options)
     started = time.monotonic()
     assert unbroken.wait(120) == 0, unbroken.stderr and unbroken.stderr.read()
     lasts = time.monotonic() - started
@@ -81,7 +81,7 @@ def kill_and_finish(folder: Path, big: Path, tokenizer: Path, trials: int, optio
         output = folder / f"killed{trial}"
         parts = output.with_name(f"{output.name}.parts")
         for kill in range(3):
-            process = run_in_process(big, output, tokenizer, settle, options)
+            process = run_in_process(big, output, tokenizer, flush_bytes, options)
             if kill == 0:  # once as soon as there is something to keep, whatever the machine's load
                 while process.poll() is None and not any(parts.rglob("*.json")):
                     time.sleep(0.001)
@@ -90,7 +90,7 @@ def kill_and_finish(folder: Path, big: Path, tokenizer: Path, trials: int, optio
             process.send_signal(signal.SIGKILL)
             process.wait()
             kept += any(parts.rglob("*.json"))
-        last = run_in_process(big, output, tokenizer, settle, options)
+        last = run_in_process(big, output, tokenizer, flush_bytes, options)
         assert last.wait(120) == 0, last.stderr and last.stderr.read()
         assert_same(contents(output), expected, f"trial {trial} of seed {seed}")
         assert not parts.exists()
@@ -117,7 +117,7 @@ def test_a_run_killed_twenty_times_gives_the_same_output(
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megalong.data.corpus.preprocess.part_bytes", lambda files: PART)
-    monkeypatch.setattr(assemble, "SETTLE_BYTES", 100_000)
+    monkeypatch.setattr(assemble, "FLUSH_BYTES", 100_000)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
@@ -143,7 +143,7 @@ def test_finished_parts_are_kept_and_said_to_be(
     expected = [Path(f"{run('whole')}{ending}").read_bytes() for ending in FILES]
     with monkeypatch.context() as patch:
         stop_after(patch, stopped)
-        with pytest.raises(UserError, match=r"on purpose \(finished parts, \d+ at least, are kept in .*out\.parts"):
+        with pytest.raises(UserError, match=r"on purpose \(at least \d+ finished parts are kept in .*out\.parts"):
             run("out")
     made = tmp_path / "made"
     read = tokenize_part.read_records
@@ -189,7 +189,7 @@ def test_killed_while_publishing_and_again_before_anything_was_settled(
         with pytest.raises(UserError, match="killed"):
             run("out")
     with monkeypatch.context() as patch:
-        patch.setattr(assemble, "SETTLE_BYTES", 1 << 40)
+        patch.setattr(assemble, "FLUSH_BYTES", 1 << 40)
         stop_after(patch, 3)
         with pytest.raises(UserError, match="on purpose"):
             run("out")

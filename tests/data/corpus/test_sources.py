@@ -228,7 +228,7 @@ def test_a_file_of_several_names_is_taken_once(tmp_path: Path) -> None:
     expected = ["data/copy.jsonl", "data/m.jsonl"]
     found, (line,) = names_and_lines(tmp_path, "data")
     assert found == expected
-    assert line.startswith("left out as other names of files already taken: 2 (")
+    assert line.startswith("left out as other names of the same files: 2 (")
     assert f"{tmp_path}/data/a.jsonl is {tmp_path}/data/m.jsonl" in line
     for inputs in (("data", "data/m.jsonl"), ("data/*.jsonl", "data"), ("dat*",)):
         assert names_and_lines(tmp_path, *inputs)[0] == expected
@@ -241,7 +241,7 @@ def test_a_shard_in_two_forms_is_told(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     found, (line,) = names_and_lines(tmp_path, ".")
     assert len(found) == 7
-    assert line.startswith(f"{tmp_path}/x.jsonl and {tmp_path}/x.jsonl.gz may hold the same text")
+    assert line.startswith(f"{tmp_path}/x.jsonl and {tmp_path}/x.jsonl.gz may contain the same text")
 
 
 def test_what_a_walk_cannot_look_at_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,11 +250,11 @@ def test_what_a_walk_cannot_look_at_ends_it(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "deep" / "a.txt").write_text("x")
     for target in ("/nowhere/b.txt", "b.txt"):
         (tmp_path / "b.txt").symlink_to(target)
-        with pytest.raises(UserError, match=r"b\.txt is no file, or a link to nothing"):
+        with pytest.raises(UserError, match=r"b\.txt is not a file, or is a broken link"):
             find_files([str(tmp_path)])
         (tmp_path / "b.txt").unlink()
     os.mkfifo(tmp_path / "c.txt")
-    with pytest.raises(UserError, match=r"c\.txt is no file"):
+    with pytest.raises(UserError, match=r"c\.txt is not a file"):
         find_files([str(tmp_path)])
     (tmp_path / "c.txt").unlink()
     scandir = os.scandir
@@ -312,8 +312,8 @@ BAD = [
     (b'{"text": "\xff"}', "not UTF-8"),
     (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
     (b'{"text": "a \\ud800 b"}', "surrogate"),
-    (b'{"text": "a", "text" : "b"}', "key 'text' is there twice; leave one"),
-    (b'{"text": "a", "x": NaN, "te\\u0078t": "b"}', "key 'text' is there twice; leave one"),
+    (b'{"text": "a", "text" : "b"}', "key 'text' occurs twice; keep one"),
+    (b'{"text": "a", "x": NaN, "te\\u0078t": "b"}', "key 'text' occurs twice; keep one"),
     (b'{"\\ud800": "a"}', r"no key 'text' .there are: .ud800."),
 ]
 
@@ -390,7 +390,7 @@ def test_absent_and_unknown_inputs_are_told(tmp_path: Path) -> None:
         "*.jsonl": "no file matches",
         "table.csv": "unknown kind",
         "table.parquet.gz": "unknown kind",
-        "empty": "holds none of",
+        "empty": "contains none of",
     }.items():
         with pytest.raises(UserError, match=told) as error:
             find_files([str(tmp_path / name)])

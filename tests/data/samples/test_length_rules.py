@@ -152,7 +152,7 @@ def test_a_cap_on_repeats_counts_what_is_really_shown(tmp_path: Path) -> None:
     [
         ({"drop_below": 1000}, "the lengths rules leave none of the 20 documents of a/train"),
         ({"below": 1000, "keep": 0}, "leave none"),
-        ({"above": 1000, "share": 0.5}, "lengths.share 0.5 of a/train cannot be had: no document is longer than 1000"),
+        ({"above": 1000, "share": 0.5}, "lengths.share 0.5 of a/train is impossible: no document is longer than 1000"),
         ({"above": 1, "share": 0.5}, "every document is longer than 1 tokens"),
     ],
 )

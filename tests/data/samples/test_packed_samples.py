@@ -169,7 +169,7 @@ def test_separators_and_tokenizers_must_agree(tmp_path: Path) -> None:
     assert PackedSamples([foreign], 8, 1, "99,1").vocabulary_size is None
     with pytest.raises(UserError, match="'tokenizer-x' and 'b' with 'tokenizer-y'"):
         PackedSamples([a, b], 8, 1, "99,1")
-    with pytest.raises(UserError, match=r"data\.separator: '</s>' asked for, but 'a' was written with '<s>'"):
+    with pytest.raises(UserError, match=r"data\.separator: '</s>' expected, but 'a' was written with '<s>'"):
         PackedSamples([a], 8, 1, "99,1", separator="</s>")
     with pytest.raises(UserError, match="'none' was written with None"):
         PackedSamples([none], 8, 1, "99,1", separator="<s>")
@@ -183,8 +183,8 @@ def test_bad_mixtures_are_told(tmp_path: Path) -> None:
         ([], "empty"),
         ([entry(path, 0)], "must be above 0"),
         ([entry(path, float("nan"))], "must be above 0"),
-        ([entry(path), entry(path)], "stands twice"),
-        ([entry(empty)], "holds a token"),
+        ([entry(path), entry(path)], "occurs twice"),
+        ([entry(empty)], "has a token"),
         ([entry(tmp_path / "absent")], "does not exist"),
     ]:
         with pytest.raises(UserError, match=told):

@@ -59,7 +59,7 @@ def test_packs_are_apart(tmp_path: Path, packing: str) -> None:
             same = tokens[place] - tokens[place - 1] == 1
             assert same or packing == "naive"
             some += 1
-        assert samples.row(k).held == samples.row(k).lengths.sum()
+        assert samples.row(k).document_tokens == samples.row(k).lengths.sum()
     assert some > 30 * 8
 
 
@@ -84,7 +84,7 @@ def test_weights_are_shares_of_tokens_beside_packs(tmp_path: Path, packing: str)
     samples = PackedSamples(mixture, 32, 3, "80,20", packing=packing)
     held = {"long": 0, "short": 0}
     for k in range(1000):
-        held[samples.domain_of(k)] += samples.row(k).held if packing == "best_fit" else 32
+        held[samples.domain_of(k)] += samples.row(k).document_tokens if packing == "best_fit" else 32
     assert held["long"] / sum(held.values()) == pytest.approx(0.15, abs=3e-3)
     if packing == "naive":
         long = next(k for k in range(1000) if samples.domain_of(k) == "long")

@@ -86,7 +86,7 @@ def test_whole_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     fits = [d for d, length in enumerate(LENGTHS) if 0 < length <= S + 1]
     assert seen == [tuple(range(100 * d, 100 * d + LENGTHS[d])) for d in fits]
     assert not any(any(samples.row(k).cuts) for k in epoch(samples))
-    with pytest.raises(UserError, match="none of the 3 documents of a/train holds 1 to 33 tokens"):
+    with pytest.raises(UserError, match="none of the 3 documents of a/train has 1 to 33 tokens"):
         packed(dataset(tmp_path / "b", [34, 80, 99]), "whole")
 
 

@@ -16,7 +16,7 @@ from megalong.config.mixture import Domain
 from megalong.data.indexed_writer import IndexedDatasetWriter
 from megalong.data.samples.sampler import PackedSamples
 from megalong.data.synthetic import joining
-from megalong.data.synthetic.sketch import KINDS, LENGTH, READ, _kinds, looked_at, sketches
+from megalong.data.synthetic.sketch import KINDS, LENGTH, READ, _kinds, sketched_spans, sketches
 from tests.data.samples.test_packed_samples import dataset
 from tests.data.samples.test_whole_documents import LENGTHS, epoch
 
@@ -128,10 +128,10 @@ def test_sketches_are_exact_and_of_one_length() -> None:
     assert len(kinds) == pytest.approx(KINDS * (1 - np.exp(-30000 / KINDS)), rel=0.01), "kinds are evenly dealt"
 
 
-def test_long_texts_are_looked_at_in_two_places() -> None:
-    assert list(looked_at(READ)) == [(0, READ)]
+def test_long_texts_are_read_in_two_places() -> None:
+    assert list(sketched_spans(READ)) == [(0, READ)]
     for length in (READ + 1, 3 * READ, 10**6):
-        (first, count), (second, more) = looked_at(length)
+        (first, count), (second, more) = sketched_spans(length)
         assert (first, count) == (0, READ // 2)
         assert count <= second
         assert second + more <= length

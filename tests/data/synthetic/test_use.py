@@ -101,16 +101,16 @@ def test_inspect_shows_notes_question_and_targets(run_file: Path, capsys: pytest
     joined, legend = joined.split("legend: ")
     assert "«" not in joined
     assert "1 documents" in joined
-    assert "« » put into the text (synthetic)" in legend
+    assert "« » inserted into the text (synthetic)" in legend
 
 
 def test_plan_tells_what_is_made_up(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "plan", str(run_file), "--png", str(run_file.parent / "p.png")]) == 0
     text = capsys.readouterr().out
-    assert "samples of notes are multi_key tasks of 900 to 1,000 tokens in its text, answers are learnt" in text
+    assert "samples of notes are multi_key tasks of 900 to 1,000 tokens in its text; targets: answers" in text
     assert "samples of joined are related documents joined to one" in text
     (row,) = [line for line in text.splitlines() if line.lstrip().startswith("512 to 1,023")]
-    assert float(row.split()[5].replace(",", "")) >= 7, "documents as the run shows them"
+    assert float(row.split()[5].replace(",", "")) >= 7, "documents in the run"
     assert "never shown" not in text
 
 
@@ -168,14 +168,12 @@ def test_the_tokenizer_must_be_the_datasets(
     with pytest.raises(UserError, match=r"other is not the tokenizer that .* was made with \(gone, sha256 "):
         open_it(tokenizer=str(other))
     sidecar_path(prefix).unlink()
-    with pytest.raises(UserError, match="does not tell which tokenizer made it; write the folder that holds it"):
+    with pytest.raises(UserError, match="does not say which tokenizer it was made with; write that tokenizer's folder"):
         open_it()
     samples = open_it(tokenizer=str(tokenizer_folder))
     assert samples.vocabulary_size == 601
     monkeypatch.setattr(TextTokenizer, "vocabulary_size", 70000)
-    with pytest.raises(
-        UserError, match=r"has 70000 ids, .* holds uint16, too narrow for them: it was made with another"
-    ):
+    with pytest.raises(UserError, match=r"has 70000 ids, too many for the uint16 of .*: it was made with another"):
         open_it(tokenizer=str(tokenizer_folder))
     monkeypatch.undo()
     both = [domain(prefix, "far", task="needle", tokenizer=str(other)), domain(haystacks["between"], "near")]
