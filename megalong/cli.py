@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not (interrupted() or isinstance(error, KeyboardInterrupt)):
                 raise
             why = f": {error}" if isinstance(error, KeyboardInterrupt) and error.args else ""
-            signals.say(f"megalong: interrupted{why}")
+            signals.print_line(f"megalong: interrupted{why}")
             return signals.STATUS
 
 

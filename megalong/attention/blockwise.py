@@ -1,12 +1,12 @@
 """Attention of a rank's queries to keys that arrive source by source, merged by log-sum-exp.
 
-    for each source of keys:   blocks of the plan  →  kernel  →  merged into (out, lse)
-    backward, the same again:  kernel with the merged out and lse  →  shares of the gradients, added in float32
+    forward, for each source of keys:    blocks of the plan → kernel → merged into (out, lse)
+    backward, for each source of keys:   kernel with the merged out and lse → parts of the gradients, summed in float32
 
 A transport (transport.py) supplies the keys. The order of sources and blocks is fixed, so the same run gives the same
-bits (on a GPU only under `torch.use_deterministic_algorithms`: otherwise flash's gradients of queries, and those of a
-key in several blocks of one launch, are summed in any order). The first source shows every query its own key, so every
-query has at least one.
+bits. On a GPU this needs `torch.use_deterministic_algorithms`: otherwise flash sums its gradients of queries, and those
+of a key in several blocks of one launch, in any order. The first source contains every query's own key, so every query
+has at least one key.
 
 Forward and backward are a pair of plain functions with `Kept` between them, and one autograd function calls both.
 """
@@ -29,7 +29,7 @@ from megalong.attention.varlen import Index, PackedBlocks, launches
 
 
 class Kept(NamedTuple):
-    """What forward leaves for backward, besides its operands.
+    """What forward saves for backward, besides its operands.
 
     Attributes:
         out: the result, `[s, b, h, d]` of q's type.
@@ -45,7 +45,7 @@ class BlockwiseAttention:
     """Attention of one micro-batch, forward and backward: q `[s, b, h, d]`, k and v `[s, b, g, d]`, g divides h.
 
     Attributes:
-        window: maximum number of keys per query, its own included; None: all earlier ones in its document.
+        window: maximum number of keys per query, its own included; None: all earlier keys of its document.
         joined: how many context-parallel ranks the transport treats as one.
     """
 
@@ -61,7 +61,7 @@ class BlockwiseAttention:
         if self.is_one_block:
             return Kept(*self.kernel.forward(q, k, v, CAUSAL, self.scale))
         out, lse = empty_result(q, v.shape[-1])
-        # Without a window the blocks of the first source hold every query once: there is nothing to merge with yet.
+        # Without a window each query is in one block of the first source, so there is nothing to merge with yet.
         fresh = self.window is None
         for source, (keys, values) in self.transport.pieces(torch.stack((k, v)), self.plan):
             for rows, launch in self._launches(source, q.device):
@@ -73,7 +73,7 @@ class BlockwiseAttention:
     def backward(
         self, grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: Kept
     ) -> Gradients:
-        """Gradients of q, k and v; float32 if several blocks were summed."""
+        """Gradients of q, k and v, in float32 if several blocks were summed."""
         out, lse = kept
         if self.is_one_block:
             return self.kernel.backward(grad_out, q, k, v, out, lse, CAUSAL, self.scale)
@@ -114,7 +114,7 @@ class BlockwiseAttention:
         """
         packs = self.kernel.varlen is not None
         key = ("launches", self.transport.rank, source, self.window, self.joined, device, packs)
-        by_rows = self.plan.kept(
+        by_rows = self.plan.cached(
             key, lambda: [(rows, list(_launches(blocks, packs, device))) for rows, blocks in self._blocks(source)]
         )
         return ((rows, launch) for rows, launches in by_rows for launch in launches)
@@ -126,7 +126,7 @@ class BlockwiseAttention:
 def blockwise_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: BlockwiseAttention
 ) -> torch.Tensor:
-    """`attention.forward`'s result, differentiable once in q, k and v by `attention.backward`."""
+    """The result of `attention.forward`; differentiable once in q, k and v, by `attention.backward`."""
     out: torch.Tensor = _Blockwise.apply(q, k, v, attention)
     return out
 
@@ -158,11 +158,11 @@ def _accumulate(
     fresh: bool,
 ) -> None:
     if not fresh:
-        so_far, lse_so_far = out[queries], lse[..., queries]
-        merge(so_far, lse_so_far, new_out, new_lse)
+        old_out, old_lse = out[queries], lse[..., queries]
+        merge(old_out, old_lse, new_out, new_lse)
         if isinstance(queries, slice):
-            return  # they were views, merged in place
-        new_out, new_lse = so_far, lse_so_far
+            return  # views were merged in place
+        new_out, new_lse = old_out, old_lse
     out[queries] = new_out.to(out.dtype)
     lse[..., queries] = new_lse
 
@@ -175,7 +175,7 @@ def _add(total: torch.Tensor, index: Index, share: torch.Tensor) -> None:
 
 
 def _launches(blocks: list[Block], packs: bool, device: torch.device) -> Iterator[_OneBlock | _Packed]:
-    """`packs`: whether the kernel takes many blocks at once."""
+    """`packs`: whether the kernel computes many blocks at once."""
     if not packs:
         yield from (_OneBlock(block) for block in blocks)
         return
@@ -209,7 +209,7 @@ class _OneBlock:
 
 
 class _Packed:
-    """Many blocks of one row of the batch in one launch, laid end to end."""
+    """Many blocks of one row of the batch, packed end to end into one launch."""
 
     def __init__(self, packed: PackedBlocks) -> None:
         self.packed = packed

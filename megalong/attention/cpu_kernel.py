@@ -1,14 +1,14 @@
-"""torch's fused CPU kernel, taught the masks of long context.
+"""torch's fused CPU kernel, extended to the masks of long context.
 
-The kernel knows three masks: none, causal for as many queries as keys, and one that is given as a table. A block
-between two diagonals is cut into what it knows; tables are made only for the tiles that a diagonal crosses.
+The kernel supports three masks: none, causal with as many queries as keys, and one given as a table. A block between
+two diagonals is cut into parts with these masks; tables are made only for the tiles that a diagonal crosses.
 
     causal, keys begin earlier       window of W
     ....full....|\\                     \\full\\
                 | \\                     \\full\\       one tile of queries: cut by the lower diagonal | full |
                 |__\\                     \\full\\      cut by the upper one, merged by log-sum-exp
 
-torch's kernel answers a query without keys by a log-sum-exp of 0; here it is -inf, as `BlockKernel` says.
+For a query without keys, torch's kernel returns a log-sum-exp of 0; here it is -inf, as `BlockKernel` requires.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from megalong.attention.mask import BlockMask
 from megalong.attention.merge import empty_result, finite, merge
 
-TILE_QUERIES = 256  # of a block that a diagonal crosses aslant: a table of 256 x 256, and 256 wasted pairs a query
+TILE_QUERIES = 256  # per tile of a block that a diagonal crosses: a table of 256 x 256, 256 wasted pairs per query
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -29,7 +29,7 @@ _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 @dataclass(frozen=True)
 class _Part:
-    """What one call of torch's kernel computes of a block."""
+    """The part of a block that one call of torch's kernel computes."""
 
     rows: slice
     keys: slice
@@ -37,11 +37,11 @@ class _Part:
     hidden: torch.Tensor | None = None
 
     def covers(self, q: torch.Tensor, k: torch.Tensor) -> bool:
-        """Whether it is the whole block."""
+        """Whether this part is the whole block."""
         return self.rows == slice(0, q.shape[0]) and self.keys == slice(0, k.shape[0])
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """The table torch's kernel adds to the scores."""
+        """The table that torch's kernel adds to the scores."""
         if self.hidden is None:
             return None
         return torch.zeros(self.hidden.shape, dtype=dtype).masked_fill_(self.hidden, float("-inf"))
@@ -95,7 +95,7 @@ def _parts(queries: int, keys: int, mask: BlockMask) -> Iterator[_Part]:
 
 
 def _tile_parts(rows: range, keys: int, mask: BlockMask) -> Iterator[_Part]:
-    """A tile's keys from left to right: crossed by the lower diagonal, seen by all, crossed by the upper one."""
+    """A tile's keys in order: crossed by the lower diagonal, seen by all queries, crossed by the upper one."""
     seen = mask.keys_of(rows, keys)
     begin = seen.start if mask.lower is None else min(seen.stop, max(seen.start, rows.stop - 1 + mask.lower))
     end = seen.stop if mask.upper is None else max(begin, min(seen.stop, rows.start + mask.upper + 1))
@@ -125,9 +125,9 @@ def _backward_part(
     part: _Part,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """torch adds up a group's key gradients in the type of the keys: 2e-2 off in bf16 with 8 heads a group.
+    """torch sums a group's key gradients in the type of the keys: an error of 2e-2 in bf16 with 8 heads per group.
 
-    So below float32 it gets one query head of each group at a time, and the sum is ours, in float32.
+    So below float32, torch gets one query head of each group at a time, and we sum in float32.
     """
     rows, keys = part.rows, part.keys
     grad_out, q, k, v, out = _heads_first(grad_out[rows], q[rows], k[keys], v[keys], out[rows])
@@ -149,7 +149,7 @@ def _backward_part(
 
 
 def _heads_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """`[s, b, h, d]` seen as torch's `[b, h, s, d]`; the kernel reads any strides but that of the last dimension."""
+    """`[s, b, h, d]` viewed as torch's `[b, h, s, d]`; the kernel accepts any stride except in the last dimension."""
     return tuple((t if t.stride(-1) == 1 else t.contiguous()).permute(1, 2, 0, 3) for t in tensors)
 
 

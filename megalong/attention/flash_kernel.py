@@ -1,8 +1,8 @@
-"""FlashAttention-2 as built into torch: bf16 and fp16 on CUDA, any block a plan has (plan.py).
+"""FlashAttention-2 as built into torch: bf16 and fp16 on CUDA, for any block of a plan (plan.py).
 
-It counts diagonals from the bottom right corner, where the last query meets the last key (varlen.py says them so).
-It reads any strides but the last dimension's, which must be 1. Backward over very many tokens and heads is cut by heads
-(limits.py).
+It counts diagonals from the bottom right corner, where the last query meets the last key (varlen.py converts them). It
+accepts any strides, except that the last dimension's must be 1. Backward over very many tokens and heads is split by
+heads (limits.py).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def backward(
     mask: BlockMask,
     scale: float,
 ) -> Gradients:
-    """See `BlockKernel.backward`. The kernel reads the log-sum-exp by address, so a slice of it is copied first."""
+    """See `BlockKernel.backward`. The kernel ignores the log-sum-exp's strides, so a slice of it is copied first."""
     arguments = {"scale": scale, **window_arguments(to_corner(mask, q.shape[0], k.shape[0]))}
     per_head = -(-q.shape[0] // TILE) * TILE * rounded_head(q.shape[-1])
     return by_heads(functools.partial(_backward, arguments), grad_out, q, k, v, out, lse, per_head)
@@ -66,7 +66,7 @@ def _backward(
     grads = torch.ops.aten._flash_attention_backward(
         *_batch_first(grad_out, q, k, v, out),
         lse.contiguous(),
-        None,  # no ragged batch, so no bounds of its sequences
+        None,  # no ragged batch, so no cumulative lengths
         None,
         q.shape[0],
         k.shape[0],
@@ -80,5 +80,5 @@ def _backward(
 
 
 def _batch_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """`[s, b, h, d]` seen as flash's `[b, s, h, d]`."""
+    """`[s, b, h, d]` viewed as flash's `[b, s, h, d]`."""
     return tuple((t if t.stride(-1) == 1 else t.contiguous()).transpose(0, 1) for t in tensors)

@@ -1,31 +1,32 @@
-"""Numbers of 8 bits, emulated: what FP8 does to a matrix product, without a GPU that has it.
+"""Emulated FP8: what 8-bit numbers do to a matrix product, without a GPU that supports them.
 
     format   sign exponent mantissa   largest   half a step, relative   smallest
     e4m3     1 + 4 + 3                    448   2^-4                    2^-9
     e5m2     1 + 5 + 2                  57344   2^-3                    2^-16
 
-A tensor is brought into a format's range by one factor, its largest magnitude (amax) to the largest number there is:
+One factor scales a tensor to a format's range, its largest magnitude (amax) to the format's largest number:
 
     scale = largest / amax        x8 = round(x * scale)        x ~ x8 / scale
 
-Every operand above the smallest normal number is then off by at most half a step; what lies below loses bits, and less
-than half of `smallest` becomes 0. Products of two such numbers are exact in float32, where they are summed, so that a
-product of rounded operands in float32 is what a GPU's FP8 product gives, but for the order of its sums.
+Every operand above the smallest normal number is then off by at most half a step. Smaller ones lose bits, and those
+below half of `smallest` become 0. Products of two such numbers are exact in float32, where they are summed, so a
+float32 product of rounded operands equals a GPU's FP8 product except for the order of its sums.
 
-`hybrid` takes e4m3 forward and e5m2, which has more range, for gradients; `e4m3` takes that for both.
+`hybrid` uses e4m3 in forward and e5m2, which has more range, for gradients; `e4m3` uses e4m3 for both.
 
-Attention rounds what Transformer Engine's FP8 attention rounds. Q, K and V share one scale, of the whole tensors on all
-context-parallel ranks, and so does dO, before blocks are cut: how the sequence lies on ranks does not matter to them.
+Attention rounds what Transformer Engine's FP8 attention rounds. Q, K and V share one scale, dO has its own, both of the
+whole tensors on all context-parallel ranks. They are applied before blocks are cut, so the token layout does not matter
+to them.
 
     operand   type       scale
     Q, K, V   forward    their common amax
-    P         forward    in O = P V by each row's largest in its block, as kernels round exp(score - maximum) before
-                         they divide by the sum; in dV = P^T dO by 1
+    P         forward    in O = P V each row's largest value in its block, because kernels round exp(score - maximum)
+                         before they divide by the sum; in dV = P^T dO 1
     dO        backward   its amax
-    dS        backward   the tile's amax up to a power of two, under which a number rounds the same in any tile
+    dS        backward   the tile's amax up to a power of two, with which a number rounds the same in any tile
 
-Under delayed scaling O comes out in the forward type, and dQ, dK, dV, with a common scale, in the backward one.
-Transformer Engine's delayed scales are those of the pass before, which no attention here remembers.
+Under delayed scaling O is returned in the forward type, and dQ, dK, dV, with a common scale, in the backward type.
+Transformer Engine's delayed scales are those of the previous pass, which no attention here remembers.
 Source: FP8 formats for deep learning, arXiv 2209.05433; Transformer Engine's recipes, and its table of FusedAttention.
 """
 
@@ -44,7 +45,7 @@ from megalong.attention.kernels import BlockKernel
 
 @dataclass(frozen=True)
 class Formats:
-    """`precision.fp8`: the type of operands going forward and of gradients going backward."""
+    """`precision.fp8`: the type of operands in forward and of gradients in backward."""
 
     forward: torch.dtype
     backward: torch.dtype
@@ -65,7 +66,7 @@ def largest_magnitude(*tensors: torch.Tensor, group: dist.ProcessGroup | None = 
 
 
 def scale_for(amax: torch.Tensor, dtype: torch.dtype, before: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """The factor that brings `amax` to the largest number of `dtype`; `before` where amax is 0 or not finite."""
+    """The factor that scales `amax` to the largest number of `dtype`; `before` if amax is 0 or not finite."""
     # Not `max / amax`, which torch computes as a reciprocal times a number, rounding twice.
     scale = (torch.full_like(amax, torch.finfo(dtype).max) / amax).clamp_(max=torch.finfo(torch.float32).max)
     usable = (amax > 0) & amax.isfinite()
@@ -73,31 +74,31 @@ def scale_for(amax: torch.Tensor, dtype: torch.dtype, before: torch.Tensor | flo
 
 
 def to_fp8(tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor * scale` in `dtype`, to the nearest, ties to even; what is too large becomes the largest."""
+    """`tensor * scale` in `dtype`, rounded to the nearest, ties to even; larger values are clamped to the largest."""
     limit = torch.finfo(dtype).max
     return (tensor.float() * scale).clamp_(-limit, limit).to(dtype)
 
 
 def rounded(tensor: torch.Tensor, dtype: torch.dtype, amax: torch.Tensor) -> torch.Tensor:
-    """`tensor` to `dtype` and back, scaled by `amax`; in its own type."""
+    """`tensor` rounded to `dtype`, scaled by `amax`; returned in its own type."""
     scale = scale_for(amax, dtype)
     return (to_fp8(tensor, scale, dtype).float() / scale).to(tensor.dtype)
 
 
 def rounded_rows(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Weights >= 0, rounded relative to the largest of their row (last dimension)."""
+    """Weights >= 0, rounded relative to the largest in their row (last dimension)."""
     limit = torch.finfo(dtype).max
     unit = weights.amax(-1, keepdim=True).clamp_(min=torch.finfo(weights.dtype).tiny) / limit
     return (weights / unit).clamp_(max=limit).to(dtype).to(weights.dtype) * unit
 
 
 def rounded_probabilities(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Weights between 0 and 1, rounded with the scale that 1 gives."""
+    """Weights between 0 and 1, rounded with the scale for an amax of 1."""
     return rounded(weights, dtype, weights.new_ones(()))
 
 
 def rounded_in_any_tile(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tile rounded so that, but for numbers 2^28 (e5m2) or 2^13 (e4m3) times below its largest, tiles agree."""
+    """A tile, rounded alike in any tile except for numbers 2^28 (e5m2) or 2^13 (e4m3) times below its largest."""
     scale = scale_for(largest_magnitude(tensor), dtype)
     power = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
     return to_fp8(tensor, power, dtype).to(tensor.dtype).div_(power)
@@ -118,9 +119,9 @@ def fp8_kernel(formats: Formats) -> BlockKernel:
 
 @dataclass(frozen=True)
 class AttentionRounding:
-    """What is rounded around a blockwise attention, on whole tensors.
+    """The rounding of whole tensors before and after a blockwise attention.
 
-    `results`: whether O, dQ, dK and dV are rounded too. `group`: the context-parallel ranks, None for one.
+    `results`: whether O, dQ, dK and dV are rounded too. `group`: the context-parallel ranks, None for one rank.
     """
 
     formats: Formats
@@ -130,17 +131,17 @@ class AttentionRounding:
     def around(
         self, attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor], *operands: torch.Tensor
     ) -> torch.Tensor:
-        """`attend(q, k, v)` of rounded q, k, v `[s, b, heads, d]`; backward, of a rounded gradient.
+        """`attend(q, k, v)` with rounded q, k, v `[s, b, heads, d]`; its backward gets a rounded gradient.
 
-        `attend` must compute with `fp8_kernel`. All ranks of the group must call this, and
-        its backward, in the same order.
+        `attend` must compute with `fp8_kernel`. All ranks of the group must call this, and its backward, in the same
+        order.
         """
         q, k, v = _Operands.apply(self, *operands)
         out: torch.Tensor = _Result.apply(self, attend(q, k, v))
         return out
 
     def together(self, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """All of them rounded with one scale."""
+        """All tensors, rounded with one scale."""
         amax = largest_magnitude(*tensors, group=self.group)
         return tuple(rounded(tensor, dtype, amax) for tensor in tensors)
 

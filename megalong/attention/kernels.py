@@ -1,18 +1,18 @@
 """Exact attention of a block of queries to a block of keys, with the log-sum-exp that lets blocks be merged.
 
-A softmax over many keys can be taken block by block: besides its result a block hands back, for every query, the
-logarithm of the sum of its exponentials. Two blocks of one query merge by weights that follow from these two numbers
-alone (merge.py). Backward runs the other way: given the *merged* result and log-sum-exp, each block's share of the
-gradient is computed from `exp(score - lse)` as if it stood alone, and shares add up.
+A softmax over many keys can be computed block by block: besides its result, a block returns for every query the
+logarithm of the sum of its exponentials. These two numbers are enough to merge two blocks of one query (merge.py).
+Backward is independent too: each block gets the *merged* result and log-sum-exp and computes its part of the gradient
+from `exp(score - lse)`; the parts are summed.
 
     kernel   device   types              why
     cpu      CPU      all                torch's fused kernel: no S x S scores (cpu_kernel.py)
-    cudnn    Hopper   bf16, fp16         whole and causal blocks, flash takes the others; heads up to 128 channels
+    cudnn    Hopper   bf16, fp16         whole and causal blocks, flash does the others; heads up to 128 channels
     flash    CUDA     bf16, fp16         FlashAttention-2 as built into torch; heads of 8, 16, ... 256 channels
-    tiled    any      all                plain torch in tiles of queries: what flash does not take (fp32, odd heads)
+    tiled    any      all                plain torch in tiles of queries: what flash does not support (fp32, odd heads)
 
-All of them take fewer key than query heads (GQA) without copying keys, and never allocate scores of queries x keys.
-On CUDA the order in which flash adds up its query gradients is free, unless `torch.use_deterministic_algorithms` is on.
+All of them support fewer key than query heads (GQA) without copying keys, and never allocate scores of queries x keys.
+On CUDA, flash sums its query gradients in any order unless `torch.use_deterministic_algorithms` is on.
 """
 
 from collections.abc import Callable
@@ -38,12 +38,12 @@ class BlockKernel:
     name: str
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     backward: Callable[..., Gradients]
-    varlen: VarlenKernel | None = None  # for many blocks at once, where there is such a kernel
+    varlen: VarlenKernel | None = None  # for many blocks at once; None if there is no such kernel
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel, and why it is this one and no faster one, in words for a log line or `megalong doctor`."""
+    """A kernel, and why no faster one is used, as text for a log line or `megalong doctor`."""
 
     kernel: BlockKernel
     reason: str
@@ -57,7 +57,7 @@ def choose_kernel(q: torch.Tensor) -> BlockKernel:
 def kernel_of(q: torch.Tensor) -> Choice:
     """The kernel for tensors like `q` (its device, type and head dimension), with the reason.
 
-    On a Hopper GPU the first call for a type and a head dimension computes a small block by cuDNN and by flash.
+    On a Hopper GPU, the first call for a type and a head dimension computes a small block with cuDNN and with flash.
     """
     if q.device.type == "cpu":
         return Choice(CPU, "there is no GPU")
@@ -68,7 +68,7 @@ def kernel_of(q: torch.Tensor) -> Choice:
     if refusal is not None:
         return Choice(FLASH, refusal)
     blocks = f"of a multiple of {cudnn_kernel.REGULAR} tokens"
-    return Choice(CUDNN, f"it agrees with flash here; whole and causal blocks {blocks}, flash computes all others")
+    return Choice(CUDNN, f"checked against flash; it computes whole and causal blocks {blocks}, flash all others")
 
 
 def _flash_refusal(q: torch.Tensor) -> str | None:
@@ -76,9 +76,9 @@ def _flash_refusal(q: torch.Tensor) -> str | None:
     if q.device.type != "cuda":
         return f"no fused kernel is known for {q.device.type}"
     if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"fused kernels take bf16 and fp16, not {str(q.dtype).removeprefix('torch.')}"
+        return f"fused kernels support bf16 and fp16, not {str(q.dtype).removeprefix('torch.')}"
     if head_dim % 8 or head_dim > 256:
-        return f"fused kernels take heads of 8, 16, ... 256 channels, not {head_dim}"
+        return f"fused kernels support heads of 8, 16, ... 256 channels, not {head_dim}"
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return "fused kernels need compute capability 8.0 or later"
     return None

@@ -1,16 +1,16 @@
-"""How the tokens of a sequence lie on context-parallel ranks: one answer for loader, positions and attention.
+"""Which tokens of a sequence lie on which context-parallel rank: one answer for loader, positions and attention.
 
 Under a causal mask late tokens attend to more keys than early ones, so contiguous shards would leave the first ranks
-idle. Every layout gives each of n ranks the same number of tokens and about the same number of attended pairs. A
-rank's tokens are runs of consecutive ones, in order:
+idle. Every layout gives each of n ranks the same number of tokens and about the same number of attended pairs. A rank's
+tokens form runs of consecutive tokens, in order:
 
     zigzag               2n equal chunks, rank r holds chunks r and 2n-1-r:
                          n = 2, 16 tokens     rank 0: 0 1 2 3  12 13 14 15      rank 1: 4 5 6 7  8 9 10 11
-    per_document_zigzag  every document is cut so. Exact whatever the documents; every document lies on all ranks.
-    balanced             equal tiles, dealt out by the pairs their tokens attend to: near exact for documents, and a
-                         rank's runs are long, which makes few and large blocks
+    per_document_zigzag  the same cut for every document: exact for any documents, each of which lies on all ranks
+    balanced             equal tiles, assigned by the number of pairs their tokens attend to: nearly exact for
+                         documents, and a rank's runs are long, which makes few and large blocks
 
-A document's length need not divide: what is left over is dealt round the ranks, one token each.
+A document's length need not be divisible: remaining tokens go to the ranks in turn, one token each.
 Sources: zigzag as in public ring attention implementations; the other two follow from counting pairs.
 """
 
@@ -24,14 +24,14 @@ import numpy as np
 from megalong.config.resolved import layout_multiple
 
 Kind = Literal["zigzag", "per_document_zigzag", "balanced"]
-Runs = np.ndarray  # int64 [r, 2]: first token and the one behind the last, ascending
-TILES = (2, 4, 8, 16, 32, 64)  # tiles a rank gets of a balanced sequence, fewest first
-EVEN_ENOUGH = 1.02  # the fullest rank over the mean
+Runs = np.ndarray  # int64 [r, 2]: first token and the token after the last, ascending
+TILES = (2, 4, 8, 16, 32, 64)  # tiles per rank of a balanced sequence, fewest first
+EVEN_ENOUGH = 1.02  # load of the busiest rank over the mean
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """A way of laying sequences on n = `context_parallel_size` ranks.
+    """A way of distributing sequences over n = `context_parallel_size` ranks.
 
     `window` is the sliding window that attended pairs are counted with, None for the whole document.
     """
@@ -63,20 +63,20 @@ class TokenLayout:
 
 
 def tokens_of(runs: Runs) -> np.ndarray:
-    """Positions in the sequence of the tokens of `runs`, in their order: int64."""
+    """The tokens of `runs` as positions in the sequence, in order: int64."""
     lengths = runs[:, 1] - runs[:, 0]
     offsets = np.cumsum(lengths) - lengths
     return np.repeat(runs[:, 0] - offsets, lengths) + np.arange(lengths.sum())
 
 
 def union(runs: list[Runs]) -> Runs:
-    """All tokens of several ranks as runs."""
+    """The runs of all tokens of several ranks."""
     together = np.concatenate(runs)
-    return _joined(together[np.argsort(together[:, 0])])
+    return _merge_adjacent(together[np.argsort(together[:, 0])])
 
 
 def attended_pairs(runs: Runs, starts: np.ndarray, window: int | None = None) -> int:
-    """Pairs of a query among `runs` and a key it sees: causal, inside its document, at most `window` keys."""
+    """Number of pairs of a query in `runs` and a key it sees: causal, in its document, at most `window` keys."""
     tokens = tokens_of(runs)
     return int(_keys_seen(tokens, starts, window).sum())
 
@@ -87,21 +87,21 @@ def _keys_seen(tokens: np.ndarray, starts: np.ndarray, window: int | None) -> np
 
 
 def _zigzag(starts: np.ndarray, seq_length: int, n: int) -> list[Runs]:
-    """Chunks r and 2n-1-r of every document to rank r; remainders go round, so that ranks stay within one token."""
+    """Chunks r and 2n-1-r of every document for rank r; remainders rotate: ranks differ by at most one token."""
     lengths = np.diff(starts, append=seq_length)
     base, rest = np.divmod(lengths, 2 * n)
-    turn = (np.cumsum(rest) - rest) % n  # the rank whose turn it is when a document's remainder is dealt
-    place = (np.arange(n) - turn[:, None]) % n  # how many ranks come before rank r
+    turn = (np.cumsum(rest) - rest) % n  # the first rank to get a token of a document's remainder
+    place = (np.arange(n) - turn[:, None]) % n  # how many ranks are served before rank r
     early = base[:, None] + (place < rest[:, None])
     late = base[:, None] + (place + n < rest[:, None])
     sizes = np.concatenate((early, late[:, ::-1]), axis=1)
     ends = starts[:, None] + np.cumsum(sizes, axis=1)
     chunks = np.stack((ends - sizes, ends), axis=-1)
-    return [_joined(chunks[:, [r, 2 * n - 1 - r]].reshape(-1, 2)) for r in range(n)]
+    return [_merge_adjacent(chunks[:, [r, 2 * n - 1 - r]].reshape(-1, 2)) for r in range(n)]
 
 
 def _balanced(starts: np.ndarray, seq_length: int, n: int, window: int | None) -> list[Runs]:
-    """As few tiles as make loads even enough, because a rank's runs decide how many blocks it computes."""
+    """The fewest tiles that make loads even enough, because a rank computes more blocks the more runs it has."""
     seen = _keys_seen(np.arange(seq_length), starts, window)
     best: tuple[float, np.ndarray] | None = None
     for per_rank in TILES:
@@ -109,7 +109,7 @@ def _balanced(starts: np.ndarray, seq_length: int, n: int, window: int | None) -
         if size == 0:
             break
         pairs = seen[: size * n * per_rank].reshape(n * per_rank, size).sum(1)
-        owner = _dealt_out(pairs, n, per_rank)
+        owner = _assign_tiles(pairs, n, per_rank)
         uneven = float(np.bincount(owner, pairs, n).max() * n / pairs.sum())
         if best is None or uneven < best[0]:
             best = uneven, owner
@@ -119,14 +119,14 @@ def _balanced(starts: np.ndarray, seq_length: int, n: int, window: int | None) -
     owner = best[1]
     size = seq_length // len(owner)
     tiles = np.arange(len(owner))[:, None] * size + np.array([0, size])
-    # What tiles leave over at the end, at most a few dozen tokens a rank, is cut in equal pieces.
+    # The tokens after the last tile, at most a few dozen per rank, are cut in equal pieces.
     rest, begin = (seq_length - size * len(owner)) // n, size * len(owner)
     tails = begin + np.arange(n)[:, None] * rest + np.array([0, rest])
-    return [_joined(np.concatenate((tiles[owner == rank], tails[rank : rank + 1]))) for rank in range(n)]
+    return [_merge_adjacent(np.concatenate((tiles[owner == rank], tails[rank : rank + 1]))) for rank in range(n)]
 
 
-def _dealt_out(pairs: np.ndarray, n: int, per_rank: int) -> np.ndarray:
-    """The rank of each tile: the heaviest first, each to the rank with the fewest pairs so far that has room."""
+def _assign_tiles(pairs: np.ndarray, n: int, per_rank: int) -> np.ndarray:
+    """The rank of each tile: heaviest tile first, each to the rank with room and the fewest pairs so far."""
     owner = np.empty(len(pairs), np.int64)
     load, room = np.zeros(n), np.full(n, per_rank)
     for tile in np.argsort(-pairs, kind="stable"):
@@ -134,29 +134,29 @@ def _dealt_out(pairs: np.ndarray, n: int, per_rank: int) -> np.ndarray:
         owner[tile] = rank
         load[rank] += pairs[tile]
         room[rank] -= 1
-    _even_out(owner, pairs, load)
+    _swap_tiles(owner, pairs, load)
     return owner
 
 
-def _even_out(owner: np.ndarray, pairs: np.ndarray, load: np.ndarray) -> None:
-    """Swap tiles between the fullest and the emptiest rank as long as that brings them closer."""
+def _swap_tiles(owner: np.ndarray, pairs: np.ndarray, load: np.ndarray) -> None:
+    """Swap tiles between the busiest and the least busy rank as long as this brings them closer."""
     for _ in range(4 * len(owner)):
         most, least = int(np.argmax(load)), int(np.argmin(load))
         gap = load[most] - load[least]
-        gives, takes = np.flatnonzero(owner == most), np.flatnonzero(owner == least)
-        moved = pairs[gives][:, None] - pairs[takes]
+        busy, idle = np.flatnonzero(owner == most), np.flatnonzero(owner == least)
+        moved = pairs[busy][:, None] - pairs[idle]
         after = np.abs(gap - 2 * moved)
         best = np.unravel_index(int(np.argmin(after)), after.shape)
         if after[best] >= gap:
             return
-        give, take = gives[best[0]], takes[best[1]]
+        give, take = busy[best[0]], idle[best[1]]
         owner[give], owner[take] = least, most
         load[most] -= moved[best]
         load[least] += moved[best]
 
 
-def _joined(runs: Runs) -> Runs:
-    """Without empty runs, and neighbours as one."""
+def _merge_adjacent(runs: Runs) -> Runs:
+    """`runs` without empty ones, and with adjacent ones merged."""
     runs = runs[runs[:, 1] > runs[:, 0]]
     first = np.append(True, runs[1:, 0] != runs[:-1, 1]) if len(runs) else np.zeros(0, bool)
     last = np.append(first[1:], True) if len(runs) else first

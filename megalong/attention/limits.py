@@ -1,14 +1,15 @@
-"""Calls kept below what CUDA kernels can count in 32 bits.
+"""Keep calls below the 32-bit limits of CUDA kernels.
 
-    kernel   what is counted in 32 bits                                  what is done about it
-    cuDNN    elements of a tensor, by caution: it does not say           flash computes such a block
-    flash    backward: tokens x query heads x channels of its float32    query heads are cut into several calls
+    kernel   what is counted in 32 bits                                  what is done
+    cuDNN    elements of a tensor (assumed: it is not documented)        flash computes the block
+    flash    backward: tokens x query heads x channels of its float32    query heads are split into several calls
              buffer of query gradients, tokens and channels rounded up
 
-FlashAttention addresses q, k, v and the result in 64 bits, but up to version 2.8.0 multiplies the offsets into that one
-buffer as 32-bit integers: 1M tokens of 32 heads of 128 channels are 2^32, and gradients land in foreign memory without
-an error. Heads are independent, so cutting them costs nothing but launches. Cumulative lengths of documents are int32
-everywhere: they count tokens, of which a rank holds far fewer than 2^31. So does the log-sum-exp, b x h x n entries.
+FlashAttention addresses q, k, v and the result in 64 bits, but up to version 2.8.0 it computes offsets into that one
+buffer as 32-bit integers: 1M tokens of 32 heads of 128 channels are 2^32, and gradients are written outside the buffer
+without an error. Heads are independent, so splitting them costs only launches. Cumulative lengths of documents are
+int32 everywhere: they count tokens, and a rank has far fewer than 2^31. The same holds for the b x h x n entries of the
+log-sum-exp.
 Source: flash_bwd_kernel.h and flash_bwd_preprocess_kernel.h of FlashAttention 2.7.4, which torch is built with.
 """
 
@@ -26,7 +27,7 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def is_countable(*tensors: torch.Tensor) -> bool:
-    """Whether every element of each lies less than 2^31 elements behind the first, strides included."""
+    """Whether all elements of each tensor lie within 2^31 elements of the first, strides included."""
     return all(max(_reach(tensor), tensor.numel()) < COUNTABLE for tensor in tensors)
 
 
@@ -47,7 +48,7 @@ def by_heads(
     """`backward(grad_out, q, k, v, out, lse)`, over as many query heads at a time as flash can count.
 
     Args:
-        grad_out, q, k, v, out: heads in the last dimension but one, and so in `lse`.
+        grad_out, q, k, v, out: heads in the last dimension but one; `lse` too.
         per_head: elements that one query head adds to flash's buffer.
 
     Raises:
@@ -71,7 +72,7 @@ def by_heads(
 
 
 def _heads_at_once(heads: int, group_size: int, per_head: int) -> int:
-    """The most that fit, whole groups or an equal part of one."""
+    """The most heads that fit: whole groups, or an equal part of one."""
     most = (COUNTABLE - 1) // per_head
     fitting = [
         n for n in range(1, min(heads, most) + 1) if heads % n == 0 and (n % group_size == 0 or group_size % n == 0)

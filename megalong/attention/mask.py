@@ -1,4 +1,4 @@
-"""Which keys of a block its queries see: all of them, or those between two diagonals.
+"""Which keys of a block its queries see: all keys, or those between two diagonals.
 
 A block is a run of consecutive queries against a run of consecutive keys. Causality, the start of a document and a
 sliding window all cut it along diagonals: query i sees key j if `i + lower <= j <= i + upper`.
@@ -11,7 +11,7 @@ sliding window all cut it along diagonals: query i sees key j if `i + lower <= j
                                                                    2       . x x .
                                                                    3       . . x x
 
-A query may see no key of a block: its result there is 0 and its log-sum-exp is -inf.
+A query may see no key of a block; then its result there is 0 and its log-sum-exp is -inf.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ import torch
 
 @dataclass(frozen=True)
 class BlockMask:
-    """Diagonals of a block, None where nothing is cut."""
+    """Diagonals of a block; None for no cut."""
 
     upper: int | None = None
     lower: int | None = None
 
     def keys_of(self, rows: range, keys: int) -> range:
-        """The keys among `keys` that at least one of the queries `rows` may see; empty where there is none."""
+        """Those of `keys` keys that at least one of the queries `rows` may see; may be empty."""
         first = 0 if self.lower is None else max(0, rows.start + self.lower)
         last = keys if self.upper is None else min(keys, rows.stop + self.upper)
         return range(min(first, keys), max(min(first, keys), last))
 
     def hidden(self, rows: range, keys: range, device: torch.device) -> torch.Tensor | None:
-        """Bool `[rows, keys]`, true where a query must not see a key; None where it sees them all."""
+        """Bool `[rows, keys]`, true where a query must not see a key; None if all are seen."""
         cut_above = self.upper is not None and keys.stop - 1 > rows.start + self.upper
         cut_below = self.lower is not None and keys.start < rows.stop - 1 + self.lower
         if not (cut_above or cut_below):

@@ -1,4 +1,4 @@
-"""Blocks of one query merged by their log-sum-exp.
+"""Merge blocks of the same queries by their log-sum-exp.
 
 With (O, L) so far and (o, l) from a new block,
 
@@ -20,13 +20,13 @@ def empty_result(q: torch.Tensor, value_dim: int) -> tuple[torch.Tensor, torch.T
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor) -> None:
-    """Take a block into `out` (float32 `[n, b, h, d]`) and `lse` (float32 `[b, h, n]`), in place."""
-    # -inf minus -inf is NaN: where the new block has nothing, its weight is 0 whatever there was.
+    """Merge a block into `out` (float32 `[n, b, h, d]`) and `lse` (float32 `[b, h, n]`), in place."""
+    # -inf minus -inf is NaN: where a query sees no key of the new block, its weight is always 0.
     weight = torch.sigmoid(new_lse - lse).masked_fill_(new_lse == float("-inf"), 0.0)
     out.lerp_(new_out.float(), weight.permute(2, 0, 1).unsqueeze(-1))
     lse.copy_(torch.logaddexp(lse, new_lse))
 
 
 def finite(lse: torch.Tensor) -> torch.Tensor:
-    """For `exp(score - lse)`: a query without keys gets a finite stand-in for -inf, and weights of 0 instead of NaN."""
+    """Replace -inf by a finite number, so that `exp(score - lse)` of a query without keys is 0, not NaN."""
     return lse.clamp(min=torch.finfo(torch.float32).min)

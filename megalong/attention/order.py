@@ -1,7 +1,7 @@
-"""Tokens of several ranks, laid end to end, into the order of their sequence and back.
+"""Reorder the concatenated tokens of several ranks into sequence order, and back.
 
-Gathered shards come rank after rank; causal kernels want first tokens first. Rows of a batch whose documents differ
-may lie differently and are then ordered one by one.
+Gathered shards are in rank order; causal kernels need sequence order. Rows of a batch with different documents may have
+different layouts; they are then reordered one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megalong.attention.plan import AttentionPlan
 def to_sequence_order(
     tokens: torch.Tensor, plan: AttentionPlan, ranks: slice, joined: int = 1, dim: int = 0
 ) -> torch.Tensor:
-    """The tokens of `ranks` (of groups of `joined` ranks), end to end along `dim`, in ascending order of position.
+    """Sort the tokens of `ranks` (groups of `joined` ranks), concatenated along `dim`, by position.
 
     `tokens` has its batch in dimension `dim + 1`. Differentiable.
     """
@@ -31,13 +31,13 @@ def from_sequence_order(
 
 
 def _indices(plan: AttentionPlan, ranks: slice, joined: int, device: torch.device, inverse: bool) -> list[torch.Tensor]:
-    """int64, on `device`: one for all rows of the batch, or one for each."""
+    """int64, on `device`: one for all rows of the batch, or one per row."""
 
     def uploaded() -> list[torch.Tensor]:
         orders = plan.orders(ranks, joined)
         return [upload.to_device(np.argsort(order) if inverse else order, device) for order in orders]
 
-    return plan.kept(("order on device", ranks.start, ranks.stop, joined, device, inverse), uploaded)
+    return plan.cached(("order on device", ranks.start, ranks.stop, joined, device, inverse), uploaded)
 
 
 def _reordered(tokens: torch.Tensor, indices: list[torch.Tensor], dim: int) -> torch.Tensor:

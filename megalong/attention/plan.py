@@ -1,17 +1,17 @@
 """Which blocks of queries and keys a rank computes: causal, inside documents, inside the window.
 
-Tokens of a rank are runs of consecutive ones (layout.py). Cut at the starts of documents they become pieces. Between a
-piece of queries and the keys of another rank there is one answer for a whole piece, found by a binary search:
+A rank's tokens are runs of consecutive tokens (layout.py). Cut at document starts, these become pieces. All queries of
+a piece see the same keys of another rank, which a binary search finds:
 
-    queries [a, b) of a document that starts at d       own keys          causal
-                                                        another rank's    those in [d, a), all of them or none
-                                                        all keys at once  [d, b), cut by the diagonal
+    queries [a, b) of a document that starts at d       own keys             causal
+                                                        another rank's keys  those in [d, a), without a mask
+                                                        all keys at once     [d, b), cut by the diagonal
 
-With a sliding window a block is cut by a second diagonal. Nothing here is as large as the sequence, let alone S x S:
-a plan has about as many blocks as there are documents times ranks.
+With a sliding window, a second diagonal cuts the block. Nothing here is as large as the sequence, let alone S x S: a
+plan has about documents times ranks blocks.
 
-Every block is trimmed so that each of its queries sees a key and each of its keys is seen, and one that a lower
-diagonal alone cuts has no more queries than keys.
+Every block is trimmed so that each of its queries sees a key and each of its keys is seen. A block that only a lower
+diagonal cuts has no more queries than keys.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Shard:
         return np.asarray(np.cumsum(lengths) - lengths)
 
     def first_at(self, positions: np.ndarray) -> np.ndarray:
-        """How many of its tokens lie before each of `positions`."""
+        """Number of this shard's tokens before each of `positions`."""
         run = np.searchsorted(self.runs[:, 1], positions, side="right")
         inside = run < len(self.runs)
         run = np.minimum(run, len(self.runs) - 1)
@@ -59,7 +59,7 @@ class Shard:
         return np.asarray(self.offsets[run] + np.where(inside, np.maximum(0, positions - starts), stops - starts))
 
     def pieces(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Runs cut at the starts of documents: (begin, end, tokens before it here, start of its document)."""
+        """Runs cut at document starts: (begin, end, tokens before the piece in this shard, start of its document)."""
         run = np.searchsorted(self.runs[:, 0], starts, side="right") - 1
         inside = (run >= 0) & (starts < self.runs[run, 1])
         begin = np.union1d(self.runs[:, 0], starts[inside])
@@ -71,7 +71,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class SequencePlan:
-    """One sequence: its length, the first tokens of its documents (int64, from 0), and where its tokens lie."""
+    """One sequence: its length, the first tokens of its documents (int64, from 0), and every rank's tokens."""
 
     seq_length: int
     starts: np.ndarray
@@ -87,7 +87,7 @@ class SequencePlan:
         )
 
     def order(self, ranks: slice) -> np.ndarray:
-        """For the tokens of `ranks` laid end to end, rank after rank: which of them comes first, second, …"""
+        """Indices that sort the concatenated tokens of `ranks` by position."""
         return np.argsort(np.concatenate([tokens_of(shard.runs) for shard in self.shards[ranks]]), kind="stable")
 
     def between(self, rank: int, source: int, window: int | None) -> list[Block]:
@@ -98,7 +98,7 @@ class SequencePlan:
         return _causal(queries, self.starts) if source == rank else _earlier(queries, keys, self.starts)
 
     def to_all(self, rank: int, window: int | None) -> list[Block]:
-        """What `rank`'s queries see of the keys of the whole sequence in order."""
+        """The blocks of `rank`'s queries against the keys of the whole sequence in order."""
         if window is not None:
             return _windowed(self.shards[rank], Shard(np.array([[0, self.seq_length]])), self.starts, window)
         begin, end, local, document = self.shards[rank].pieces(self.starts)
@@ -112,17 +112,17 @@ class SequencePlan:
 class AttentionPlan:
     """The sequences of a micro-batch: one plan for all rows if they are alike, else one per row.
 
-    Results are cached on host and device as long as the micro-batch lives, so all layers share them.
+    Results are cached on host and device for the lifetime of the micro-batch, so all layers share them.
     """
 
     sequences: tuple[SequencePlan, ...]
-    _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def kept(self, key: Hashable, make: Callable[[], T]) -> T:
+    def cached(self, key: Hashable, make: Callable[[], T]) -> T:
         """`make()`, called once and cached with the plan. `key` must contain everything that it depends on."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
     def rows(self) -> list[tuple[slice, SequencePlan]]:
         """(rows of the batch, their plan)."""
@@ -133,7 +133,7 @@ class AttentionPlan:
     def orders(self, ranks: slice, joined: int) -> list[np.ndarray]:
         """`SequencePlan.order` of each sequence."""
         key = ("order", ranks.start, ranks.stop, joined)
-        return self.kept(key, lambda: [sequence.joined(joined).order(ranks) for sequence in self.sequences])
+        return self.cached(key, lambda: [sequence.joined(joined).order(ranks) for sequence in self.sequences])
 
     def blocks(
         self, rank: int, source: int | None, window: int | None, joined: int = 1
@@ -142,7 +142,7 @@ class AttentionPlan:
 
         Ranks are counted in groups of `joined`.
         """
-        return self.kept(
+        return self.cached(
             ("blocks", rank, source, window, joined), lambda: list(self._blocks(rank, source, window, joined))
         )
 
@@ -175,7 +175,7 @@ def _rows(*columns: np.ndarray) -> zip[tuple[int, ...]]:
 
 
 def _causal(shard: Shard, starts: np.ndarray) -> list[Block]:
-    """A rank's tokens are in order, so its own block of a document is plainly causal, even across gaps."""
+    """A rank's tokens are in order, so its own block of a document has a causal mask, even across gaps."""
     begin, end, local, document = shard.pieces(starts)
     first = np.flatnonzero(np.append(True, document[1:] != document[:-1]))
     lows, highs = local[first], np.append(local[first[1:]], local[-1] + end[-1] - begin[-1])
@@ -211,8 +211,8 @@ def _windowed(queries: Shard, keys: Shard, starts: np.ndarray, window: int) -> l
 def _banded(a: int, b: int, to_local: int, c: int, e: int, keys_to_local: int, window: int) -> Iterator[Block]:
     """Queries [a, b) against keys [c, e) of the same document, without the queries that see none of them.
 
-    Where the window leaves keys behind but no key lies ahead of a query, the queries that still see all of them make a
-    block of their own: flash cannot express a lower diagonal alone if there are more queries than keys.
+    If the window hides early keys but no key lies ahead of a query, the queries that see all keys form a block of their
+    own: flash cannot express a lower diagonal alone if there are more queries than keys.
     """
     first, last = max(a, c), min(b, e + window - 1)
     ahead = e - 1 > first

@@ -1,14 +1,14 @@
-"""Block attention in plain torch, a tile of queries at a time, for tensors that no fused kernel takes.
+"""Block attention in plain torch, a tile of queries at a time, for tensors that no fused kernel supports.
 
 With scores S = scale * Q K^T, log-sum-exp L and result O = exp(S - L) V, the gradients are, row by row,
 
     P  = exp(S - L)            dV = P^T dO
     dS = P * (dO V^T - D)      dQ = scale * dS K,  dK = scale * dS^T Q,  with D = rowsum(dO * O)
 
-A tile of queries needs scores only against the keys it may see, and the tile is made so small that they fit
-`SCORES_PER_TILE` whatever the length. Everything is float32; it is a correct path, not a fast one.
+A tile of queries needs scores only against the keys it may see, and tiles are small enough for their scores to fit
+`SCORES_PER_TILE` at any length. Everything is float32: this path is correct, not fast.
 
-The two products that P and dS enter can be computed on rounded ones: this is where FP8 is emulated (fp8.py).
+The products with P and dS can use rounded ones: FP8 emulation does this (fp8.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -84,17 +84,17 @@ def backward(
 
 
 def _heads_first(t: torch.Tensor) -> torch.Tensor:
-    """Keys or values `[m, b, g, d]` as float32 `[b, g, 1, m, d]`: one copy serves all query heads of a group."""
+    """Keys or values `[m, b, g, d]` as float32 `[b, g, 1, m, d]`, one copy for all query heads of a group."""
     return t.permute(1, 2, 0, 3).unsqueeze(2).float()
 
 
 def _grouped(t: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """`[n, b, h, d]` seen as `[b, g, h / g, n, d]`."""
+    """`[n, b, h, d]` viewed as `[b, g, h / g, n, d]`."""
     return t.permute(1, 2, 0, 3).unflatten(1, (k.shape[2], -1))
 
 
 def _tiles(q: torch.Tensor, k: torch.Tensor, mask: BlockMask) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
-    """(rows of queries, keys they may see, what they may not), few enough rows that their scores fit the tile."""
+    """(rows of queries, keys they may see, mask of hidden pairs), with rows few enough for `SCORES_PER_TILE`."""
     length, batch, heads, _ = q.shape
     count = max(1, SCORES_PER_TILE // (batch * heads * k.shape[0]))
     for start in range(0, length, count):

@@ -1,6 +1,6 @@
 """Transformer Engine's attention (TE): FP8 on a GPU, and its own context parallelism.
 
-TE exchanges keys or heads itself, so it takes the place of exchange.py, transport.py and the kernels at once:
+TE exchanges keys or heads itself, so it replaces exchange.py, transport.py and the kernels at once:
 
     attention.exchange      TE's cp_comm_type    its group
     ring                    p2p                  the context-parallel ranks
@@ -8,17 +8,17 @@ TE exchanges keys or heads itself, so it takes the place of exchange.py, transpo
     ulysses                 a2a                  the same
     ring_ulysses            a2a+p2p              [neighbours that share heads, ranks that share keys]
 
-It knows two layouts of tokens, both zigzag: of the whole sequence (`sbhd`), or of every document in a pack laid end to
-end (`thd`), whose boundaries it takes as cumulative lengths over all ranks. A rank's tokens lie document by document,
-early chunk and late, which is `per_document_zigzag` where every document is a multiple of 2 x ranks.
+It supports two token layouts, both zigzag: of the whole sequence (`sbhd`), or of every document in a pack laid end to
+end (`thd`), with document boundaries as cumulative lengths over all ranks. A rank has the early and the late chunk of
+each document, document by document. This equals `per_document_zigzag` if every document is a multiple of 2 x ranks.
 
     documents of 8 and 4 tokens, 2 ranks     rank 0: 0 1 6 7  8 11     rank 1: 2 3 4 5  9 10     cumulative: 0 8 12
 
-Whether it computes in FP8 is the business of the `fp8_autocast` that Megatron-Core puts around a transformer block.
-Windows count keys before the query: `window_size` W is TE's (W - 1, 0). YaRN's temperature is in the scale.
+The `fp8_autocast` that Megatron-Core puts around a transformer block decides whether TE computes in FP8. TE's windows
+count the keys before the query: `window_size` W is TE's (W - 1, 0). YaRN's temperature is part of the scale.
 
-The one file that imports transformer_engine, and only where it is used. Written against version 2.20; it has not met a
-GPU yet (tests/gpu/test_transformer_engine.py is the check to start with).
+Only this file imports transformer_engine, and only on use. Written against version 2.20; not yet run on a GPU
+(tests/gpu/test_transformer_engine.py is the check to start with).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from megalong.errors import UserError
 
 
 def machine_of(device: torch.device) -> Machine:
-    """What this process's device and installation can do."""
+    """What this process's device and installation support."""
     if device.type != "cuda":
         return Machine()
     recipe = os.environ.get("NVTE_DPA_FP8_RECIPE", "")
@@ -62,13 +62,13 @@ class EngineAttention(torch.nn.Module):
         heads, groups: query and key heads on this tensor-parallel rank.
         head_dim: channels of a head.
         scale: of the scores.
-        window: keys a query sees at most, its own included; None: all before it in its document.
+        window: maximum number of keys per query, its own included; None: all earlier keys of its document.
         layer_number: from 1.
         context: how context-parallel ranks share attention.
         ranks: the whole context-parallel group, None for one rank.
 
     Raises:
-        UserError: key heads cannot be shared among ranks; TE, unlike our exchange, does not copy them.
+        UserError: key heads cannot be split over ranks; TE, unlike our exchange, does not copy them.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class EngineAttention(torch.nn.Module):
         )
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        """q `[s, b, h, d]`, k and v `[s, b, g, d]`, result like q; s tokens of this rank, laid out as TE has it."""
+        """q `[s, b, h, d]`, k and v `[s, b, g, d]`, result like q; s tokens of this rank, in TE's layout."""
         length, batch, heads, channels = q.shape
         if all(len(sequence.starts) == 1 for sequence in plan.sequences):
             out = self.engine(q, k, v, qkv_format="sbhd", attn_mask_type="causal")
@@ -117,7 +117,7 @@ class EngineAttention(torch.nn.Module):
 
 
 def context_arguments(context: ContextGroups, ranks: dist.ProcessGroup | None) -> dict[str, Any]:
-    """TE's arguments for `attention.exchange`; none for one rank."""
+    """TE's arguments for `attention.exchange`; empty for one rank."""
     if ranks is None:
         return {}
     group: Any = ranks
@@ -137,17 +137,17 @@ def context_arguments(context: ContextGroups, ranks: dist.ProcessGroup | None) -
 
 @functools.cache
 def _second_stream() -> torch.cuda.Stream:
-    """Where TE runs every other step of a ring, so that their tails overlap."""
+    """The stream on which TE runs every other step of a ring, so that their tails overlap."""
     return torch.cuda.Stream()
 
 
 def document_arguments(plan: AttentionPlan, batch: int, ranks: int, device: torch.device) -> dict[str, Any]:
-    """TE's arguments for documents laid end to end, all rows of the batch one after the other; kept in the plan.
+    """TE's arguments for documents laid end to end, all rows of the batch in turn; cached in the plan.
 
     Raises:
-        UserError: several ranks, and a document that is no multiple of 2 x ranks.
+        UserError: there are several ranks, and a document is not a multiple of 2 x ranks.
     """
-    return plan.kept(("documents", batch, ranks, device), lambda: _document_arguments(plan, batch, ranks, device))
+    return plan.cached(("documents", batch, ranks, device), lambda: _document_arguments(plan, batch, ranks, device))
 
 
 def _document_arguments(plan: AttentionPlan, batch: int, ranks: int, device: torch.device) -> dict[str, Any]:
@@ -156,12 +156,12 @@ def _document_arguments(plan: AttentionPlan, batch: int, ranks: int, device: tor
     odd = lengths[lengths % (2 * ranks) != 0]
     if ranks > 1 and len(odd):
         raise UserError(
-            f"attention.backend: transformer_engine over {ranks} context-parallel ranks takes documents of a multiple "
-            f"of {2 * ranks} tokens, and one has {odd[0]}; write backend: torch, which takes any"
+            f"attention.backend: transformer_engine over {ranks} context-parallel ranks needs documents of a multiple "
+            f"of {2 * ranks} tokens, but one has {odd[0]}; write backend: torch, which supports any length"
         )
     cumulative = upload.to_device(bounds.astype(np.int32), device)
     longest = int(lengths.max())
-    # That both pairs are the same objects is how TE knows that nothing lies between documents.
+    # TE sees that both pairs are the same objects, and so that there is no padding between documents.
     return {
         "qkv_format": "thd",
         "cu_seqlens_q": cumulative,
@@ -174,7 +174,7 @@ def _document_arguments(plan: AttentionPlan, batch: int, ranks: int, device: tor
 
 
 def document_bounds(plan: AttentionPlan, batch: int) -> np.ndarray:
-    """Where documents begin, and the end of the last, in all rows laid end to end: int64, from 0."""
+    """The first tokens of documents and the end of the last, in all rows laid end to end: int64, from 0."""
     sequences = plan.sequences * batch if len(plan.sequences) == 1 else plan.sequences
     size = sequences[0].seq_length
     assert len(sequences) == batch

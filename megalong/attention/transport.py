@@ -1,29 +1,29 @@
-"""How keys and values reach the queries of other context-parallel ranks, and their gradients come back.
+"""How keys and values reach the queries of other context-parallel ranks, and how their gradients return.
 
-    Alone       they are here already
+    Alone       one rank, which has them already
     Ring        keys are passed from rank to rank; a rank holds two pieces at a time, for any group size
-    AllGather   everybody gets them all, in the order of the sequence: one message, n pieces in memory
+    AllGather   every rank receives all of them, in sequence order: one message, n pieces in memory
 
 Ring, n = 4, rank 2:     step 0: own keys    1: rank 1's    2: rank 0's    3: rank 3's
 
-While a piece is used the next one is on its way. Backward goes round again; the gradients of keys and values travel
-one step behind them, each rank adding its share in float32, and after the last step one more hop brings them home.
-They are added in the order of the ring, so the same run gives the same bits.
+While a piece is used, the next one is in transit. Backward goes round the ring again. The gradients of keys and values
+travel one step behind the pieces, each rank adds its part in float32, and after the last step one more hop returns them
+to their owner. They are summed in ring order, so the same run gives the same bits.
 
-Two kinds of messages run between the same ranks, pieces K and gradients G, and with two ranks the next one is the one
-before. They are told apart by order alone, because NCCL knows no tags: it matches sends and receives of two ranks in
-the order in which each issues them.
+Two kinds of messages travel between the same ranks, pieces K and gradients G, and with two ranks the next rank is also
+the previous one. Only their order distinguishes them, because NCCL has no tags: it matches the sends and receives of
+two ranks in the order in which each issues them.
 
     every rank, n = 4    K0 | compute | G0 K1 | compute | G1 K2 | compute | G2 | compute | G3
 
-That order follows from n and from nothing else, however few blocks a rank computes, so the i-th message of one rank is
-the i-th of its neighbours. A hop's send and receive are issued as one group, so no rank waits for another to send
-first. NCCL runs all hops of a communicator one after the other on a stream of its own, which begins a hop when what
-was queued before it on the current stream is done: G0 is sent whole, and K1 beside the next piece's compute. Waiting
-for a hop makes the current stream wait and not the host; until then both its tensors are held here. Gloo matches
-messages of equal tag in order too, so tests on CPUs see what NCCL does.
+This order depends only on n, however few blocks a rank computes, so the i-th message of one rank is the i-th of its
+neighbours. A hop's send and receive are issued as one group, so no rank waits for another to send first. NCCL runs all
+hops of a communicator in turn on its own stream, and starts a hop once the work queued before it on the current stream
+is done: G0 is sent complete, and K1 overlaps with the next piece's compute. Waiting for a hop blocks the current
+stream, not the host; until then, both of its tensors are kept alive here. Gloo also matches messages of equal tag in
+order, so tests on CPUs see what NCCL does.
 
-The trade-off: the ring hides n-1 messages behind compute and needs n times less memory; gathering wins where pieces
+The trade-off: the ring hides n-1 messages behind compute and needs n times less memory; gathering is faster if pieces
 are so short that a message takes longer than the compute it hides behind.
 Source: ring attention arXiv 2310.01889; gathering as in Llama 3's training, arXiv 2407.21783, section 3.3.2.
 """
@@ -40,34 +40,35 @@ import torch.distributed as dist
 from megalong.attention.order import from_sequence_order, to_sequence_order
 from megalong.attention.plan import AttentionPlan
 
-# torch 2.13 renamed them and warns of the old names on every call.
+# torch 2.13 renamed these and warns about the old names on every call.
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _scatter_sum = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-# Given a source and its pair, computes this rank's share of the pair's gradient; what it returns adds the share to the
-# float32 tensor, of the pair's shape, that it is called with.
+# Given a source and its pair, computes this rank's part of the pair's gradient. Returns a function that adds this part
+# to a float32 tensor of the pair's shape.
 Share = Callable[[int | None, torch.Tensor], Callable[[torch.Tensor], None]]
 
 
 class Transport(Protocol):
-    """A pair is keys and values, `[2, m, b, g, d]`; a source is the rank that it belongs to, this rank's own first.
+    """A pair is keys and values, `[2, m, b, g, d]`; its source is the rank that it belongs to, this rank's own first.
 
-    Source None: the keys of the whole sequence in order. All ranks of a group call the same methods in the same order.
+    Source None means the keys of the whole sequence in order. All ranks of a group call the same methods in the same
+    order.
     """
 
     rank: int
     size: int
 
     def pieces(self, pair: torch.Tensor, plan: AttentionPlan) -> Iterator[tuple[int | None, torch.Tensor]]:
-        """Every source with its pair, of which `pair` is this rank's own."""
+        """Every source with its pair; `pair` is this rank's own."""
 
     def gradient(self, pair: torch.Tensor, plan: AttentionPlan, share: Share) -> torch.Tensor:
-        """The gradient of this rank's own pair, float32: the sum of what all ranks' `share` add to it."""
+        """The gradient of this rank's own pair, float32: the sum of all ranks' parts, computed by `share`."""
 
 
 class Alone:
-    """A group of one."""
+    """A group of one rank."""
 
     rank, size = 0, 1
 
@@ -92,7 +93,7 @@ class _Arrival:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Arrival:
-        """One that is here already."""
+        """An arrival without a transfer: this rank's own tensor."""
         return cls([], tensor, tensor)
 
     def wait(self) -> torch.Tensor:
@@ -109,23 +110,23 @@ class Ring:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def pieces(self, pair: torch.Tensor, plan: AttentionPlan) -> Iterator[tuple[int | None, torch.Tensor]]:
-        """Every rank's pair in turn; while one is used, the next is on its way."""
+        """Every rank's pair in turn; while one is used, the next is in transit."""
         for step in range(self.size):
             arrival = self._pass_on(pair) if step + 1 < self.size else _Arrival.of(pair)
             yield (self.rank - step) % self.size, pair
             pair = arrival.wait()
 
     def gradient(self, pair: torch.Tensor, plan: AttentionPlan, share: Share) -> torch.Tensor:
-        """See `Transport`. The sum of the ranks before this one is waited for after this rank's share is computed."""
-        homeward = _Arrival.of(torch.zeros_like(pair, dtype=torch.float32))
+        """See `Transport`. Waits for the sum of the previous ranks only after this rank's part is computed."""
+        returning = _Arrival.of(torch.zeros_like(pair, dtype=torch.float32))
         for source, current in self.pieces(pair, plan):
-            add, total = share(source, current), homeward.wait()
+            add, total = share(source, current), returning.wait()
             add(total)
-            homeward = self._pass_on(total)
-        return homeward.wait()
+            returning = self._pass_on(total)
+        return returning.wait()
 
     def _pass_on(self, tensor: torch.Tensor) -> _Arrival:
-        """Start sending `tensor` to the next rank and receiving its like from the one before."""
+        """Start sending `tensor` to the next rank and receiving the same from the previous one."""
         incoming = torch.empty_like(tensor)
         following, preceding = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         send = dist.P2POp(dist.isend, tensor, group=self.group, group_peer=following)
@@ -134,9 +135,9 @@ class Ring:
 
 
 class AllGather:
-    """Gives every rank of `group` all keys, again in backward, and sums their gradients where they belong.
+    """Gives every rank of `group` all keys, in forward and again in backward, and reduce-scatters their gradients.
 
-    `joined`: how many context-parallel ranks' tokens lie on each rank of the group.
+    `joined`: number of context-parallel ranks whose tokens are on each rank of the group.
     """
 
     def __init__(self, group: dist.ProcessGroup, joined: int = 1) -> None:

@@ -1,8 +1,8 @@
-"""Small arrays on their way to a device, without the host waiting for it.
+"""Copy small arrays to a device without making the host wait.
 
-A copy from ordinary memory to a GPU makes the host wait until all that is queued before it is done. From pinned memory
-it is queued itself. torch's allocator of pinned memory keeps a block until copies from it are through, so nobody here
-need hold on to it. What is uploaded belongs into a plan's cache (`AttentionPlan.kept`): once per micro-batch.
+A copy from ordinary memory to a GPU blocks the host until all work queued before it is done; a copy from pinned memory
+is queued. torch's pinned-memory allocator keeps a block until copies from it are complete, so callers need not hold it.
+Uploads belong in a plan's cache (`AttentionPlan.cached`): once per micro-batch.
 """
 
 from __future__ import annotations

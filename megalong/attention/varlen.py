@@ -1,15 +1,15 @@
 """Many blocks in one launch of FlashAttention's variable-length kernel.
 
-A pack of short documents is hundreds of small blocks. Launched one by one they would leave a GPU idle; the
-variable-length kernel takes them laid end to end, with the token at which each begins:
+A pack of short documents is hundreds of small blocks. Launched one by one they would leave a GPU idle. The
+variable-length kernel takes them packed end to end, with the offset of each:
 
     blocks   q [0, 3) k [0, 3)   q [3, 5) k [3, 5)          cumulative lengths  q 0 3 5   k 0 3 5
 
-Blocks share a launch if no query is in two of them and their diagonals are the same counted from the bottom right
-corner, which is how flash counts. Keys may be in several. Tokens that do not lie end to end already are copied there.
+Blocks share a launch if no query is in two of them and if their diagonals are equal, counted from the bottom right
+corner as in flash. Keys may be in several blocks. Tokens that are not contiguous are copied.
 
-Indices and cumulative lengths are made and uploaded once per micro-batch, not per layer and pass: `Launch.on` is kept
-in the plan (blockwise.py).
+Indices and cumulative lengths are computed and uploaded once per micro-batch, not per layer and pass: the plan caches
+the result of `Launch.on` (blockwise.py).
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from megalong.attention.plan import Block
 Window = tuple[int, int]  # keys left and right of the diagonal through the bottom right corner, -1: all
 Index = slice | torch.Tensor  # of tokens: consecutive ones, or int64 in any order
 
-TILE = 128  # queries: flash keeps as many apart between one sequence and the next
+TILE = 128  # queries: flash leaves a gap of this size between sequences
 
 
 @dataclass
 class Launch:
-    """Blocks that go together: in the order of their queries, none of which is in two of them."""
+    """Blocks for one launch, in the order of their queries; no query is in two of them."""
 
     window: Window
     blocks: list[Block] = field(default_factory=list)
 
     def on(self, device: torch.device) -> PackedBlocks:
-        """The same as a kernel on `device` wants to be told of it; uploads it."""
+        """This launch in the form that a kernel on `device` needs; uploads it."""
         queries, keys = ([getattr(block, side) for block in self.blocks] for side in ("queries", "keys"))
         lengths = [np.array([s.stop - s.start for s in slices]) for slices in (queries, keys)]
         q_bounds, k_bounds = (np.append(0, np.cumsum(each)).astype(np.int32) for each in lengths)
@@ -62,8 +62,8 @@ class Launch:
 class PackedBlocks:
     """A launch on its device.
 
-    `queries` and `keys`: which tokens are laid end to end. `query_bounds` and `key_bounds`: int32, where each block
-    begins among them, and the end of the last. Nothing in it depends on a layer, and nobody writes to it.
+    `queries` and `keys`: which tokens are packed. `query_bounds` and `key_bounds`: int32, the first packed token of
+    each block, and the end of the last. Nothing here depends on a layer, and nothing is modified later.
     """
 
     window: Window
@@ -76,12 +76,12 @@ class PackedBlocks:
 
     @property
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-        """As torch's flash operators take them."""
+        """Arguments in the order of torch's flash operators."""
         return self.query_bounds, self.key_bounds, self.longest_queries, self.longest_keys
 
 
 def _index(slices: list[slice], device: torch.device) -> Index:
-    """All tokens of `slices`, end to end; without a copy where each begins at the end of the one before."""
+    """All tokens of `slices`, end to end; as one slice, which needs no copy, if they are contiguous."""
     if all(one.stop == other.start for one, other in itertools.pairwise(slices)):
         return slice(slices[0].start, slices[-1].stop)
     return upload.to_device(np.concatenate([np.arange(s.start, s.stop) for s in slices]), device)
@@ -100,7 +100,7 @@ class VarlenKernel:
 
 
 def launches(blocks: list[Block]) -> list[Launch]:
-    """As few launches as a first fit finds; each block in exactly one."""
+    """Launches by first fit; each block is in exactly one."""
     found: list[Launch] = []
     for block in sorted(blocks, key=lambda block: block.queries.start):
         window = corner_window(block)
@@ -114,7 +114,7 @@ def launches(blocks: list[Block]) -> list[Launch]:
 
 
 def corner_window(block: Block) -> Window:
-    """A block's diagonals in flash's words."""
+    """A block's diagonals as flash's window."""
     queries, keys = (s.stop - s.start for s in (block.queries, block.keys))
     return to_corner(block.mask, queries, keys)
 
@@ -122,8 +122,8 @@ def corner_window(block: Block) -> Window:
 def to_corner(mask: BlockMask, queries: int, keys: int) -> Window:
     """(left, right) of `mask`.
 
-    Every query must see a key: flash has no word for one that sees none. And flash takes "all to the right" beside a
-    bound to the left as "as many as there are keys", which is less than all if queries outnumber keys.
+    Every query must see a key: flash cannot express one that sees none. And with a bound to the left, flash reads "all
+    to the right" as "as many as there are keys", which is less than all if queries outnumber keys.
     """
     corner = keys - queries
     left = -1 if mask.lower is None else corner - mask.lower
@@ -156,8 +156,8 @@ def flash_backward(
     scale: float,
 ) -> Gradients:
     """See `VarlenKernel`."""
-    apart = TILE * len(packed.query_bounds)  # the buffer of flash that `by_heads` cuts keeps sequences apart
-    per_head = (packed.longest_queries + apart) * rounded_head(q.shape[-1])
+    gaps = TILE * len(packed.query_bounds)  # between sequences in the flash buffer that `by_heads` splits
+    per_head = (packed.longest_queries + gaps) * rounded_head(q.shape[-1])
     return by_heads(functools.partial(_backward, packed, scale), grad_out, q, k, v, out, lse, per_head)
 
 
@@ -189,18 +189,18 @@ def _readable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def rounded_head(head_dim: int) -> int:
-    """Channels that flash computes a head with."""
+    """Channels with which flash computes a head."""
     step = 32 if head_dim <= 128 else 64
     return -(-head_dim // step) * step
 
 
 def window_arguments(window: Window) -> dict[str, int]:
-    """How torch's flash operators are told of it."""
+    """`window` as arguments of torch's flash operators."""
     return {"window_size_left": window[0], "window_size_right": window[1]}
 
 
 def no_random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The state of dropout as flash's backward declares it. There is no dropout, so nobody reads or fills it."""
+    """The dropout state that flash's backward takes as arguments; unused, because there is no dropout."""
     return torch.empty(2, dtype=torch.uint64, device=device), torch.empty((), dtype=torch.uint64, device=device)
 
 

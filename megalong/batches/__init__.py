@@ -1,1 +1,1 @@
-"""From samples to a rank's micro-batches: in which order, which tokens of each, read ahead of the step."""
+"""From samples to a rank's micro-batches: their order, the rank's tokens of each, and prefetching."""

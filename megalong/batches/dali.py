@@ -1,19 +1,19 @@
-"""Tokens through NVIDIA DALI: processes read ahead of the step.
+"""Read tokens through NVIDIA DALI, whose processes read ahead of the step.
 
     samples of micro-batch i ──▶ Reader in `workers` processes ──▶ external_source, `depth` batches queued ──▶ copied
 
-DALI itself stays off the GPU: its pipeline reuses a buffer as soon as the next batch is asked for, and a copy that the
-GPU has only queued by then would read the next batch's tokens. Batches go to the GPU as those of the other loader do,
-from pinned memory of their own.
+DALI itself does not use the GPU: its pipeline reuses a buffer as soon as the next batch is requested, and a GPU copy
+that is still queued then would read the next batch's tokens. Batches go to the GPU as in the other loader, from pinned
+memory of their own.
 
-DALI hands the reader a number and gets bytes. The reader is a function of that number, so the position in the data
-stays what it is without DALI: the number of samples consumed. DALI's own checkpoint would say the same in other words,
-and a run could then not go on without DALI.
+DALI passes the reader a number and gets bytes. The reader is a function of that number, so the position in the data is
+the same as without DALI: the number of consumed samples. DALI's own checkpoint would hold the same information, but a
+run could then not continue without DALI.
 
 The processes are spawned, never forked: a forked one would inherit a CUDA context that it must not touch. They open the
-data themselves. Token types that torch knows only half (uint16) travel as bytes.
+data themselves. Token types that torch supports only partly (uint16) are passed as bytes.
 
-The one file that imports nvidia.dali, and only where a loader is made: it is optional (`pip install megalong[dali]`).
+Only this file imports nvidia.dali, and only when a loader is made: it is optional (`pip install megalong[dali]`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from megalong.batches.order import SampleOrder
 from megalong.data.samples.sample import SampleSource
 from megalong.errors import UserError
-from megalong.runtime.signals import kept_from_children
+from megalong.runtime.signals import sigint_blocked_for_children
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +36,10 @@ ReadOne = Callable[[SampleSource, int], np.ndarray]
 
 
 def check_installed() -> None:
-    """Refuse `data.loader: dali` where DALI is missing.
+    """Refuse `data.loader: dali` if DALI is missing.
 
     Raises:
-        UserError: it is.
+        UserError: DALI is not installed.
     """
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
         raise UserError(
@@ -49,11 +49,11 @@ def check_installed() -> None:
 
 
 class Reader:
-    """What a DALI process runs: the bytes of one sample.
+    """Runs in DALI's processes and returns the bytes of one sample.
 
     Args:
         open_source: opens the samples; called once in each process.
-        read: what to read of sample k; both must be picklable.
+        read: reads sample k; both functions must be picklable.
         order: which samples make up which batch.
     """
 
@@ -62,7 +62,7 @@ class Reader:
         self._source: SampleSource | None = None
 
     def __call__(self, info: Any) -> np.ndarray:
-        """The bytes that `read` gives for the sample DALI asks for: uint8."""
+        """The bytes that `read` returns for the sample that DALI requests: uint8."""
         if self._source is None:
             self._source = self._open()
         sample = self._order.samples(info.iteration)[info.idx_in_batch]
@@ -73,11 +73,11 @@ class Reader:
 
 
 class DaliTokens:
-    """What `reader` reads, batch after batch.
+    """The tokens that `reader` reads, batch after batch.
 
     Args:
-        batch_size: samples of a batch.
-        workers: processes that read.
+        batch_size: samples per batch.
+        workers: number of reading processes.
         depth: batches read ahead, at least 1.
     """
 
@@ -95,7 +95,7 @@ class DaliTokens:
                 ndim=1,
             )
 
-        with kept_from_children():  # training goes on for a step after Ctrl-C, and needs them
+        with sigint_blocked_for_children():  # after Ctrl-C, training finishes its step and needs them
             self._pipeline = tokens(
                 batch_size=batch_size,
                 num_threads=1,
@@ -107,7 +107,7 @@ class DaliTokens:
             self._pipeline.build()
 
     def next(self) -> list[torch.Tensor]:
-        """The next batch: uint8 of each of its samples, in memory of its own."""
+        """The next batch: uint8, one tensor per sample, each with memory of its own."""
         import torch
 
         (batch,) = self._pipeline.run()

@@ -7,8 +7,8 @@ A context-parallel rank reads its own tokens and the token after each of its run
 a sample about once. A pipeline stage between the first and the last reads none: it needs document bounds and positions
 only. Tensor-parallel ranks read the same tokens, from the page cache of their node.
 
-With `data.loader: dali`, DALI's processes read the tokens. Everything else is still computed here, so both
-loaders return the same micro-batches for any number of workers.
+With `data.loader: dali`, DALI's processes read the tokens. Everything else is still computed here, so both loaders
+return the same micro-batches for any number of workers.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from megalong.data.samples.sample import Sample, SampleSource
 from megalong.runtime import distributed
 from megalong.runtime.gpus import use
 
-Made = tuple[MicroBatch, int, int]  # (batch, bytes of tokens read, bytes of its whole samples)
+Item = tuple[MicroBatch, int, int]  # (batch, bytes of tokens read, bytes of its whole samples)
 
 
 class Batches:
     """This rank's share of every global batch.
 
     Args:
-        samples: opens the samples; DALI's processes call it too, so it must be picklable for them.
-        window: the model's widest: balanced layouts count attended pairs with it.
-        period: global batches after which the order repeats from the first; None: never.
+        samples: opens the samples; DALI's processes call it too, so it must be picklable.
+        window: the model's widest window, with which balanced layouts count attended pairs.
+        period: number of global batches after which the order repeats; None: never.
 
     Attributes:
-        bytes_read: bytes of tokens read for the micro-batches handed out so far.
-        bytes_whole: bytes of the whole samples they were cut from.
+        bytes_read: bytes of tokens read for the micro-batches returned so far.
+        bytes_whole: bytes of the whole samples of these micro-batches.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class Batches:
         self.bytes_read = self.bytes_whole = 0
         self._open, self._config, self._device = samples, config, device
         here, grid = distributed.place(), distributed.grid()
-        self._share = share_of(config, here.context, window)
-        self._reads = here.stage in (0, grid.pipeline - 1)
-        # What a source does not store has no type of its own.
+        self._shard = shard_of(config, here.context, window)
+        self._needs_tokens = here.stage in (0, grid.pipeline - 1)
+        # A source that stores no tokens has no token type.
         self._dtype = np.dtype(getattr(self.samples, "token_type", np.int64))
         self._order = SampleOrder(
             0,
@@ -75,12 +75,12 @@ class Batches:
             period,
         )
         self._next: int | None = None
-        self._prefetcher: Prefetcher[Made] | None = None
+        self._prefetcher: Prefetcher[Item] | None = None
         self._dali: DaliTokens | None = None
 
     @property
     def count(self) -> int:
-        """Micro-batches this rank runs for one global batch."""
+        """Micro-batches per global batch on this rank."""
         return self._order.count
 
     def places(self, consumed_samples: int, replicas: Iterable[int]) -> tuple[int, ...]:
@@ -133,34 +133,34 @@ class Batches:
         data = self._config.data
         order = self._order.from_sample(consumed_samples)
         depth = data.prefetch * self.count
-        if data.loader == "dali" and self._reads:
-            reader = Reader(self._open, partial(self._share.read_alone, self._dtype), order)
+        if data.loader == "dali" and self._needs_tokens:
+            reader = Reader(self._open, partial(self._shard.read_alone, self._dtype), order)
             size = order.micro_batch_size
             self._dali = DaliTokens(reader, size, data.workers, max(depth, 1))
-            # One thread: DALI hands out its batches one after the other.
-            self._prefetcher = Prefetcher(partial(self._made, order), depth)
+            # One thread: DALI returns its batches one after the other.
+            self._prefetcher = Prefetcher(partial(self._make, order), depth)
         else:
-            self._prefetcher = Prefetcher(partial(self._made, order), depth, data.workers)
+            self._prefetcher = Prefetcher(partial(self._make, order), depth, data.workers)
 
-    def _made(self, order: SampleOrder, i: int) -> Made:
+    def _make(self, order: SampleOrder, i: int) -> Item:
         """This rank's i-th micro-batch in host memory, pinned if it goes to a GPU."""
         use(self._device)  # in a thread of its own
         rows = [self.samples.read(k) for k in order.samples(i)]
-        plan = self._share.plan(rows)
-        own = self._tokens(rows, plan) if self._reads else None
-        batch = batch_of(rows, self._share, plan, own)
+        plan = self._shard.plan(rows)
+        own = self._tokens(rows, plan) if self._needs_tokens else None
+        batch = batch_of(rows, self._shard, plan, own)
         read = sum(row.numel() * row.element_size() for row in own or ())
         whole = sum(len(row.tokens) for row in rows) * self._dtype.itemsize
         return batch.pinned() if self._device.type == "cuda" else batch, read, whole
 
     def _tokens(self, rows: list[Sample], plan: AttentionPlan) -> list[torch.Tensor]:
         if self._dali is None:
-            return read_tokens(rows, self._share, plan, self._dtype)
+            return read_tokens(rows, self._shard, plan, self._dtype)
         dtype = torch.from_numpy(np.empty(0, self._dtype)).dtype
         return [row.view(dtype) for row in self._dali.next()]
 
 
-def share_of(config: Config, context_rank: int, window: int | None = None) -> ContextShard:
-    """The part of every sample that a context-parallel rank holds."""
+def shard_of(config: Config, context_rank: int, window: int | None = None) -> ContextShard:
+    """A context-parallel rank's shard of every sample."""
     layout = TokenLayout(config.grid.context, config.token_layout, window)
     return ContextShard(layout, context_rank, config.data.masked, config.length_multiple)

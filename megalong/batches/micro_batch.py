@@ -1,13 +1,12 @@
-"""A micro-batch as one rank sees it.
+"""One rank's part of a micro-batch.
 
-A packed sample holds S+1 tokens: the first S are read, the last S are to be predicted. Where context parallelism needs
-another length, padding is appended as a separate document whose losses do not count.
-Each rank gets S/CP tokens, those that its `TokenLayout` says; their positions say which ones they are. Everything
-downstream (rotary angles, loss by position, attention) relies on these explicit positions and on the plan, never on
-the index in the shard.
+A packed sample has S+1 tokens: the first S are the inputs, the last S the labels. If context parallelism needs another
+length, padding is appended as a separate document whose losses do not count. Each rank gets S/CP tokens by the
+`TokenLayout`, with their positions. Everything downstream (rotary angles, loss by position, attention) relies on these
+explicit positions and on the plan, never on the index in the shard.
 
-Where documents are masked from each other, the token that ends one does not predict the one that begins the next, and
-positions start again with every document.
+If documents are masked from each other, the last token of a document does not predict the first of the next, and
+positions start again in every document.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from megalong.data.samples.sample import Sample
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One rank's share of a micro-batch.
+    """One rank's part of a micro-batch.
 
     Shapes: tokens, labels int64 [b, S/CP] (zeros on a pipeline stage that needs none); loss_mask float32 [b, S/CP] (1
-    where the label counts); positions int64 [1 or b, S/CP]; weights float32 [b, 2, S/CP] where the loss is no mean over
-    tokens. S is the padded length. `filled`: how many of these tokens are documents' and not padding.
+    where the label counts); positions int64 [1 or b, S/CP]; weights float32 [b, 2, S/CP] if the loss is not a mean over
+    tokens. S is the padded length. `filled`: number of these tokens that are not padding.
     """
 
     tokens: torch.Tensor
@@ -44,12 +43,12 @@ class MicroBatch:
 
     @property
     def loss_weights(self) -> torch.Tensor:
-        """float32 [b, S/CP]: what each loss weighs in the sum."""
+        """float32 [b, S/CP]: the weight of each loss in the sum."""
         return self.loss_mask if self.weights is None else self.weights[:, 0]
 
     @property
     def units(self) -> torch.Tensor:
-        """float32 [b, S/CP], whole numbers: what each label adds to the number that the sum is divided by."""
+        """float32 [b, S/CP], whole numbers: what each label adds to the divisor of the sum."""
         return self.loss_mask if self.weights is None else self.weights[:, 1]
 
     @property
@@ -59,12 +58,12 @@ class MicroBatch:
 
     @property
     def document_lengths(self) -> list[int]:
-        """Tokens of every document in the batch, padding being one; whole samples where all is one document."""
+        """Tokens of every document in the batch, padding included as one; whole samples without document masks."""
         plans = self.plan.sequences * (len(self.tokens) // len(self.plan.sequences))
         return [int(n) for plan in plans for n in np.diff(plan.starts, append=plan.seq_length)]
 
     def pinned(self) -> MicroBatch:
-        """The same in memory that a GPU copies from while the CPU goes on."""
+        """The same in pinned memory, for asynchronous copies to a GPU."""
         return self._with(lambda tensor: tensor.contiguous().pin_memory())
 
     def to(self, device: torch.device | None) -> MicroBatch:
@@ -77,49 +76,50 @@ class MicroBatch:
         return MicroBatch(tokens, labels, loss_mask, positions, self.plan, weights, self.filled)
 
 
-def make_micro_batch(rows: Sequence[Sample], share: ContextShard) -> MicroBatch:
-    """The rank's micro-batch of `rows`, on the CPU: planned, read and put together at once."""
-    plan = share.plan(list(rows))
-    return batch_of(rows, share, plan, read_tokens(rows, share, plan, np.dtype(np.int64)))
+def make_micro_batch(rows: Sequence[Sample], shard: ContextShard) -> MicroBatch:
+    """The rank's micro-batch of `rows`, on the CPU: plans, reads and assembles it."""
+    plan = shard.plan(list(rows))
+    return batch_of(rows, shard, plan, read_tokens(rows, shard, plan, np.dtype(np.int64)))
 
 
 def read_tokens(
-    rows: Sequence[Sample], share: ContextShard, plan: AttentionPlan, dtype: np.dtype[Any]
+    rows: Sequence[Sample], shard: ContextShard, plan: AttentionPlan, dtype: np.dtype[Any]
 ) -> list[torch.Tensor]:
-    """For each row the tokens that the rank reads of it (context_shard.py), as `dtype`, which holds the ids."""
+    """For each row, the tokens that the rank reads (context_shard.py), as `dtype`, which must fit the ids."""
     return [
-        torch.from_numpy(share.read(row, share.runs(sequence), dtype))
+        torch.from_numpy(shard.read(row, shard.runs(sequence), dtype))
         for row, sequence in zip(rows, sequences_of(plan, rows), strict=True)
     ]
 
 
 def batch_of(
-    rows: Sequence[Sample], share: ContextShard, plan: AttentionPlan, own: Sequence[torch.Tensor] | None
+    rows: Sequence[Sample], shard: ContextShard, plan: AttentionPlan, own: Sequence[torch.Tensor] | None
 ) -> MicroBatch:
-    """The rank's micro-batch of `rows`, on the device of `own` as far as tokens go, and else on the CPU.
+    """The rank's micro-batch of `rows`: tokens and labels on the device of `own`, the rest on the CPU.
 
     Args:
-        own: what `read_tokens` has read, of any type of whole numbers; None on a pipeline stage that needs no tokens.
+        own: the result of `read_tokens`, of any integer type; None on a pipeline stage that needs no tokens.
     """
     length = len(rows[0].tokens) - 1
-    indices = [tokens_of(share.runs(sequence)) for sequence in plan.sequences]
+    indices = [tokens_of(shard.runs(sequence)) for sequence in plan.sequences]
     each = indices * (len(rows) // len(indices))
-    mask = np.stack([_counted(row, here, length, share.masked) for row, here in zip(rows, each, strict=True)])
+    mask = np.stack([_counted(row, here, length, shard.masked) for row, here in zip(rows, each, strict=True)])
     if rows[0].positions is None:
-        places = [
-            _places(here, sequence.starts, length) for here, sequence in zip(indices, plan.sequences, strict=True)
+        positions = [
+            _positions(here, sequence.starts, length) for here, sequence in zip(indices, plan.sequences, strict=True)
         ]
     else:
-        places = [_padded(row.positions, here, length) for row, here in zip(rows, each, strict=True)]
+        positions = [_padded(row.positions, here, length) for row, here in zip(rows, each, strict=True)]
     if own is None:
         tokens = labels = torch.zeros((), dtype=torch.int64).expand(mask.shape)
     else:
         shards = zip(own, sequences_of(plan, rows), strict=True)
-        pairs = [_shifted(read, read_spans(share.runs(s), length), mask.shape[1]) for read, s in shards]
+        pairs = [_shifted(read, read_spans(shard.runs(s), length), mask.shape[1]) for read, s in shards]
         tokens, labels = (torch.stack(one) for one in zip(*pairs, strict=True))
     weights = _weights(rows, each, length)
     filled = sum(int(np.count_nonzero(here < min(row.filled, length))) for row, here in zip(rows, each, strict=True))
-    return MicroBatch(tokens, labels, torch.from_numpy(mask), torch.from_numpy(np.stack(places)), plan, weights, filled)
+    loss_mask, stacked = torch.from_numpy(mask), torch.from_numpy(np.stack(positions))
+    return MicroBatch(tokens, labels, loss_mask, stacked, plan, weights, filled)
 
 
 def sequences_of(plan: AttentionPlan, rows: Sequence[Sample]) -> list[SequencePlan]:
@@ -128,7 +128,7 @@ def sequences_of(plan: AttentionPlan, rows: Sequence[Sample]) -> list[SequencePl
 
 
 def _shifted(own: torch.Tensor, spans: list[tuple[int, int]], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, labels) of a row, int64 [count] each: spans without their last, and without their first; then zeros."""
+    """(tokens, labels) of a row, int64 [count] each: spans without their last or first token, then zeros."""
     tokens, labels = (torch.zeros(count, dtype=torch.int64, device=own.device) for _ in range(2))
     at = filled = 0
     for first, stop in spans:
@@ -140,7 +140,7 @@ def _shifted(own: torch.Tensor, spans: list[tuple[int, int]], count: int) -> tup
 
 
 def _counted(row: Sample, indices: np.ndarray, length: int, masked: bool) -> np.ndarray:
-    """float32, for the tokens `indices` of a row: 1 where the next one is a target and of the same document."""
+    """float32, for the tokens `indices` of a row: 1 where the next token is a target in the same document."""
     counted = indices + 1 < min(row.filled, length + 1)
     if row.targets is not None:
         counted &= _padded(row.targets[1:], indices, length)
@@ -154,22 +154,22 @@ def _counted(row: Sample, indices: np.ndarray, length: int, masked: bool) -> np.
 
 
 def _weights(rows: Sequence[Sample], each: Sequence[np.ndarray], length: int) -> torch.Tensor | None:
-    """float32 [b, 2, S/CP]: `Sample.weights` of the labels; None where samples have none."""
+    """float32 [b, 2, S/CP]: `Sample.weights` of the labels; None if samples have none."""
     if rows[0].weights is None:
         return None
     pairs = [[_padded(one[1:], here, length) for one in row.weights] for row, here in zip(rows, each, strict=True)]  # type: ignore[union-attr]
     return torch.from_numpy(np.array(pairs, np.float32))
 
 
-def _places(indices: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """Places in the document; 0 for padding, of which there may be more than there are tokens."""
-    places = indices - starts[np.searchsorted(starts, indices, side="right") - 1]
-    places[indices >= length] = 0
-    return places
+def _positions(indices: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """Positions in the document; 0 for padding, of which there may be more than there are tokens."""
+    positions = indices - starts[np.searchsorted(starts, indices, side="right") - 1]
+    positions[indices >= length] = 0
+    return positions
 
 
 def _padded(values: np.ndarray | None, indices: np.ndarray, length: int) -> np.ndarray:
-    """`values` [length] at `indices`, zeros for padding."""
+    """`values` [length] at `indices`, with zeros for padding."""
     assert values is not None
     out = np.zeros(len(indices), values.dtype)
     inside = int(np.searchsorted(indices, length))

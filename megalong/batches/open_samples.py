@@ -1,4 +1,4 @@
-"""What a run reads, by its task: packed documents of datasets, or packed conversations."""
+"""Open a run's samples by its task: packed documents of datasets, or packed conversations."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def open_samples(
     """Samples of "train" or "validation".
 
     Args:
-        assets: folder with the model's tokenizer, which conversations are read with unless `sft.tokenizer` names one.
-        index_folder: where orders and tokenized conversations are kept for other ranks and the next start.
-        vocabulary: ids the model has; reading any other is refused.
+        assets: folder with the model's tokenizer, which tokenizes conversations unless `sft.tokenizer` is set.
+        index_folder: stores orders and tokenized conversations for other ranks and the next start.
+        vocabulary: number of the model's token ids; any other id is refused.
 
     Raises:
         UserError: an unreadable dataset or source, an empty part, no tokenizer.
@@ -31,18 +31,18 @@ def open_samples(
         return PackedSamples.of(config, part, index_folder, vocabulary)
     folder = config.sft.tokenizer or assets
     if folder is None:
-        raise UserError("sft.tokenizer: the model to start from brings none; write sft.tokenizer: DIR")
+        raise UserError("sft.tokenizer: the model to start from has no tokenizer; write sft.tokenizer: DIR")
     assert index_folder is not None
     return ConversationSamples.open(config, part, folder, index_folder)
 
 
 def check_tokenizer(config: Config, samples: Samples, assets: Path | None) -> list[str]:
-    """Hold the tokenizer of what is read against the model's, in `assets`; what is not known, or let through.
+    """Compare the data's tokenizer with the model's, in `assets`; return lines on what is unknown or permitted.
 
-    A model with random weights has none that could be another.
+    A model with random weights has no tokenizer that could differ.
 
     Raises:
-        UserError: it is another, and `data.allow_other_tokenizer` does not let it through.
+        UserError: they differ, and `data.allow_other_tokenizer` does not permit it.
     """
     if config.model.load is None:
         return []

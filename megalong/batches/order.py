@@ -1,9 +1,9 @@
-"""Which samples a rank reads and when: arithmetic on a few whole numbers, the whole state of a loader.
+"""Which samples a rank reads, and when: a formula of a few whole numbers, which are the loader's whole state.
 
-Global batch t is samples t·B … t·B + B - 1. Data-parallel rank r of D takes the micro-batches r, r + D, r + 2D, … of
-that batch, so the same global batch is trained on whatever D is, and the position in the data is the one number
-`consumed_samples`. A rank counts its micro-batches from where it starts; the i-th is a formula, so readers may work
-ahead, in any number, and a resumed run starts them anew.
+Global batch t consists of samples t·B … t·B + B - 1. Data-parallel rank r of D runs the micro-batches r, r + D, r + 2D,
+… of it, so the global batch is the same for any D, and the position in the data is the one number `consumed_samples`. A
+rank counts its micro-batches from where it starts. The i-th is a formula, so any number of readers may read ahead, and
+a resumed run starts them anew.
 
     B 8, micro-batches of 2, D 2, rank 1, start 8       0: 10 11   1: 14 15   2: 18 19   3: 22 23   …
 """
@@ -21,7 +21,7 @@ class SampleOrder:
         start: the first sample of a global batch.
         global_batch_size, micro_batch_size: in samples.
         replica, replicas: data-parallel rank r of D.
-        period: global batches after which they come again from sample 0, as in held-out evaluation; None: never.
+        period: number of global batches after which the order repeats, as in held-out evaluation; None: never.
     """
 
     start: int
@@ -33,11 +33,11 @@ class SampleOrder:
 
     @property
     def count(self) -> int:
-        """Micro-batches this rank runs for one global batch."""
+        """Micro-batches per global batch on this rank."""
         return self.global_batch_size // (self.micro_batch_size * self.replicas)
 
     def from_sample(self, start: int) -> SampleOrder:
-        """The same from another global batch on."""
+        """The same order, starting at another global batch."""
         return replace(self, start=start)
 
     def samples(self, i: int) -> range:

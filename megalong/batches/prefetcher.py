@@ -1,7 +1,7 @@
 """Compute items in background threads and return them in order.
 
-Threads are enough: reading and copying tokens leaves Python's lock, they start at once, and what they make needs no
-copy from another process. However many there are, thing i is made from the number i alone and comes as the i-th.
+Threads are enough: reading and copying tokens releases the GIL, threads start at once, and their results need no copy
+from another process. For any number of threads, item i depends only on the number i and is returned as the i-th.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Prefetcher(Generic[T]):
     """make(0), make(1), make(2), … in order.
 
     Args:
-        make: called in `workers` threads; with one worker in order, one call at a time.
-        depth: how many are made before they are asked for; 0 makes each when it is asked for, in the asking thread.
+        make: called in `workers` threads; with one worker, in order and one call at a time.
+        depth: number of items made in advance; with 0, `next` makes each item in the caller's thread.
     """
 
     def __init__(self, make: Callable[[int], T], depth: int, workers: int = 1) -> None:
@@ -30,7 +30,7 @@ class Prefetcher(Generic[T]):
         self._fill()
 
     def next(self) -> T:
-        """The next one; waits for it, and raises what its making raised."""
+        """Wait for the next item and return it, or raise what `make` raised."""
         if self._threads is None:
             self._started += 1
             return self._make(self._started - 1)
@@ -39,7 +39,7 @@ class Prefetcher(Generic[T]):
         return made.result()
 
     def close(self) -> None:
-        """Make no more; waits for those that are being made."""
+        """Make no more items; waits for those in progress."""
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
         self._waiting.clear()

@@ -1,9 +1,9 @@
-"""Samples that are left out of the order, because a run went wrong on them.
+"""Samples that a run skips because it diverged on them.
 
-The order of samples is fixed; what a run trains on is that order without the ranges left out. Its position counts the
-samples trained on, so leaving some out later on moves nothing that came before:
+The order of samples is fixed; a run trains on that order without the skipped ranges. Its position counts the samples
+that it trained on, so skipping later samples moves nothing before them:
 
-    order    0 1 2 3 4 5 6 7 8 9        left out: [4, 6)
+    order    0 1 2 3 4 5 6 7 8 9        skipped: [4, 6)
     number   0 1 2 3     4 5 6 7
 """
 
@@ -25,16 +25,16 @@ class SkippedSamples:
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
-        """What is left out."""
+        """The skipped ranges."""
         return list(self._ranges)
 
     @property
     def count(self) -> int:
-        """How many samples are left out."""
+        """Number of skipped samples."""
         return sum(last - first for first, last in self._ranges)
 
     def place(self, number: int) -> int:
-        """Where the `number`-th sample that is not left out stands in the order."""
+        """Position in the order of the `number`-th sample that is not skipped."""
         for first, last in self._ranges:
             if number < first:
                 break
@@ -42,7 +42,7 @@ class SkippedSamples:
         return number
 
     def add_places(self, places: Iterable[int]) -> None:
-        """Leave these places of the order out."""
+        """Skip the samples at these positions of the order."""
         taken = sorted({*places, *(place for first, last in self._ranges for place in range(first, last))})
         self._ranges = []
         for place in taken:
@@ -53,30 +53,30 @@ class SkippedSamples:
 
 
 def remaining(opened: Callable[[], SampleSource], skipped_samples: SkippedSamples) -> Remaining:
-    """`Remaining` of a source that is opened here: what another process can be told to do."""
+    """Open a source and return its `Remaining`; other processes can call this too."""
     return Remaining(opened(), skipped_samples)
 
 
 class Remaining:
-    """A source without the samples left out; all else is the source's own."""
+    """A source without its skipped samples; otherwise the same as the source."""
 
     def __init__(self, source: SampleSource, skipped_samples: SkippedSamples) -> None:
         self.source, self.skipped_samples = source, skipped_samples
         self.seq_length = source.seq_length
 
     def read(self, k: int) -> Sample:
-        """The k-th sample that is not left out."""
+        """The k-th sample that is not skipped."""
         return self.source.read(self.skipped_samples.place(k))
 
     def describe(self, samples: int) -> Sequence[object]:
-        """What the first `samples` samples are made of, those left out included."""
+        """Describe the first `samples` samples, including skipped ones."""
         return self.source.describe(samples)
 
     def prepare(self, first: int, last: int) -> None:
-        """Places of the source, as the caller counts them."""
+        """Prepare positions `first` to `last` of the source, including skipped ones."""
         self.source.prepare(first, last)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "source":  # asked for by pickle before there is one
+        if name == "source":  # pickle asks for it before it is set
             raise AttributeError(name)
         return getattr(self.source, name)

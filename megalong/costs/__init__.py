@@ -1,1 +1,1 @@
-"""What training costs, worked out from a configuration alone: operations, and what devices can do of them; no torch."""
+"""The cost of training from a configuration alone: its operations, and the peak of devices. Needs no torch."""

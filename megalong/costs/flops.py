@@ -1,20 +1,21 @@
-"""Floating-point operations a token needs, counted from the model's shape alone.
+"""Floating-point operations per token, counted from the model's shape alone.
 
-A weight matrix of n entries costs 2n operations a token forward (multiply, add) and twice that backward: 6n.
-Attention costs, per layer and token, 2 products (scores, values) x 2 operations x k keys x heads x head_dim, and
-again three times with backward. k is s/2 on average where a layer is causal, and w - w^2/(2s) in a window of w tokens:
+A weight matrix of n entries costs 2n operations per token in forward (multiply, add) and twice that in backward: 6n.
+Attention costs, per layer and token, 2 products (scores, values) x 2 operations x k keys x heads x head_dim in forward,
+and three times that with backward. k is s/2 on average in a causal layer, and w - w^2/(2s) with a window of w tokens:
 the first w tokens see w/2 on average, the others w.
 
     flops per token = 6 * (layer matrices + output head) + 12 * heads * head_dim * (sum over layers of k)
 
-Where documents do not see each other, s is a document's length, and tokens are averaged over documents.
+If documents are masked from each other, s is a document's length, and the result is averaged over the tokens of all
+documents.
 
-The embedding is a look-up, so it is not counted; norms, rotary and soft-max are below 1 % and are not either. What
-activation recompute repeats is no useful work: this is *model* FLOPs, the MFU of the papers, causal half only (some
-report the full square, which at a million tokens nearly doubles their figure).
+The embedding is a look-up and is not counted; nor are norms, rotary positions and softmax, which are below 1 %.
+Activation recompute is no useful work: these are *model* FLOPs, as for MFU in papers, with the causal half only (some
+report the full square, which nearly doubles their figure at a million tokens).
 
-Worked example, Llama-3.1-8B: 6 x 7.50e9 = 45 GFLOP of matrices; attention adds 6.4 GFLOP at 8K tokens and
-825 GFLOP at 1M: 95 % of the work there is attention.
+Worked example, Llama-3.1-8B: 6 x 7.50e9 = 45 GFLOP for matrices; attention adds 6.4 GFLOP at 8K tokens and 825 GFLOP at
+1M, where it is 95 % of the work.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from megalong.config.architecture import Architecture
 
 
 def matrix_entries(architecture: Architecture) -> int:
-    """Weights that a token is multiplied with: all layers' matrices and the output head (tied or not)."""
+    """Number of weights that multiply a token: all layers' matrices and the output head (tied or not)."""
     a = architecture
     projections = a.hidden_size * a.kv_channels * 2 * (a.num_attention_heads + a.num_query_groups)
     feed_forward = 3 * a.hidden_size * a.ffn_hidden_size

@@ -28,7 +28,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Self, TypeVar
 
 from megalong.errors import UserError
-from megalong.runtime.signals import kept_from_children
+from megalong.runtime.signals import sigint_blocked_for_children
 
 CHUNKS_UNDER_WAY = 3
 PARENT_SECONDS = 0.2  # between two checks for the parent
@@ -128,7 +128,7 @@ class _Pool:
         arguments = (self._task, theirs, inherited, os.getpid())
         process = context.Process(target=_work, args=arguments, daemon=True)
         # Ctrl-C must not interrupt a fork.
-        with kept_from_children():
+        with sigint_blocked_for_children():
             process.start()
             self._processes[ours], self._done[ours] = process, 0
         theirs.close()

@@ -129,10 +129,10 @@ def _measure(
 
     from megalong.evaluation.perplexity import PerplexityResult
     from megalong.runtime.distributed import choose_device
-    from megalong.runtime.world import logged, world
+    from megalong.runtime.world import console_logging, world
 
     device, results = choose_device(), []
-    with world(device), logged():
+    with world(device), console_logging():
         # These import Megatron-Core, for which the process must be prepared first.
         from megalong.evaluation.measure import measure_losses
         from megalong.runtime.distributed import set_grid

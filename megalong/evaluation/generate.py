@@ -164,9 +164,9 @@ def _generate(
 ) -> list[int]:
     """Join a world of one process, load the model, generate, leave the world."""
     from megalong.runtime.distributed import choose_device
-    from megalong.runtime.world import logged, world
+    from megalong.runtime.world import console_logging, world
 
-    with world(choose_device(), Grid()), logged():
+    with world(choose_device(), Grid()), console_logging():
         # These import Megatron-Core, for which the process must be prepared first.
         from megalong.evaluation.measure import load_model
         from megalong.model.build import unwrap

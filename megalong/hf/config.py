@@ -23,7 +23,7 @@ from megalong.errors import UserError
 from megalong.hf.family import FAMILIES, WINDOW_FIELDS, write_family
 from megalong.hf.weight_files import ADAPTER_FILE
 from megalong.rope.hf import from_hf, to_hf
-from megalong.runtime.files import unopened
+from megalong.runtime.files import why_unreadable
 
 CONFIG_FILE = "config.json"
 _FIELDS = {
@@ -66,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: {unopened(path, error)}") from None
+        raise UserError(f"{path}: {why_unreadable(path, error)}") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):

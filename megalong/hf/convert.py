@@ -42,7 +42,7 @@ from megalong.hf.weight_map import hf_shapes, hf_sources
 from megalong.hf.writer import MAX_SHARD_BYTES, check_target, write_folder
 from megalong.runtime.folders import refuse_unwritable
 from megalong.runtime.grid import Grid
-from megalong.runtime.world import logged, world
+from megalong.runtime.world import console_logging, world
 
 log = logging.getLogger("megalong")
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def import_hf(hf: str | Path, output: str | Path) -> Path:
         reader.check(architecture)
         dtype = reader.widest_dtype(hf_shapes(architecture))
         architecture = _in_dtype(architecture, dtype)
-        with logged(), world(CPU, Grid()):
+        with console_logging(), world(CPU, Grid()):
             log.info("importing %s: %s", hf, _summary(architecture))
             if not any((hf / name).is_file() for name in _TOKENIZERS):
                 log.warning("%s has no tokenizer: the checkpoint, and exports from it, will have none", hf)
@@ -98,7 +98,7 @@ def export_hf(
     torch_dtype = _dtype(dtype or meta.dtype)
     architecture = _in_dtype(meta.architecture, torch_dtype)
     check_target(output)
-    with tempfile.TemporaryDirectory() as assets, logged(), world(CPU, Grid()):
+    with tempfile.TemporaryDirectory() as assets, console_logging(), world(CPU, Grid()):
         log.info("exporting %s: %s", folder, _summary(architecture))
         log.info("%s", _about_dtype(meta, dtype))
         config = _prepare_config(architecture, folder / ASSETS, Path(assets))
@@ -143,7 +143,7 @@ def export_adapter(
         raise UserError(f"--adapter: {folder} has no adapters; leave --adapter out to export its weights")
     torch_dtype = _dtype(dtype or meta.dtype)
     check_target(output)
-    with logged(), world(CPU, Grid()):
+    with console_logging(), world(CPU, Grid()):
         from megalong.checkpoint.store import load_weights
         from megalong.model.build import build_model
         from megalong.model.config import ModelSettings

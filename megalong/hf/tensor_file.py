@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megalong.errors import UserError
-from megalong.runtime.files import unopened
+from megalong.runtime.files import why_unreadable
 
 _LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 _OTHER_FORMATS = (  # (first bytes, message)
@@ -44,7 +44,7 @@ def open_tensors(path: Path, what: str = "") -> Any:
         if fault is None:
             return safe_open(path, framework="pt", device="cpu")
     except OSError as error:
-        fault = unopened(path, error)
+        fault = why_unreadable(path, error)
     except SafetensorError as error:
         fault = f"cannot be read as safetensors ({error}); download it again"
     raise UserError(f"{what}{path}: {fault}")

@@ -1,6 +1,6 @@
-"""Core attention by other means than our exact kernels: with emulated FP8 operands, or by Transformer Engine.
+"""Core attention without our exact kernels: with emulated FP8 operands, or by Transformer Engine.
 
-What differs is the call after rotation; positions and plans are those of `core_attention`.
+Only the call after rotation differs; positions and plans are those of `core_attention`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megalong.model.core_attention import CoreAttention
 
 
 class EmulatedFp8Attention(CoreAttention):
-    """`precision.fp8_dot_product_attention` where there is no GPU."""
+    """`precision.fp8_dot_product_attention` without a GPU."""
 
     def __init__(self, config: LlamaConfig, *arguments: Any, **options: Any) -> None:
         super().__init__(config, *arguments, **options)
@@ -30,7 +30,7 @@ class EmulatedFp8Attention(CoreAttention):
         self.fp8_kernel = fp8_kernel(formats)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        """Attention of rounded operands, exchanged as exact ones are."""
+        """Attention with rounded operands, exchanged like exact ones."""
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return context_attention(q, k, v, plan, self.groups, self.fp8_kernel, self.softmax_scale, self.window)
@@ -58,10 +58,10 @@ class EngineCoreAttention(CoreAttention):
         )
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        """Attention by Transformer Engine, which exchanges for itself."""
+        """Attention by Transformer Engine, which does its own exchange."""
         result: torch.Tensor = self.engine(query, key, value, plan)
         return result
 
     def sharded_state_dict(self, *unused: Any, **also_unused: Any) -> dict[str, Any]:
-        """Nothing: its FP8 scales begin anew at a resume, as in Megatron-Core, and no other backend has them."""
+        """Nothing: its FP8 scales start anew at a resume, as in Megatron-Core, and no other backend has them."""
         return {}

@@ -1,4 +1,4 @@
-"""What of a micro-batch travels to the attention layers: positions, and the plan of what sees what."""
+"""What the attention layers need of a micro-batch: its positions, and the plan of which token sees which."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megalong.rope import cos_sin
 
 @dataclass
 class AttentionInputs(PackedSeqParams):
-    """Positions of this rank's tokens and the plan of their attention, on the way to core attention.
+    """Positions of this rank's tokens and the plan of their attention, passed to core attention as `packed_seq_params`.
 
-    Megatron-Core hands `packed_seq_params` through recomputation and to the layers of every pipeline stage, which it
-    does not do for `position_ids`; module state would not do, because several micro-batches are in flight at once.
-    `qkv_format="sbhd"` tells it that nothing is packed as far as its own code is concerned.
+    Megatron-Core passes `packed_seq_params`, unlike `position_ids`, through recomputation and to the layers of every
+    pipeline stage. Module state would not work, because several micro-batches are in flight at once.
+    `qkv_format="sbhd"` tells Megatron-Core that nothing is packed as far as its own code is concerned.
 
-    `positions` int64 [1 or b, s], one row where all rows are alike. With a `cache` (generation) the tokens are those
-    that follow what it holds, of a single document, and no plan is needed.
+    `positions` int64 [1 or b, s], one row if all rows are alike. With a `cache` (generation) the tokens belong to a
+    single document and follow those in the cache; they need no plan.
     """
 
     qkv_format: str = "sbhd"
@@ -32,7 +32,7 @@ class AttentionInputs(PackedSeqParams):
     _rotary: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
     def rotary(self, inverse_frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each [s, 1 or b, head_dim / 2] float32: made by the first layer, shared by the others.
+        """(cos, sin), each [s, 1 or b, head_dim / 2] float32: computed by the first layer, shared by the others.
 
         All layers of a model have the same frequencies.
         """
@@ -43,5 +43,5 @@ class AttentionInputs(PackedSeqParams):
 
     @classmethod
     def of(cls, batch: MicroBatch) -> AttentionInputs:
-        """Those of a micro-batch."""
+        """The inputs for a micro-batch."""
         return cls(positions=batch.positions, plan=batch.plan)

@@ -5,8 +5,8 @@
     FP8 on a CPU      operands rounded (fp8.py)                         ours; operands rounded too, if asked for
     FP8 on a GPU      Transformer Engine's                              ours, or Transformer Engine's
 
-Norm, activation and the loss head depend on the device alone. The optimizer is Megatron-Core's choice
-(runtime/megatron.py). `implementations.py` names all of them in a log line.
+Norm, activation and the loss head depend only on the device. Megatron-Core chooses the optimizer (runtime/megatron.py).
+`implementations.py` names all of them in a log line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megalong.model.swiglu import CompiledSwiGLU, SwiGLU, why_not_compiled
 
 @dataclass(frozen=True)
 class Backend:
-    """Classes, each called as Megatron-Core calls its own at that place.
+    """Classes, each called as Megatron-Core calls its own class in that place.
 
     Attributes:
         column, row: linear layers of attention and MLP.

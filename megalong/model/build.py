@@ -41,10 +41,10 @@ def build_model(architecture: Architecture, settings: ModelSettings | None = Non
 
 
 def mark_tensor_parallel(model: torch.nn.Module) -> None:
-    """Say which weights are slices and along which dimension.
+    """Mark which weights are slices, and along which dimension.
 
-    Megatron-Core does so when it initialises them, which we have switched off. Unmarked, they would count as
-    copies: all but tensor rank 0's would be left out of the gradient norm, and clipping would be wrong.
+    Megatron-Core does this when it initializes weights, which we have switched off. Unmarked weights would count as
+    copies: all but those of tensor rank 0 would be left out of the gradient norm, and clipping would be wrong.
     """
     cut = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
     for module in model.modules():
@@ -54,7 +54,7 @@ def mark_tensor_parallel(model: torch.nn.Module) -> None:
 
 
 def wrap_for_training(chunks: list[torch.nn.Module], parallel: Parallel) -> list[torch.nn.Module]:
-    """Add bf16 inputs/outputs where the weights are bf16, and gradient buffers reduced over data × context ranks."""
+    """Add bf16 inputs and outputs if the weights are bf16, and gradient buffers reduced over data × context ranks."""
     config: Any = chunks[0].config
     if config.bf16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
@@ -66,7 +66,7 @@ def wrap_for_training(chunks: list[torch.nn.Module], parallel: Parallel) -> list
         check_for_nan_in_grad=False,
     )
     return [
-        # Buckets are for overlapping; the later parts' gradients are complete long before backward ends.
+        # Buckets are for overlap, and the gradients of later chunks are complete long before backward ends.
         DistributedDataParallel(config=config, ddp_config=ddp, module=chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]

@@ -1,7 +1,7 @@
 """From an `Architecture` and a run's settings to Megatron-Core's `TransformerConfig`.
 
-Megatron-Core's switches default to GPT-2; this module says once which of them make a Llama, and which of its fusions
-stay off because they need apex or a GPU.
+Megatron-Core's settings default to GPT-2. This module sets those that make a Llama, and switches off the fusions that
+need apex or a GPU.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class LlamaConfig(TransformerConfig):
-    """`TransformerConfig` and what our own modules need besides.
+    """`TransformerConfig` with the additional settings of our own modules.
 
-    `emulated_fp8` stands in for `fp8` where there is no GPU: with the latter set, Megatron-Core asks for Transformer
-    Engine. `fp8_recipe` and `fp8_dot_product_attention` mean the same in both cases.
+    `emulated_fp8` replaces `fp8` without a GPU, because with `fp8` set Megatron-Core requires Transformer Engine.
+    `fp8_recipe` and `fp8_dot_product_attention` mean the same in both cases.
     """
 
     rope: RopeSettings = field(default_factory=RopeSettings)
@@ -43,11 +43,11 @@ class LlamaConfig(TransformerConfig):
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """How one model is laid out and computed: everything that is not its architecture.
+    """How a model is distributed and computed: everything but its architecture.
 
-    `recompute` is `memory.recompute`, `attention` is `Resolved.backend`, `transport` is how keys reach the ranks that
-    `grid.heads` has left (`config.exchange`). `fp8` and what begins with it are `precision`'s. With `lora` (which
-    has a rank then) the model carries adapters, and nothing else of it learns.
+    `recompute` is `memory.recompute`, `attention` is `Resolved.backend`, `transport` is how keys travel between the
+    groups of `grid.heads` ranks (`config.exchange`). `fp8` and the settings that begin with it come from `precision`.
+    With `lora` (whose rank is then set) the model has adapters, and only these are trained.
     """
 
     grid: Grid = field(default_factory=Grid)
@@ -65,7 +65,7 @@ class ModelSettings:
 def transformer_config(architecture: Architecture, settings: ModelSettings) -> LlamaConfig:
     """Megatron-Core's configuration of a Llama (RMSNorm, SwiGLU, grouped queries, no biases, no dropout).
 
-    Weights are not initialised: they are always loaded or drawn by `model.build`.
+    Megatron-Core does not initialize the weights; they are always loaded or drawn afterwards.
     """
     grid = settings.grid
     return LlamaConfig(
@@ -84,7 +84,7 @@ def transformer_config(architecture: Architecture, settings: ModelSettings) -> L
         layernorm_epsilon=architecture.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
-        use_te_activation_func=True,  # the place where the layer's specification puts our SwiGLU
+        use_te_activation_func=True,  # makes the MLP build the activation of its spec, our SwiGLU
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -113,7 +113,7 @@ def transformer_config(architecture: Architecture, settings: ModelSettings) -> L
 
 
 def _recompute(mode: str) -> dict[str, Any]:
-    """`full` keeps each layer's input only, `selective` all but the attention kernel's inputs and outputs."""
+    """`full` keeps only each layer's input, `selective` everything but the attention kernel's inputs and outputs."""
     if mode == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if mode == "selective":
@@ -126,7 +126,7 @@ def _fp8(settings: ModelSettings) -> dict[str, Any]:
         return {}
     on_cpu = torch.device(torch.cuda.current_device()).type == "cpu"
     if on_cpu:
-        log.info("no GPU in use: emulating FP8, which is slower than bf16: %s", _what_is_rounded(settings))
+        log.info("no GPU in use: emulating FP8, which is slower than bf16: %s", _describe_rounding(settings))
     return {
         "emulated_fp8" if on_cpu else "fp8": settings.fp8,
         "fp8_recipe": settings.fp8_recipe,
@@ -134,7 +134,7 @@ def _fp8(settings: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _what_is_rounded(settings: ModelSettings) -> str:
+def _describe_rounding(settings: ModelSettings) -> str:
     forward, backward = ("e4m3", "e5m2") if settings.fp8 == "hybrid" else ("e4m3", "e4m3")
     rounded, kept = f"inputs and weights of qkv, proj, fc1 and fc2 to {forward}", "attention, norms, embedding, head"
     gradients = f"the gradients that reach them to {backward}"
@@ -142,4 +142,4 @@ def _what_is_rounded(settings: ModelSettings) -> str:
         rounded += f", Q, K, V and P to {forward}"
         gradients += f", dO and dS to {backward}"
         kept = "norms, embedding, head"
-    return f"rounded are {rounded}, {gradients}, by {settings.fp8_recipe} scaling; not {kept} and no sum"
+    return f"it rounds {rounded}, {gradients}, by {settings.fp8_recipe} scaling; not {kept}, nor any sum"

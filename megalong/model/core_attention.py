@@ -1,8 +1,8 @@
 """Core attention: rotary positions, then causal attention over the context-parallel ranks.
 
-Positions are applied here rather than by GPTModel, from the explicit positions that travel with the micro-batch, so
-that extended, per-document and skipped positions are the same code on any layout. YaRN's temperature multiplies both
-query and key, so it is folded into the scale that every kernel accepts: softmax_scale · temperature².
+RoPE is applied here and not by GPTModel, from the explicit positions of the micro-batch, so that the same code serves
+extended, per-document and skipped positions on any token layout. YaRN's temperature multiplies both query and key, so
+it is folded into the scale that every kernel accepts: softmax_scale · temperature².
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from megalong.runtime.distributed import context_levels
 class CoreAttention(torch.nn.Module):
     """Causal self-attention on this rank's heads and tokens.
 
-    Megatron-Core's `SelfAttention` builds it. The ignored arguments are settings of Megatron-Core's own
-    attention (masks, dropout, communication type).
+    Megatron-Core's `SelfAttention` builds it. The ignored arguments are settings of Megatron-Core's own attention
+    (masks, dropout, communication type).
     """
 
     def __init__(
@@ -62,8 +62,7 @@ class CoreAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """Apply RoPE to query and key, then compute attention.
 
-        Shapes: query [s, b, heads/TP, d], key and value [s, b, groups/TP, d], result [s, b, heads/TP · d], where
-        s = S/CP.
+        Shapes: query [s, b, heads/TP, d], key and value [s, b, groups/TP, d], result [s, b, heads/TP · d]; s is S/CP.
         """
         assert isinstance(packed_seq_params, AttentionInputs)
         cos, sin = packed_seq_params.rotary(self.inverse_frequencies)

@@ -1,8 +1,8 @@
-"""Matrix products of bf16 on a CPU that has no instructions for them.
+"""bf16 matrix products on a CPU without bf16 instructions.
 
-Such a CPU (AVX2 and no more) takes ten times as long for a product of bf16 as for one of float32, because torch has
-only a plain loop for it there. Here the operands are widened, multiplied as float32, and the result is rounded once,
-which is what a GPU's tensor cores do with them.
+On such a CPU (at most AVX2) a bf16 product takes ten times as long as a float32 one, because torch has only a plain
+loop for it. Here the operands are widened and multiplied in float32, and the result is rounded once, as on a GPU's
+tensor cores.
 
     2048 x 128 by 128 x 384, one core, AVX2:    float32 50 GFLOP/s    bf16 4    bf16 through float32 50
 
@@ -39,7 +39,7 @@ def _report() -> None:
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`input @ weight.T` the fastest way: `[..., k]`, `[n, k]` to `[..., n]`. Differentiable once."""
+    """`input @ weight.T` in the fastest way: `[..., k]`, `[n, k]` to `[..., n]`. Differentiable once."""
     if not widens(input.device, input.dtype):
         return F.linear(input, weight)
     result: torch.Tensor = _Widened.apply(input, weight)
@@ -53,7 +53,7 @@ class _Widened(torch.autograd.Function):
         ctx.shape, ctx.dtype = input.shape, input.dtype
         # Flat: torch may multiply [s, b, k] as s small matrices.
         flat = input.flatten(0, -2).float() @ weight.float().t()
-        out = input.new_empty(*input.shape[:-1], len(weight))  # no view: the head overwrites a part of it
+        out = input.new_empty(*input.shape[:-1], len(weight))  # not a view: the head overwrites part of it
         out.flatten(0, -2).copy_(flat)
         return out
 
@@ -71,7 +71,7 @@ class _Widened(torch.autograd.Function):
 
 
 class WidenedColumnParallelLinear(OwnProduct, ColumnParallelLinear):
-    """Its product is computed as float32."""
+    """Computes its product in float32."""
 
     def product(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See `linear`."""
@@ -79,7 +79,7 @@ class WidenedColumnParallelLinear(OwnProduct, ColumnParallelLinear):
 
 
 class WidenedRowParallelLinear(OwnProduct, RowParallelLinear):
-    """Its product is computed as float32."""
+    """Computes its product in float32."""
 
     def product(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See `linear`."""

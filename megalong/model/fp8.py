@@ -1,23 +1,24 @@
-"""Linear layers whose operands are rounded to FP8, emulated: what TE's layers do on a GPU, for where there is none.
+"""Linear layers with operands rounded to FP8, emulated: what TE's layers do on a GPU, for machines without one.
 
-A linear layer is three matrix products. All their operands are rounded (attention/fp8.py), as Transformer Engine (TE)
-rounds them; what comes out and what is summed is not:
+A linear layer is three matrix products. Their operands are rounded as in Transformer Engine (TE), by attention/fp8.py;
+their results and sums are not:
 
     forward    Y = X W^T      X, W in e4m3
-    backward   dX = dY W      dY in e5m2 under `hybrid`, X and W as forward rounded them
+    backward   dX = dY W      dY in e5m2 under `hybrid`, X and W as rounded in forward
                dW = dY^T X
 
-These are the products of linear_qkv, linear_proj, linear_fc1 and linear_fc2; embedding, norms and head stay as they
-are. The recipe says where a tensor's scale comes from:
+These are the products of linear_qkv, linear_proj, linear_fc1 and linear_fc2; embedding, norms and head are not rounded.
+The recipe decides where a tensor's scale comes from:
 
     tensorwise   from the tensor itself, on each rank
-    delayed      from its largest magnitude in the step before, on any tensor, context or data parallel rank
+    delayed      from its largest magnitude in the previous step, on any tensor, context or data parallel rank
 
-Delayed scales start at 1. They change only after a step that was applied (`refresh_scales`), so that the number of
-micro-batches does not matter, and recomputation and a replay round as the first pass did; TE changes them after each
-micro-batch. A checkpoint holds them where Megatron-Core keeps TE's (`_extra_state`).
+Delayed scales start at 1. They change only after a step that was applied (`refresh_scales`). So the number of
+micro-batches does not matter, and recomputation and replay round as the first pass did. TE changes them after each
+micro-batch. A checkpoint stores them where Megatron-Core stores TE's (`_extra_state`).
 
-Everything is computed in float32, slower than bf16 on the same CPU: this shows what FP8 does to a loss, not to time.
+Everything is computed in float32, more slowly than bf16 on the same CPU: this shows what FP8 does to the loss, not to
+the speed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ INPUT, WEIGHT, GRADIENT = range(3)
 
 
 class TensorwiseScaling:
-    """A scale from the very tensor that is rounded; nothing to remember."""
+    """A scale from the tensor that is being rounded; there is no state."""
 
     def __init__(self, formats: Formats) -> None:
         self.formats = formats
@@ -50,7 +51,7 @@ class TensorwiseScaling:
 
 
 class DelayedScaling:
-    """Scales of a layer's input, weight and gradient, each from its largest magnitude in the step before.
+    """Scales of a layer's input, weight and gradient, each from its largest magnitude in the previous step.
 
     Attributes:
         scales: of this step.
@@ -66,21 +67,21 @@ class DelayedScaling:
     def scale(self, operand: int, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """This step's factor for `operand`, float32 scalar; while `observed`, `tensor` counts for the next step's.
 
-        What recomputation sees a second time changes nothing, because only the largest magnitude counts.
+        Seeing a tensor again in recomputation changes nothing, because only the largest magnitude counts.
         """
         if self.observed:
             self.amax[operand] = torch.maximum(self.amax[operand], largest_magnitude(tensor))
         return self.scales[operand]
 
     def refresh(self) -> None:
-        """Make the next step's scales of `amax`; a magnitude that was not seen, or is 0, leaves its scale as it is."""
-        # Never in place: backward of what was computed with the old scales may still need them.
+        """Compute the next step's scales from `amax`; a magnitude of 0, or one not seen, leaves its scale unchanged."""
+        # Never in place: backward may still need the old scales.
         types = (self.formats.forward, self.formats.forward, self.formats.backward)
         self.scales = torch.stack([scale_for(a, t, s) for a, t, s in zip(self.amax, types, self.scales, strict=True)])
         self.forget()
 
     def forget(self) -> None:
-        """Let this step not count."""
+        """Discard what was observed in this step."""
         self.amax = torch.zeros(3)
 
 
@@ -88,7 +89,7 @@ Scaling = TensorwiseScaling | DelayedScaling
 
 
 def refresh_scales(chunks: list[torch.nn.Module]) -> None:
-    """Make the next step's scales, from what all ranks have seen in this step; on all ranks alike."""
+    """Compute the next step's scales from what all ranks have seen in this step; collective."""
     found = list(_delayed(chunks))
     if not found:
         return
@@ -100,7 +101,7 @@ def refresh_scales(chunks: list[torch.nn.Module]) -> None:
 
 
 def forget_step(chunks: list[torch.nn.Module]) -> None:
-    """Let the scales be as before this step, which was dropped or rejected; on all ranks alike."""
+    """Keep the scales of before this step, which was dropped or rejected; call on all ranks."""
     for scaling in _delayed(chunks):
         scaling.forget()
 
@@ -112,7 +113,7 @@ def _delayed(chunks: list[torch.nn.Module]) -> Iterator[DelayedScaling]:
 
 
 class _Rounded(OwnProduct):
-    """What both parallel linear layers share; mixed in before Megatron-Core's."""
+    """Shared by both parallel linear layers; a mix-in to put before Megatron-Core's class."""
 
     def __init__(self, *arguments: Any, config: LlamaConfig, **options: Any) -> None:
         super().__init__(*arguments, config=config, **options)
@@ -123,33 +124,33 @@ class _Rounded(OwnProduct):
         )
 
     def product(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See `fp8_linear`. What is rounded while evaluating does not change the scales."""
+        """See `fp8_linear`. Evaluation does not change the scales."""
         if isinstance(self.scaling, DelayedScaling):
             self.scaling.observed = self.training
         return fp8_linear(input, weight, self.scaling)
 
     def get_extra_state(self) -> dict[str, torch.Tensor] | None:
-        """The scales, if there is anything to remember."""
+        """The scales, if the recipe has state."""
         return {"scales": self.scaling.scales} if isinstance(self.scaling, DelayedScaling) else None
 
     def set_extra_state(self, state: Any) -> None:
-        """Take scales over; a checkpoint that was not written under emulated delayed scaling holds none of ours."""
+        """Restore the scales; a checkpoint written without emulated delayed scaling has none of ours."""
         if isinstance(self.scaling, DelayedScaling) and isinstance(state, dict):
             self.scaling.scales = state["scales"].clone()
 
 
 class Fp8ColumnParallelLinear(_Rounded, ColumnParallelLinear):
-    """Outputs cut over tensor-parallel ranks; the input is gathered first under sequence parallelism."""
+    """Outputs are split over tensor-parallel ranks; under sequence parallelism the input is gathered first."""
 
 
 class Fp8RowParallelLinear(_Rounded, RowParallelLinear):
-    """Inputs cut over tensor-parallel ranks, which add their results up unrounded."""
+    """Inputs are split over tensor-parallel ranks, which sum their results unrounded."""
 
 
 def fp8_linear(input: torch.Tensor, weight: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     """`input @ weight.T` with all operands rounded, forward and backward: `[..., k]`, `[n, k]` to `[..., n]`.
 
-    The result and the gradients are those of the rounded operands, as if rounding had a derivative of 1.
+    Result and gradients are those of the rounded operands, as if rounding had a derivative of 1.
     """
     result: torch.Tensor = _Product.apply(input, weight, scaling)
     return result
@@ -184,7 +185,7 @@ class _Product(torch.autograd.Function):
 
 
 def engine_linears() -> tuple[type, type]:
-    """Transformer Engine's column- and row-parallel layers, which round on the GPU; no scales of the emulation."""
+    """Transformer Engine's column- and row-parallel layers, which ignore the emulation's scales in a checkpoint."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
     class EngineColumnParallelLinear(TEColumnParallelLinear):

@@ -1,8 +1,8 @@
-"""The loss head: hidden states of the last layer to losses, or to the logits of the next token.
+"""The loss head: from hidden states of the last layer to losses, or to the logits of the next token.
 
-The vocabulary is padded to a multiple of 128, so that any tensor-parallel size divides it. Padding must be no logit:
-neither the loss nor its gradient may depend on how much of it there is. Its columns are overwritten in place, without
-a copy of the logits, which are the largest tensor of a step: 4 bytes × tokens × vocabulary / TP.
+The vocabulary is padded to a multiple of 128, so that every tensor-parallel size divides it. Neither the loss nor its
+gradient may depend on the amount of padding. Its columns are overwritten in place, without a copy of the logits, which
+are the largest tensor of a step: 4 bytes × tokens × vocabulary / TP.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 
 class Head:
-    """The output layer of a model, and what is computed from its logits.
+    """A model's output layer, and the losses or logits computed with it.
 
     Args:
         output_layer: hidden → this rank's shard of the padded vocabulary.
         vocab_size: the vocabulary without padding.
 
-    `weight` below is the shared embedding of a tied model [V/TP, h]; None where `output_layer` has a weight of its own.
+    `weight` below is the shared embedding of a tied model [V/TP, h]; None if `output_layer` has a weight of its own.
     """
 
     def __init__(self, output_layer: ColumnParallelLinear, vocab_size: int) -> None:
         self._output_layer, self._vocab_size = output_layer, vocab_size
 
     def losses(self, hidden: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        """Cross-entropy of each token in nats, float32 [b, s], of hidden [s, b, h] ([s/TP, b, h] with sequence
-        parallelism) and labels int64 [b, s].
+        """Cross-entropy per token in nats, float32 [b, s].
+
+        Hidden states are [s, b, h] ([s/TP, b, h] with sequence parallelism), labels int64 [b, s].
         """
         logits, _ = self._output_layer(hidden, weight=weight)
         logits = self._without_padding(logits)
@@ -43,8 +44,9 @@ class Head:
         return self._without_padding(logits).transpose(0, 1).contiguous()
 
     def last_logits(self, hidden: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        """Logits after the last token, float32 [b, V] without padding, of hidden [s, b, h]; the vocabulary must lie
-        whole on this rank. Those of a whole prompt would outweigh the model.
+        """Logits after the last token, float32 [b, V] without padding, of hidden [s, b, h].
+
+        This rank must hold the whole vocabulary. Logits of a whole prompt would take more memory than the model.
         """
         logits, _ = self._output_layer(hidden[-1:], weight=weight)
         return logits[0, :, : self._vocab_size].float()
@@ -52,13 +54,13 @@ class Head:
     def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
         width = logits.shape[-1]
         valid = self._vocab_size - parallel_state.get_tensor_model_parallel_rank() * width
-        return logits if valid >= width else _Overwritten.apply(logits, max(valid, 0))
+        return logits if valid >= width else _MaskPadding.apply(logits, max(valid, 0))
 
 
-class _Overwritten(torch.autograd.Function):
-    """Columns from `valid` on become the lowest finite number: their softmax, and so their gradient, is exactly 0.
+class _MaskPadding(torch.autograd.Function):
+    """Sets columns from `valid` on to the lowest finite number, so that their softmax and gradient are exactly 0.
 
-    Finite, because a rank that has nothing but padding must not turn its maximum into -inf - -inf.
+    Finite, because on a rank with nothing but padding -inf would make the softmax compute -inf - -inf.
     """
 
     @staticmethod

@@ -2,14 +2,14 @@
 
     part         on the CPU                    on a GPU, the fastest first
     attention    torch's fused CPU kernel      cuDNN (Hopper), FlashAttention-2, tiles in plain torch;
-                                               Transformer Engine where the configuration asks for it
+                                               Transformer Engine if configured
     linears      torch                         Transformer Engine (FP8), cuBLAS
-    norm         torch's RMSNorm               torch's fused RMSNorm, the same in several kernels (older torch)
-    activation   SwiGLU in tiles               a compiled SwiGLU, plain torch (where nothing can be compiled)
+    norm         torch's RMSNorm               torch's fused RMSNorm, or several kernels (older torch)
+    activation   SwiGLU in tiles               a compiled SwiGLU, plain torch (if compilation fails)
     optimizer    torch's fused AdamW           FusedAdam of Transformer Engine, of apex, torch's fused AdamW
 
-A slower choice changes the time of a step, never its result, so a run falls back instead of ending. It says so at its
-start: a run that falls back in silence wastes a cluster. `megalong doctor` prints the same choices.
+A slower choice changes the time of a step, never its result, so a run falls back instead of ending. It logs this at its
+start, because a silent fallback wastes a cluster. `megalong doctor` prints the same choices.
 
 torch is imported only for a GPU, so that `megalong doctor` stays instant on a laptop.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choice:
-    """An implementation by name, and why the next faster one is not used (empty: there is none)."""
+    """The name of an implementation, and why the next faster one is not used (empty if there is none)."""
 
     name: str
     why: str = ""
@@ -49,7 +49,7 @@ class Implementations:
     optimizer: Choice
 
     def __str__(self) -> str:
-        """All choices in one line of a log."""
+        """All choices in one log line."""
         return "; ".join(f"{name}: {choice}" for name, choice in self.rows())
 
     def rows(self) -> list[tuple[str, Choice]]:
@@ -66,7 +66,7 @@ def implementations(
     fp8: str | None = None,
     fp8_attention: bool = False,
 ) -> Implementations:
-    """What a model takes on `device`.
+    """The implementations that a model uses on `device`.
 
     Args:
         machine: the GPU's capability and whether Transformer Engine can be imported.
@@ -88,14 +88,14 @@ def implementations(
 
 
 def of_this_machine() -> list[tuple[str, str]]:
-    """For `megalong doctor`: what a run takes under the default configuration, which is bf16 with 128 channels a head.
+    """For `megalong doctor`: what a run with the default configuration uses, for bf16 and a head dimension of 128.
 
-    Never raises: whatever stands in the way is what the user wants to read.
+    Never raises: an error is shown in place of the choices.
     """
     try:
         found = _found_here()
     except Exception as error:
-        return [("will use", f"cannot be found out: {type(error).__name__}: {str(error).strip()[:200]}")]
+        return [("will use", f"unknown: {type(error).__name__}: {str(error).strip()[:200]}")]
     (_, device), *parts = found.rows()
     return [("will use", str(device)), *((f"  {name}", str(choice)) for name, choice in parts)]
 

@@ -1,11 +1,10 @@
 """Keys and values of the tokens read so far, for generation.
 
-Kept by core attention, after rotation: a key is turned once, by its own position, and compared with every later query
-as it is. (Megatron-Core's inference contexts would not do: one keeps keys before rotation, the other leaves core
-attention out, and with it our positions.)
+Core attention stores them after rotation, so each key is rotated once. (Megatron-Core's inference contexts do not fit:
+one stores keys before rotation, the other bypasses core attention and with it our positions.)
 
-    full layer      a buffer of all tokens there will ever be, filled from the front
-    windowed layer  the last `window - 1` tokens, which is all that the next query sees besides its own
+    full layer      a buffer for `capacity` tokens, filled from the front
+    windowed layer  the last `window - 1` tokens: all that the next query sees besides its own
 
 A token of Llama 3.1 8B takes 2 x 32 layers x 8 heads x 128 channels x 2 bytes = 128 KiB in bf16.
 """
@@ -21,7 +20,7 @@ class KVCache:
     """The cache of one batch of sequences of equal length.
 
     Args:
-        capacity: tokens there will be at most, prompt and answer together.
+        capacity: maximum number of tokens, prompt and answer together.
 
     Attributes:
         length: tokens read before the current call of the model; `advance` counts the call's own.
@@ -33,16 +32,16 @@ class KVCache:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def advance(self, tokens: int) -> None:
-        """Every layer has read `tokens` more."""
+        """Count `tokens` more, which every layer has read."""
         self.length += tokens
 
     def extend(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, window: int | None
     ) -> tuple[torch.Tensor, torch.Tensor, BlockMask]:
-        """Take in a layer's new keys and values `[s, b, g, d]` (keys rotated).
+        """Append a layer's new keys and values `[s, b, g, d]` (keys rotated).
 
         Returns:
-            All keys and values that one of the s queries sees, `[m, b, g, d]`, and which query sees which.
+            The keys and values that any of the s queries sees, `[m, b, g, d]`, and their mask.
         """
         assert self.length + len(key) <= self.capacity
         keys, values = self._append(layer, key, value) if window is None else self._roll(layer, key, value, window)
@@ -67,6 +66,6 @@ class KVCache:
             old_keys, old_values = self._layers[layer]
             key, value = torch.cat([old_keys, key]), torch.cat([old_values, value])
         first = max(0, len(key) - window + 1)
-        # Copies: a view would keep a whole prompt's chunk alive.
+        # Copies: a view would keep the whole chunk of a prompt in memory.
         self._layers[layer] = key[first:].clone(), value[first:].clone()
         return key, value

@@ -1,6 +1,6 @@
 """Llama on Megatron-Core: `GPTModel` builds the modules, the forward pass is our own.
 
-    tokens ── embedding ──▶ layers (positions and document bounds in `attention_inputs`) ──▶ head ──▶ losses
+    tokens ── embedding ──▶ layers (positions and document boundaries in `attention_inputs`) ──▶ head ──▶ losses
 
 RoPE is applied in `core_attention.py` (`position_embedding_type="none"`), the loss is computed in `head.py`.
 """
@@ -57,7 +57,7 @@ class LlamaModel(GPTModel):
         self._head = Head(self.output_layer, architecture.vocab_size) if self.post_process else None
 
     def setup_embeddings_and_output_layer(self) -> None:
-        """Megatron-Core calls this once all modules are there. It builds `output_layer` of its own class only."""
+        """Megatron-Core calls this after it has built all modules; its `output_layer` is always of its own class."""
         if self.post_process and type(self.output_layer) is not self._backend.output:
             self.output_layer = self._backend.output(
                 self.config.hidden_size,
@@ -76,8 +76,8 @@ class LlamaModel(GPTModel):
     ) -> torch.Tensor:
         """Losses float32 [b, s] of tokens and labels int64 [b, s]; without labels the logits [b, s, V/TP].
 
-        This is the last stage's result. An earlier stage returns hidden states [s, b, h]. A stage after the first
-        reads its input from `set_input_tensor`.
+        This is the last stage's result. An earlier stage returns hidden states [s, b, h]. A stage after the first reads
+        its input from `set_input_tensor`.
         """
         hidden = self._hidden(tokens, attention_inputs)
         if self._head is None:
@@ -87,7 +87,7 @@ class LlamaModel(GPTModel):
 
     @torch.no_grad()
     def next_logits(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Read `tokens` int64 [b, s], which follow what `cache` holds, and predict the one after them.
+        """Read `tokens` int64 [b, s], which follow those in `cache`, and predict the token after them.
 
         Returns:
             float32 [b, V] without vocabulary padding. This rank must hold the whole model.

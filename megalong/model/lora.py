@@ -1,18 +1,18 @@
 """Adapters beside Megatron-Core's parallel linear layers, one A and B for each Hugging Face module (LoRA).
 
-Megatron fuses q, k, v and gate, up; `peft` has an adapter for each. So a fused layer carries several, and puts their
-outputs where the fused layer's rows of that module are (hf/weight_map.py):
+Megatron fuses q, k, v and gate, up; `peft` has an adapter for each. So a fused layer has several adapters and adds each
+one's output to the rows of its module (hf/weight_map.py):
 
     linear_qkv, per query group  [ q heads | k head | v head ]        linear_fc1  [ gate | up ]
 
-Under tensor parallelism the large side is cut, the side of width `rank` is exchanged:
+Under tensor parallelism the large side is split, and the side of width `rank` is communicated:
 
-                     A                    B                    what travels
+                     A                    B                    communication
     column-parallel  whole on every rank  rows of the rank     A x: gathered over tokens, with sequence parallelism
     row-parallel     columns of the rank  whole on every rank  A x: summed over ranks
 
-With sequence parallelism the whole matrix sees a rank's tokens only; marked `sequence_parallel`, its gradient is summed
-over the tensor-parallel group by Megatron-Core, as the norms' are.
+With sequence parallelism the whole matrix sees only this rank's tokens. It is marked `sequence_parallel`, so
+Megatron-Core sums its gradient over the tensor-parallel group, as for the norms.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from megalong.runtime.megatron import mark_as_slice
 Weights = tuple[torch.Tensor, torch.Tensor]
 
 
-# Hugging Face modules whose weights a fused layer is made of, in its order.
+# Hugging Face modules in a fused layer, in the layer's order.
 MODULES_OF: dict[str, tuple[Module, ...]] = {
     "linear_qkv": ("q_proj", "k_proj", "v_proj"),
     "linear_proj": ("o_proj",),
@@ -53,7 +53,7 @@ MODULES_OF: dict[str, tuple[Module, ...]] = {
 
 
 def module_rows(place: str, config: LlamaConfig) -> tuple[int, dict[str, int]]:
-    """(blocks, rows in a block by module) that a rank's share of a fused layer is made of.
+    """(number of blocks, rows per block by module) in this rank's part of a fused layer.
 
     `place` is linear_qkv (a block is a query group) or linear_fc1 (one block).
     """
@@ -70,8 +70,8 @@ def with_adapters(base: type, place: str, config: LlamaConfig) -> type | ModuleS
     """The linear layer at `place`: `base`, with adapters beside it if `config.lora` targets a module of it.
 
     Args:
-        base: a column-parallel class for linear_qkv and linear_fc1, a row-parallel one for linear_proj and linear_fc2:
-            Megatron-Core's, Transformer Engine's, or one of ours.
+        base: a column-parallel class for linear_qkv and linear_fc1, a row-parallel class for linear_proj and
+            linear_fc2, of Megatron-Core, Transformer Engine or ours.
     """
     if config.lora is None or not set(config.lora.target_modules) & set(MODULES_OF[place]):
         return base
@@ -85,13 +85,13 @@ def _composed(kind: type[LoraLinear], base: type) -> type:
 
 
 class LoraLinear(torch.nn.Module):
-    """Adapters of one linear layer, mixed in before its class. They compute in their own type, also beside FP8.
+    """Adapters of one linear layer, a mix-in to put before its class. They compute in their own type, also beside FP8.
 
     Attributes:
         lora_A, lora_B: by the Hugging Face name of the module.
     """
 
-    columns: bool  # whether the input is cut over tensor-parallel ranks (A's columns), else the output is (B's rows)
+    columns: bool  # whether tensor-parallel ranks split the input (A's columns); otherwise the output (B's rows)
     weight: torch.Tensor
 
     def merged(self) -> torch.Tensor:
@@ -101,7 +101,7 @@ class LoraLinear(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> Any:
-        """The layer's own, and the adapters' as they are cut."""
+        """The layer's own entries, and those of the adapters with their split."""
         own = {
             f"{table}.{name}": weights
             for table in ("lora_A", "lora_B")
@@ -117,8 +117,8 @@ class LoraLinear(torch.nn.Module):
         )
         return {**super().sharded_state_dict(prefix, sharded_offsets, metadata), **adapters}  # type: ignore[misc]
 
-    def _add(self, config: LlamaConfig, inputs: int, outputs: dict[str, int]) -> None:
-        """Make A [rank, inputs] and B [outputs, rank] of each module; sizes are this rank's."""
+    def _create_adapters(self, config: LlamaConfig, inputs: int, outputs: dict[str, int]) -> None:
+        """Create A [rank, inputs] and B [outputs, rank] of each module, with this rank's sizes."""
         assert config.lora is not None
         assert config.lora.rank is not None
         rank, self.scale = config.lora.rank, config.lora.scale
@@ -145,10 +145,10 @@ class LoraColumnParallel(LoraLinear):
         assert config.lora is not None
         self.blocks, self.rows = module_rows(place, config)
         self.targets = [name for name in self.rows if name in config.lora.target_modules]
-        self._add(config, input_size, {name: self.blocks * self.rows[name] for name in self.targets})
+        self._create_adapters(config, input_size, {name: self.blocks * self.rows[name] for name in self.targets})
 
     def forward(self, input_: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, Any]:
-        """See the layer's class; [s, b, in] (s a rank's tokens with sequence parallelism) to [s, b, out/TP]."""
+        """See the layer's class. [s, b, in] to [s, b, out/TP]; with sequence parallelism the input has s/TP tokens."""
         out, bias = super().forward(input_, *arguments, **options)
         down = linear(input_, torch.cat([self.lora_A[name] for name in self.targets])) * self.scale
         if self._gathers:
@@ -189,10 +189,10 @@ class LoraRowParallel(LoraLinear):
     def __init__(self, input_size: int, output_size: int, *, config: LlamaConfig, place: str, **options: Any) -> None:
         super().__init__(input_size, output_size, config=config, **options)
         (self.target,) = MODULES_OF[place]
-        self._add(config, input_size // config.tensor_model_parallel_size, {self.target: output_size})
+        self._create_adapters(config, input_size // config.tensor_model_parallel_size, {self.target: output_size})
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """See the layer's class; [s, b, in/TP] to [s, b, out] (s a rank's tokens with sequence parallelism)."""
+        """See the layer's class. [s, b, in/TP] to [s, b, out]; with sequence parallelism the output has s/TP tokens."""
         out, bias = super().forward(input_)
         down = linear(input_, self.lora_A[self.target]) * self.scale
         if self._gathers:
@@ -209,10 +209,10 @@ class LoraRowParallel(LoraLinear):
 
 @dataclass(frozen=True)
 class Adapter:
-    """One module's adapter as a rank holds it.
+    """This rank's part of one module's adapter.
 
-    `module` is its Hugging Face name (`model.layers.3.self_attn.q_proj`), A `[rank, in]`, B `[out, rank]`; with
-    `columns` A's columns are cut over tensor-parallel ranks, else B's rows.
+    `module` is its Hugging Face name (`model.layers.3.self_attn.q_proj`), A `[rank, in]`, B `[out, rank]`.
+    Tensor-parallel ranks split A's columns if `columns`, else B's rows.
     """
 
     module: str
@@ -221,7 +221,7 @@ class Adapter:
     columns: bool
 
     def fill(self, source: Callable[[str, tuple[int, int], tuple[int, int]], Weights]) -> None:
-        """Take this rank's share of what `source(module, shape of A, shape of B)` gives."""
+        """Copy this rank's part of the matrices that `source(module, shape of A, shape of B)` returns."""
         ranks = parallel_state.get_tensor_model_parallel_world_size()
         rank = parallel_state.get_tensor_model_parallel_rank()
         (depth, width), height = self.a.shape, self.b.shape[0]
@@ -245,7 +245,7 @@ def adapters(chunk: Any) -> Iterator[Adapter]:
 
 
 def random_adapters(seed: int) -> Callable[[str, tuple[int, int], tuple[int, int]], Weights]:
-    """A source of fresh adapters: A uniform within 1/√in as `peft` draws it, B zero; the same under any layout."""
+    """A source of new adapters: A uniform within 1/√in as in `peft`, B zero; the same for any grid."""
 
     def draw(module: str, a_shape: tuple[int, int], b_shape: tuple[int, int]) -> Weights:
         generator = torch.Generator().manual_seed(zlib.crc32(module.encode(), seed))
@@ -256,20 +256,20 @@ def random_adapters(seed: int) -> Callable[[str, tuple[int, int], tuple[int, int
 
 
 def freeze_base(chunk: torch.nn.Module) -> None:
-    """Train nothing but adapters.
+    """Train only the adapters.
 
-    The embedding's output is made to ask for a gradient, though the embedding does not: a recomputed layer whose inputs
-    ask for none would have none to hand to the adapters inside it.
+    The embedding's output is made to require a gradient although the embedding is frozen: a recomputed layer whose
+    inputs require none would compute none for the adapters inside it.
     """
     for name, parameter in chunk.named_parameters():
         parameter.requires_grad_(is_adapter(name))
     embedding = getattr(chunk, "embedding", None)
     if embedding is not None:
-        embedding.register_forward_hook(_ask_for_gradient)
+        embedding.register_forward_hook(_require_gradient)
 
 
 def merged_parameters(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All weights of a model by their local names, adapters added to what they stand beside; in the weights' type."""
+    """All weights of a model by local name, with adapters merged into their base weights; in the weights' type."""
     found = {name: parameter.detach() for name, parameter in chunk.named_parameters() if not is_adapter(name)}
     for name, module in chunk.named_modules():
         if isinstance(module, LoraLinear):
@@ -278,7 +278,7 @@ def merged_parameters(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def _ask_for_gradient(module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+def _require_gradient(module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 

@@ -1,8 +1,8 @@
 """RMSNorm that works under sequence parallelism without Transformer Engine or apex.
 
-Megatron-Core's own torch norm refuses sequence parallelism. All it takes is to mark the weight: each tensor-parallel
-rank normalises its own tokens, so Megatron-Core must sum the weight's gradient over the tensor-parallel group, and it
-does so for parameters that carry `sequence_parallel = True`.
+Megatron-Core's own torch norm refuses sequence parallelism, although marking the weight is enough. Each tensor-parallel
+rank normalizes its own tokens, so the weight's gradient must be summed over the tensor-parallel group, and
+Megatron-Core does this for parameters with `sequence_parallel = True`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class RMSNorm(torch.nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich, arXiv 1910.07467).
 
-    Shapes: input and output [sequence, batch, hidden]. Extra keyword arguments are Megatron-Core's, which offers its
-    norms settings this one has no use for.
+    Shapes: input and output [sequence, batch, hidden]. Extra keyword arguments from Megatron-Core are ignored.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
@@ -29,5 +28,5 @@ class RMSNorm(torch.nn.Module):
             self.weight.data = self.weight.data.to(torch.cuda.current_device())
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Normalise `hidden`, computing in float32."""
+        """Normalize `hidden`, computing in float32."""
         return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)

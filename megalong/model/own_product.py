@@ -1,10 +1,11 @@
-"""Megatron-Core's parallel linear layers with another matrix product: for operands in FP8, or a CPU without bf16.
+"""Megatron-Core's parallel linear layers with our own matrix product: for FP8 operands, or a CPU without bf16.
 
     column-parallel   gather tokens (sequence parallelism) → product
     row-parallel                                             product → sum over ranks, or reduce-scatter
 
-Megatron-Core does the part after the product; what stands before it is written here with autograd's operations. So the
-gathered input is kept for backward, where Megatron-Core's own product gathers it again: more memory, on CPUs only.
+Megatron-Core does the part after the product; the part before it is written here with autograd operations. So the
+gathered input is saved for backward, while Megatron-Core's own product gathers it again: this takes more memory, on
+CPUs only.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from megatron.core.tensor_parallel import (
 
 
 class OwnProduct(torch.nn.Module):
-    """Mixed in before one of Megatron-Core's layers, whose weight may be frozen; `product` is the subclass's."""
+    """A mix-in to put before a Megatron-Core layer, whose weight may be frozen; subclasses implement `product`."""
 
     def product(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """`input @ weight.T`: `[..., k]`, `[n, k]` to `[..., n]` in the input's type."""

@@ -1,9 +1,9 @@
 """Run micro-batches through the pipeline. Training and evaluation both compute forward and backward here.
 
 Megatron-Core's schedules (no pipelining, 1F1B) do the work. The loss function returns the *sum* over valid tokens and
-their count. Megatron-Core sums both over micro-batches, data and context ranks and divides
-the gradient once, so it does not depend on how a batch is split. With equally weighted conversations (`weights` of
-the batch), a token's loss is divided by its conversation's number of targets, and each conversation counts as 1.
+their count. Megatron-Core sums both over micro-batches, data and context ranks and divides the gradient once, so it
+does not depend on how a batch is split. With equally weighted conversations (`weights` of the batch), a token's loss is
+divided by its conversation's number of targets, and each conversation counts as 1.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def run_microbatches(
     """Forward (and backward) of `batches`.
 
     Args:
-        batches: this rank's micro-batches, at least one and all of one shape; every rank of a model replica iterates
-            over its share of the same ones.
-        observe: called on the last stage with each micro-batch's losses [b, S/CP] float32; on its first tensor-parallel
-            rank alone, since all of them hold the same ones.
-        before_each: called with the number of a micro-batch, from 0, and their count before its forward; may raise.
+        batches: this rank's micro-batches, at least one and all of one shape; the ranks of a model replica iterate over
+            their parts of the same ones.
+        observe: called on the last stage with each micro-batch's losses [b, S/CP] float32, only on its first
+            tensor-parallel rank, because all of them hold the same losses.
+        before_each: called before each forward with the micro-batch's number, from 0, and their count; may raise.
 
     Returns:
-        float64 [4] on this rank's device: the weighted loss summed over this rank's valid tokens in nats, what the
-        global sum is divided by, their number (the same where every token weighs 1), and how many tokens were read
-        that are no padding; zeros before the last stage.
+        float64 [4] on this rank's device: the weighted loss summed over this rank's valid tokens in nats, the divisor,
+        the number of valid tokens (equal to the divisor if every token weighs 1), and the number of input tokens that
+        are not padding; zeros before the last stage.
     """
     iterators = [_announced(batches, before_each) for _ in chunks]
     results = get_forward_backward_func()(
@@ -67,8 +67,8 @@ def run_microbatches(
 def reduce_losses(local: torch.Tensor) -> torch.Tensor:
     """Sum results of `run_microbatches` (or anything that is zero before the last stage) over the global batch.
 
-    Data and context ranks hold different tokens and are summed; tensor ranks hold the same ones and are not.
-    Every rank gets the result.
+    Data and context ranks hold different tokens and are summed; tensor ranks hold the same tokens and are not. Every
+    rank gets the result.
     """
     total = local.clone()
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))

@@ -1,4 +1,4 @@
-"""The layer specification: which module Megatron-Core puts at which place of a Llama layer."""
+"""The layer specification: which module Megatron-Core uses in which place of a Llama layer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megalong.model.lora import with_adapters
 
 
 def llama_block(layers: int, config: LlamaConfig, backend: Backend) -> TransformerBlockSubmodules:
-    """`layers` equal layers and the final norm: what one pipeline stage builds."""
+    """The `layers` equal layers of one pipeline stage, and the final norm."""
     return TransformerBlockSubmodules(layer_specs=[llama_layer(config, backend)] * layers, layer_norm=backend.norm)
 
 
 def llama_layer(config: LlamaConfig, backend: Backend) -> ModuleSpec:
-    """One pre-norm layer: attention and SwiGLU, each with a residual around it."""
+    """One pre-norm layer: attention and SwiGLU, each with a residual connection."""
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

@@ -1,12 +1,12 @@
-"""SwiGLU with its own backward: one pass over memory each way, and only its input kept.
+"""SwiGLU with its own backward: one pass over memory in each direction, and only its input is saved.
 
     y = silu(gate) · up        with [gate, up] the two halves of the first linear's output
 
-Written with torch's operations this is a chunk, an activation and a product, which autograd undoes by two products, an
-activation's gradient and a concatenation that copies both halves once more: five arrays of the layer's widest size,
-two of them kept for backward. Here a tile of rows goes through all of it while it is in the cache, and gradients of
-both halves are written where they belong. On a GPU Megatron-Core's compiled kernel does the same. It needs Triton and a
-C compiler on every node; where the first try fails, the tiles compute there too.
+In torch's operations this is a chunk, an activation and a product. Autograd's backward adds two products, an activation
+gradient and a concatenation that copies both halves once more: five arrays of the layer's widest size, two of them
+saved for backward. Here a tile of rows goes through all of it while it is in the cache, and both gradients are written
+directly into their halves. On a GPU Megatron-Core's compiled kernel does the same. It needs Triton and a C compiler on
+every node; if the first attempt fails, the GPU uses the tiles too.
 Source: GLU variants, arXiv 2002.05202.
 """
 
@@ -25,13 +25,13 @@ from torch.autograd.function import once_differentiable
 
 log = logging.getLogger("megalong")
 
-# Elements of one half of a tile. On a CPU tile and temporaries stay within a core's cache; a GPU has launches to save.
+# Elements in one half of a tile: on a CPU, tile and temporaries fit a core's cache; a GPU wants few launches.
 TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
 TOLERANCE = 2e-2
 
 
 class SwiGLU(MegatronModule):
-    """What Megatron-Core's MLP builds as its activation: `[..., 2f]` to `[..., f]`, in the input's type."""
+    """The activation that Megatron-Core's MLP builds: `[..., 2f]` to `[..., f]`, in the input's type."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config=config)
@@ -42,7 +42,7 @@ class SwiGLU(MegatronModule):
 
 
 class CompiledSwiGLU(SwiGLU):
-    """Megatron-Core's compiled kernel, where `why_not_compiled` is None."""
+    """Megatron-Core's compiled kernel; usable if `why_not_compiled` is None."""
 
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(first half) · second half of the last dimension."""
@@ -52,9 +52,9 @@ class CompiledSwiGLU(SwiGLU):
 
 @functools.cache
 def why_not_compiled(device: torch.device) -> str | None:
-    """Why Megatron-Core's compiled SwiGLU is not used on `device`; None: it works and is right.
+    """Why Megatron-Core's compiled SwiGLU is not used on `device`; None if it works and is correct.
 
-    It is tried once, forward and backward, on a small input: what is missing shows only when it compiles.
+    It is tried once, forward and backward, on a small input: missing tools show only when it compiles.
     """
     generator = torch.Generator(device).manual_seed(0)
     gate_up, grad = (torch.randn(16, size, device=device, generator=generator).bfloat16() for size in (64, 32))

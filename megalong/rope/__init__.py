@@ -1,15 +1,15 @@
-"""Rotary positions: pair i of a head's channels is turned by `inv_freq[i] * position` radians.
+"""Rotary positions: pair i of a head's channels is rotated by `inv_freq[i] * position` radians.
 
-A head of d channels has d/2 pairs, channel i paired with channel i + d/2 (the half-split order of Llama in
-transformers). Pair 0 turns fastest, one radian a token; the last one hardly at all. A model reads further than it was
-trained when the slow pairs are slowed down, so that they meet no angle they have never seen:
+A head of d channels has d/2 pairs, channel i with channel i + d/2 (the half-split order of Llama in transformers). Pair
+0 rotates fastest, one radian per token; the last one hardly at all. To read longer texts than a model was trained on,
+the slow pairs are slowed down further, so that no angle is new to them:
 
-    scaling.py       the temperature that goes with a scaling, and the base that another changes
-    frequencies.py   how fast each pair turns, for every `RopeSettings.type`
-    rotary.py        exact angles for given positions, and the turning itself
-    hf.py            the same settings in the words of a Hugging Face `config.json`
+    scaling.py       the temperature of yarn, and the changed base of ntk
+    frequencies.py   each pair's frequency, for every `RopeSettings.type`
+    rotary.py        exact angles for given positions, and the rotation itself
+    hf.py            the same settings in a Hugging Face `config.json`
 
-What needs torch is imported when it is first asked for: the settings of a model are read without it.
+Functions that need torch are imported on first use, so a model's settings can be read without it.
 """
 
 from typing import TYPE_CHECKING, Any

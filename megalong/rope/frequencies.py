@@ -1,24 +1,24 @@
-"""How fast every pair of channels turns, and how much sharper attention must be for it.
+"""The rotation frequency of each pair of channels, for every type of RoPE scaling.
 
-Unscaled, pair i of a head of d channels turns by `theta^(-2i/d)` radians a token. To stretch a model trained on L
+Unscaled, pair i of a head of d channels rotates by `theta^(-2i/d)` radians per token. To extend a model trained on L
 tokens by the factor s:
 
     linear   every frequency / s
-    ntk      theta -> theta * s^(d/(d-2)): pair 0 keeps its frequency, the last one is divided by s exactly
-    yarn     pairs that turn often within L keep theirs (they tell neighbours apart), pairs that never complete a turn
-             are divided by s, with a ramp between, linear in the pair's index (`ramp: dimensions`, YaRN's code)
+    ntk      theta -> theta * s^(d/(d-2)): pair 0 keeps its frequency, the last one is divided by exactly s
+    yarn     pairs with many turns within L keep their frequency (they distinguish neighbours), pairs without a full
+             turn are divided by s, with a ramp between, linear in the pair's index (`ramp: dimensions`, YaRN's code)
              or in the number of turns within L (`ramp: rotations`, the paper's text)
     llama3   the latter, without yarn's temperature
 
-Worked example, UltraLong at 1M: theta 5e5, d 128, L 8192, s 128, beta_fast 4, beta_slow 1. A pair makes r turns
-within L at index `d ln(L / 2 pi r) / (2 ln theta)`: 4 turns at 28.2, one turn at 35.0 (34.96), so pairs 0..28 are
-kept and pairs 35..63 divided by 128.
+Worked example, UltraLong at 1M: theta 5e5, d 128, L 8192, s 128, beta_fast 4, beta_slow 1. A pair makes r turns within
+L at index `d ln(L / 2 pi r) / (2 ln theta)`: 4 turns at 28.2, one turn at 35.0 (34.96), so pairs 0..28 are kept and
+pairs 35..63 divided by 128.
 
-YaRN also multiplies queries and keys by a temperature, here 0.1 ln 128 + 1 = 1.485, because attention over more
-tokens is flatter. We never scale cos and sin: the caller multiplies the softmax scale by its square.
+YaRN also multiplies queries and keys by a temperature, here 0.1 ln 128 + 1 = 1.485, because attention over more tokens
+is flatter. We never scale cos and sin; the caller multiplies the softmax scale by the temperature's square.
 
-The arithmetic follows transformers' order of float32 operations, so that the frequencies are bit-equal to those the
-exported model will use there; a float64 result would be nearer the formula and further from the served model.
+The arithmetic follows transformers' order of float32 operations, so the frequencies are bit-equal to those that the
+exported model uses there. A float64 result would be closer to the formula but further from the served model.
 
 Sources: linear arXiv 2306.15595; ntk and yarn arXiv 2309.00071, sections 3.1 to 3.4; llama3: Llama 3.1's release.
 """
@@ -36,7 +36,7 @@ from megalong.rope.scaling import ntk_theta, theta_of
 def inverse_frequencies(rope: RopeSettings, head_dim: int) -> torch.Tensor:
     """Radians per token of each pair: float32 `[head_dim / 2]`, on the CPU.
 
-    Raises `UserError` where a value is missing that only the checkpoint could have filled in.
+    Raises `UserError` if a value is missing that only the checkpoint could provide.
     """
     return SCALINGS[rope.type](rope, head_dim)
 
@@ -44,7 +44,7 @@ def inverse_frequencies(rope: RopeSettings, head_dim: int) -> torch.Tensor:
 def correction_range(rope: RopeSettings, head_dim: int) -> tuple[float, float]:
     """(low, high): yarn keeps pairs up to index `low`, divides those from `high` on, and ramps between.
 
-    (28, 35) in the example above. With `truncate` both are moved outwards to whole indices, as in YaRN's own code.
+    (28, 35) in the example above. With `truncate` both are rounded outwards to whole indices, as in YaRN's own code.
     """
     theta, original = theta_of(rope), _original(rope)
 
@@ -79,7 +79,7 @@ def _yarn(rope: RopeSettings, head_dim: int) -> torch.Tensor:
 
 
 def _by_rotations(rope: RopeSettings, head_dim: int, slow: float, fast: float) -> torch.Tensor:
-    """Below `slow` turns within the original length divided by the factor, above `fast` kept."""
+    """Divide pairs below `slow` turns within the original length by the factor, keep those above `fast`."""
     original = _original(rope)
     unscaled = _unscaled(theta_of(rope), head_dim)
     wavelength = 2 * math.pi / unscaled

@@ -1,23 +1,23 @@
-"""Rotary settings in the words of a Hugging Face `config.json`, in both of its spellings.
+"""Convert RoPE settings to and from a Hugging Face `config.json`, in both of its formats.
 
-transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 reads `rope_parameters` with the base inside, and
-each ignores or drops the other's. An export writes both:
+transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 reads `rope_parameters`, which contains the base,
+and each ignores or drops the other's. An export writes both:
 
     {"rope_theta": 5e5, "max_position_embeddings": 1048576,
      "rope_scaling":    {"rope_type": "yarn", "type": "yarn", "factor": 128.0, ...},
      "rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 128.0, ...}}
 
-Versions also disagree on where the factor comes from: 4.51 to 4.55 replace a yarn `factor` by
-`max_position_embeddings / original_max_position_embeddings`. So an export of a model trained under yarn says
-`max_position_embeddings = factor * original`, and every one of them finds the same factor. Every other type's factor is
-read as written, and its length is the model's own: Llama 3.1 says 131072 = 16 * 8192 at factor 8, Llama 3.2 the same at
-factor 32. (A model that leaves as it came keeps its own words, yarn or not: `megalong.hf.config`.)
+Versions also disagree on the source of the factor: 4.51 to 4.55 replace a yarn `factor` by `max_position_embeddings /
+original_max_position_embeddings`. So the export of a model trained with yarn writes `max_position_embeddings = factor *
+original`, and every version finds the same factor. Other types' factors are read as written, with the model's own
+length: Llama 3.1 has 131072 = 16 * 8192 at factor 8, Llama 3.2 the same at factor 32. (A model that is exported
+unchanged keeps its original fields, yarn or not: `megalong.hf.config`.)
 
-YaRN with its ramp over rotations has no name in transformers either. Without a temperature (`attention_factor: 1.0`)
-it is llama3's scaling and leaves as that; with one it cannot be written, and the export says so.
+YaRN with its ramp over rotations does not exist in transformers. Without a temperature (`attention_factor: 1.0`) it
+equals llama3's scaling and is exported as that; with one it cannot be exported, and the export says so.
 
-ntk has no name in transformers (its `dynamic` changes with the length of the input); it leaves as plain rotary
-positions with the changed base, which is all it is.
+ntk does not exist in transformers either (`dynamic` changes with the length of the input). It is exported as unscaled
+RoPE with the changed base, which is equivalent.
 """
 
 import json
@@ -44,14 +44,14 @@ FIELDS: dict[str, tuple[str, ...]] = {
     ),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
-_DEFAULT_THETA = 10000.0  # what transformers takes where a Llama's config.json names no base
+_DEFAULT_THETA = 10000.0  # transformers' default if a Llama's config.json has no base
 
 
 def to_hf(rope: RopeSettings, max_position_embeddings: int, head_dim: int) -> dict[str, Any]:
     """The fields of `config.json` that `rope` decides, for every version of transformers.
 
-    `max_position_embeddings` is the model's own; yarn's is computed (see above). `head_dim` turns ntk into
-    a base. Read back by `from_hf` they give `rope`, except that ntk comes back as none with its base.
+    `max_position_embeddings` is the model's own; yarn's is computed (see above). `head_dim` converts ntk to a base.
+    `from_hf` reads them back as `rope`, except that ntk returns as none with the changed base.
     """
     if rope.type == "ntk":
         rope = RopeSettings(rope_theta=ntk_theta(rope, head_dim))
@@ -68,11 +68,10 @@ def to_hf(rope: RopeSettings, max_position_embeddings: int, head_dim: int) -> di
 
 
 def from_hf(config: dict[str, Any]) -> RopeSettings:
-    """The settings in a parsed `config.json` of either spelling, with `rope_theta` filled in.
+    """The settings in a parsed `config.json` of either format, with `rope_theta` filled in.
 
-    Where both spellings are present `rope_scaling` decides, as in transformers 5. Raises `UserError` for a kind of
-    scaling this project does not have (dynamic, longrope, per-layer settings, partial rotation), and for a value that
-    is none.
+    If both formats are present, `rope_scaling` applies, as in transformers 5. Raises `UserError` for unsupported
+    scaling (dynamic, longrope, per-layer settings, partial rotation) and for invalid values.
     """
     scaling, five = _section(config, "rope_scaling"), _section(config, "rope_parameters")
     parameters = scaling or five
@@ -96,8 +95,8 @@ def from_hf(config: dict[str, Any]) -> RopeSettings:
 def _as_llama3(rope: RopeSettings) -> RopeSettings:
     if temperature(rope) != 1.0:
         raise UserError(
-            f"rope.ramp: rotations with a temperature of {temperature(rope):.4g} has no spelling in config.json; "
-            "train with ramp: dimensions, or with attention_factor: 1.0, which leaves as llama3"
+            f"rope.ramp: rotations with a temperature of {temperature(rope):.4g} cannot be written to config.json; "
+            "train with ramp: dimensions, or with attention_factor: 1.0, which is exported as llama3"
         )
     return RopeSettings(
         type="llama3",
@@ -110,7 +109,7 @@ def _as_llama3(rope: RopeSettings) -> RopeSettings:
 
 
 def _left_out(rope: RopeSettings, key: str) -> bool:
-    """Unset values are not written, nor is a default `truncate`, which older versions warn about."""
+    """Unset values are left out, and a default `truncate`, about which older versions warn."""
     return getattr(rope, key) is None or (key == "truncate" and rope.truncate)
 
 
@@ -144,18 +143,18 @@ def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _first(*values: Any) -> Any:
-    """The first that is set; 0 is set."""
+    """The first value that is not None."""
     return next((value for value in values if value is not None), None)
 
 
 def _original_length(config: dict[str, Any], parameters: dict[str, Any]) -> Any:
-    """transformers' order: beside the parameters, among them, else the model's whole length."""
+    """In transformers' order: beside the parameters, among them, else the model's whole length."""
     key = "original_max_position_embeddings"
     return _first(config.get(key), parameters.get(key), config.get("max_position_embeddings"))
 
 
 def _implied_factor(config: dict[str, Any], original: Any) -> float:
-    """What two lengths make of a factor that is not written; 1 where one of them is none, which is told elsewhere."""
+    """The factor from two lengths, if none is written; 1 if a length is invalid, which is reported elsewhere."""
     longest = config.get("max_position_embeddings")
     known = all(isinstance(value, int | float) and value > 0 for value in (longest, original))
     return float(longest / original) if known else 1.0

@@ -1,17 +1,16 @@
-"""Exact angles for given positions, and the turning of queries and keys by them.
+"""Exact angles for given positions, and the rotation of queries and keys by them.
 
-Angles are `float64(inv_freq) * position`. In float32 that product alone is off by up to 0.125 radians at 4M tokens;
-in float64 by 1e-9. Only cosine and sine are stored as float32, and only for the positions a rank holds: `[s, d/2]`
-each, not a table up to the longest position.
-(Reducing angles first and taking float32 sines was tried: at most twice as fast, 0.5 ms less per 1K positions of
-128 channels, once per batch. Not worth a second formula.)
+Angles are `float64(inv_freq) * position`. In float32 this product alone would be off by up to 0.125 radians at 4M
+tokens, in float64 by 1e-9. Only cosine and sine are stored as float32, and only for this rank's positions: `[s, d/2]`
+each, not a table up to the longest position. (Reducing angles first and computing float32 sines was tried: at most
+twice as fast, 0.5 ms less per 1K positions of 128 channels, once per batch. Not worth a second formula.)
 
-Pair i is (x[i], x[i + d/2]), seen as a vector in the plane:
+Pair i is (x[i], x[i + d/2]), a vector in the plane:
 
     y[i]       = x[i] cos - x[i + d/2] sin
     y[i + d/2] = x[i + d/2] cos + x[i] sin
 
-Its gradient is the rotation by the opposite angle, so backward needs cosine and sine and nothing of x.
+The gradient is the rotation by the opposite angle, so backward needs only cosine and sine, not x.
 """
 
 from typing import Any
@@ -33,10 +32,10 @@ def cos_sin(inv_freq: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tens
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn `x` `[s, b, h, d]` (fp32, bf16 or fp16) by the angles of `cos`, `sin` (float32).
+    """Rotate `x` `[s, b, h, d]` (fp32, bf16 or fp16) by the angles of `cos`, `sin` (float32).
 
-    They are `[s, d/2]` or `[s, 1, d/2]` where all rows have the same positions, else `[s, b, d/2]`.
-    Computed in float32 and rounded once to `x`'s type. Differentiable in `x`, not in the angles.
+    They are `[s, d/2]` or `[s, 1, d/2]` if all rows have the same positions, else `[s, b, d/2]`. Computed in float32
+    and rounded once to `x`'s type. Differentiable in `x`, not in the angles.
     """
     rotated: torch.Tensor = _Rotation.apply(x, cos, sin)
     return rotated

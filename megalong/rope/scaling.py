@@ -1,4 +1,4 @@
-"""Temperature and changed base of a scaling: numbers that follow from the settings alone, without torch."""
+"""A scaling's temperature and changed base: numbers that follow from the settings alone, without torch."""
 
 import math
 
@@ -7,10 +7,10 @@ from megalong.errors import UserError
 
 
 def temperature(rope: RopeSettings) -> float:
-    """Factor on queries and on keys (attention scores get its square); 1.0 for every type but yarn.
+    """Factor on queries and on keys (attention scores get its square); 1.0 for all types but yarn.
 
-    An explicit `attention_factor` wins, then the ratio of the mscale pair (DeepSeek's refinement), then the paper's
-    `0.1 ln(factor) + 1` (arXiv 2309.00071, equation 22).
+    An explicit `attention_factor` takes precedence, then the ratio of the mscale pair (DeepSeek's refinement), then the
+    paper's `0.1 ln(factor) + 1` (arXiv 2309.00071, equation 22).
     """
     if rope.type != "yarn":
         return 1.0
@@ -29,7 +29,7 @@ def ntk_theta(rope: RopeSettings, head_dim: int) -> float:
 
 
 def theta_of(rope: RopeSettings) -> float:
-    """The base; UserError where neither the configuration nor a checkpoint gave one."""
+    """The base; UserError if neither the configuration nor a checkpoint has one."""
     if rope.rope_theta is None:
         raise UserError("rope.rope_theta: is empty and no checkpoint filled it in; write the base, e.g. 500000.0")
     return rope.rope_theta

@@ -1,9 +1,9 @@
 """AdamW with the interface that Megatron-Core expects of Transformer Engine's and apex's `FusedAdam`.
 
-Where neither is installed Megatron-Core falls back to `torch.optim.AdamW`, which keeps `step` once per parameter;
-its distributed optimizer then cannot load what it saved (`KeyError: 'step'`). `FusedAdam` keeps `step` in the
-parameter group. This class does the same over torch's own fused kernel (CPU and CUDA), so that saving, resharding
-and loading take the one path that is used on a cluster.
+If neither is installed, Megatron-Core falls back to `torch.optim.AdamW`, which stores `step` once per parameter; its
+distributed optimizer then cannot load what it saved (`KeyError: 'step'`). `FusedAdam` stores `step` in the parameter
+group. This class does the same with torch's own fused kernel (CPU and CUDA), so that saving, resharding and loading
+follow the same path as on a cluster.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class GroupStepAdamW(torch.optim.AdamW):
 
     Args:
         params: parameters or parameter groups, fp32.
-        adam_w_mode: accepted for FusedAdam's signature; only decoupled weight decay (True) exists.
+        adam_w_mode: part of FusedAdam's signature; must be True, because only decoupled weight decay is implemented.
     """
 
     def __init__(self, params: Iterable[Any], *, adam_w_mode: bool = True, **options: Any) -> None:
@@ -29,7 +29,7 @@ class GroupStepAdamW(torch.optim.AdamW):
         super().__init__(params, **options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore without torch's own AdamW, which looks for `step` in every parameter's state."""
+        """Bypass torch's AdamW, which looks for `step` in every parameter's state."""
         torch.optim.Optimizer.__setstate__(self, state)
 
     @torch.no_grad()
@@ -44,7 +44,7 @@ class GroupStepAdamW(torch.optim.AdamW):
     def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
         states = [self._state_of(p) for p in params]
         beta1, beta2 = group["betas"]
-        # The functional form adds one to each count before it uses it. One tensor: on a GPU each would be a launch.
+        # `adamw` adds one to each count before it uses it. One tensor for all: on a GPU each would be a launch.
         counts = torch.full((len(params),), group["step"] - 1, dtype=torch.float32, device=params[0].device)
         adamw(
             params,

@@ -1,4 +1,4 @@
-"""Seconds, large numbers and moments as text."""
+"""Format durations, large numbers and times as text."""
 
 import datetime
 
@@ -25,5 +25,5 @@ def amount(value: float) -> str:
 
 
 def utc_now(timespec: str = "milliseconds") -> str:
-    """This moment in ISO 8601, UTC."""
+    """The current time in ISO 8601, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec=timespec)

@@ -1,12 +1,12 @@
-"""How fast nodes exchange tensors, in a way that tells a slow node from a slow network.
+"""Measure how fast nodes exchange tensors, so that a slow node can be identified.
 
-One all-reduce over everybody runs at the pace of its slowest member, and names nobody. So each node is measured alone
-(an all-reduce of its own GPUs: NVLink), and each node with its neighbours (rank i with rank i of the next node, both
-ways at once, in two rounds):
+An all-reduce over all ranks runs at the pace of the slowest rank, without showing which one that is. So each node is
+measured alone (an all-reduce of its own GPUs: NVLink), and each node with its neighbours (rank i with rank i of the
+next node, in both directions at once, in two rounds):
 
-    round 0   n0↔n1  n2↔n3  …          round 1   n1↔n2  n3↔n4  …  (the last with n0, where their number is even)
+    round 0   n0↔n1  n2↔n3  …          round 1   n1↔n2  n3↔n4  …  (the last with n0 if there is an even number)
 
-A node's network is as good as the better of its two exchanges: a healthy neighbour of a bad node has another one.
+A node's network speed is the better of its two exchanges: the healthy neighbour of a bad node also has a healthy one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _REPEATS = 3
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """GB/s (1e9 bytes) of one rank: of its node's all-reduce, to its better neighbour, of the whole world.
+    """GB/s (1e9 bytes) of one rank: in its node's all-reduce, to its better neighbour, in the world's all-reduce.
 
-    None where there was nothing to measure: one GPU a node, or one node.
+    None if there was nothing to measure: one GPU per node, or one node.
     """
 
     inside: float | None
@@ -33,7 +33,7 @@ class Bandwidth:
 
 
 def measure(device: torch.device, per_node: int, megabytes: int) -> Bandwidth:
-    """Measure on every rank at once, in an initialised world of nodes of `per_node` ranks."""
+    """Measure; collective. The world must be initialized, with `per_node` ranks per node."""
     tensor = torch.zeros(megabytes * 250_000, dtype=torch.float32, device=device)
     rank, world = dist.get_rank(), dist.get_world_size()
     node, nodes = rank // per_node, world // per_node
@@ -43,14 +43,14 @@ def measure(device: torch.device, per_node: int, megabytes: int) -> Bandwidth:
         inside = _all_reduce(tensor, groups[node], per_node)
     exchanges = [_exchange(tensor, node, nodes, per_node, turn) for turn in (0, 1)] if nodes > 1 else []
     between = max((speed for speed in exchanges if speed is not None), default=None)
-    everybody = _all_reduce(tensor, dist.group.WORLD, world) if world > 1 else None
+    together = _all_reduce(tensor, dist.group.WORLD, world) if world > 1 else None
     for group in groups:
         dist.destroy_process_group(group)
-    return Bandwidth(inside, between, everybody)
+    return Bandwidth(inside, between, together)
 
 
 def neighbour(node: int, nodes: int, turn: int) -> int | None:
-    """The node that `node` exchanges with in round `turn`, None for none.
+    """The node that exchanges with `node` in round `turn`, or None.
 
     >>> [neighbour(node, 4, 0) for node in range(4)], [neighbour(node, 4, 1) for node in range(4)]
     ([1, 0, 3, 2], [3, 2, 1, 0])
@@ -65,7 +65,7 @@ def neighbour(node: int, nodes: int, turn: int) -> int | None:
 
 
 def _all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup | None, size: int) -> float:
-    """Bytes each rank sends a second: 2 (n - 1) / n of the tensor."""
+    """GB/s that each rank sends: 2 (n - 1) / n of the tensor in the time of one all-reduce."""
     seconds = _best(tensor.device, group, lambda: dist.all_reduce(tensor, group=group))
     return 2 * (size - 1) / size * tensor.nbytes / seconds / 1e9
 
@@ -87,7 +87,7 @@ def _exchange(tensor: torch.Tensor, node: int, nodes: int, per_node: int, turn: 
 
 
 def _best(device: torch.device, group: dist.ProcessGroup | None, action: object) -> float:
-    """Seconds of the fastest repeat after one to warm up (connections are made by the first)."""
+    """Seconds of the fastest repeat, after one warm-up, which opens the connections."""
     assert callable(action)
     best = float("inf")
     for repeat in range(_REPEATS + 1):

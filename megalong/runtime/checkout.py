@@ -1,7 +1,7 @@
 """Which megalong is running: an installed one, or one of perhaps several checkouts.
 
-`python -m megalong` imports what lies in the folder it is started in before what is installed, and a console script
-the other way round. Where two checkouts meet, a process must hand its own on to its children.
+`python -m megalong` prefers the package in the current folder to the installed one; a console script does the opposite.
+If there are two checkouts, a process must pass its own on to its children.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import megalong
 
 
 def root() -> Path:
-    """The folder that the running package lies in."""
+    """The folder that contains the running package."""
     return Path(megalong.__file__).resolve().parents[1]
 
 
 def checkout() -> Path | None:
-    """The checkout that the running package lies in, None where it is installed apart from one."""
+    """The checkout that contains the running package, None if it is installed elsewhere."""
     return root() if (root() / "slurm" / "common.sh").is_file() else None
 
 

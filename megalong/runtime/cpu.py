@@ -1,16 +1,16 @@
 """Run Megatron-Core on a CPU: redirect its CUDA calls to the CPU.
 
-Megatron-Core asks for its device in three ways: `torch.cuda.current_device()`, the literal `device="cuda"` in tensor
-factories, and `Tensor.cuda()`. It recognises parameters by the string `torch.cuda.FloatTensor`, and it keeps a
-"CUDA" random state per tensor-parallel rank. On a machine without a GPU each of these has one sensible answer, so the
-same unmodified training code runs on gloo, and a test on a laptop tests what runs on a cluster.
+Megatron-Core gets its device in three ways: `torch.cuda.current_device()`, the literal `device="cuda"` in tensor
+factories, and `Tensor.cuda()`. It recognizes parameters by the string `torch.cuda.FloatTensor`, and it keeps a "CUDA"
+random state per tensor-parallel rank. On a machine without a GPU each of these has one sensible answer, so the same
+unmodified training code runs on gloo, and a test on a laptop tests what runs on a cluster.
 
 The trade-off: this is monkey-patching. It is therefore all in this file, is installed only when no GPU is in use, is
-idempotent, and is logged. Other libraries in the process (transformers, lm-eval) see torch unpatched:
-calls from outside Megatron-Core and megalong reach torch unchanged, except for queries about
-devices, which have no answer without a GPU. Factories are wrapped one by one instead of through a
-`TorchFunctionMode`, because a mode costs a Python call on *every* torch operation and a wrapper only on these few. A
-wrapper is not the function that torch's own modes and compilers know, so both are registered (`_patch_factories`).
+idempotent, and is logged. Other libraries in the process (transformers, lm-eval) see torch unpatched: calls from
+outside Megatron-Core and megalong reach torch unchanged, except for device queries, which have no answer without a GPU.
+Factories are wrapped one by one and not through a `TorchFunctionMode`, because a mode costs a Python call on *every*
+torch operation, a wrapper only on these few. torch's own modes and compilers do not recognize a wrapper, so it is
+registered with them too (`_patch_factories`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _FACTORIES = (
     "zeros_like",
 )
 _installed = False
-# Ranks of a group -> the world it belongs to, and the group (or torch's mark for ranks outside of it).
+# Ranks of a group -> the world it belongs to, and the group (or torch's marker for ranks outside it).
 _groups: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
 
@@ -66,7 +66,7 @@ def install() -> None:
 def _patch_lone_collectives() -> None:
     """Skip in-place gathers and scatters in a group of one rank; gloo would copy the buffer twice.
 
-    Runs before Megatron-Core is imported, because that copies these functions from torch.
+    Must run before Megatron-Core is imported, because it copies these functions from torch.
     """
     module: Any = dist
     module.all_gather_into_tensor = _unless_alone(dist.all_gather_into_tensor)
@@ -85,7 +85,7 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _import_without_compiling() -> None:
-    """Import Megatron-Core with its `torch.compile` decorators off: on a CPU they cost seconds and gain nothing."""
+    """Import Megatron-Core with its `torch.compile` decorators off: on a CPU they cost seconds and bring nothing."""
     compiler: Any = torch.compile
     module: Any = torch
     module.compile = lambda function: function
@@ -96,7 +96,7 @@ def _import_without_compiling() -> None:
 
 
 def _patch_device_queries() -> None:
-    """`current_device()` names the CPU; waiting for the device and its markers cost nothing."""
+    """`current_device()` returns the CPU; synchronization and profiler ranges do nothing."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.manual_seed = _for_megatron(cuda.manual_seed, lambda seed: torch.manual_seed(seed))
@@ -105,7 +105,7 @@ def _patch_device_queries() -> None:
     cuda.Stream = _Stream
     cuda.Event = _Event
     cuda.stream = lambda stream: contextlib.nullcontext()
-    # A function each: torch.compile keeps a table of these and refuses one object under two names.
+    # One function each: torch.compile has a table of these and refuses one object under two names.
     for owner, name in ((cuda, "set_device"), (cuda, "synchronize"), (cuda, "empty_cache"),
                         (cuda.nvtx, "range_push"), (cuda.nvtx, "range_pop")):  # fmt: skip
         setattr(owner, name, lambda *args, **kwargs: None)
@@ -113,7 +113,7 @@ def _patch_device_queries() -> None:
 
 def _patch_factories() -> None:
     """`torch.zeros(..., device="cuda")` and similar factories return CPU tensors."""
-    with torch.device("meta"):  # the first use fixes which functions a device context covers
+    with torch.device("meta"):  # the first use determines which functions a device context covers
         torch.empty(0)
     module: Any = torch
     for name in _FACTORIES:
@@ -137,12 +137,12 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _asks_for_cuda(frame: FrameType) -> bool:
-    """Whether the caller is Megatron-Core or megalong, whose CUDA calls mean the CPU."""
+    """Whether the caller is Megatron-Core or megalong, whose CUDA calls go to the CPU."""
     return frame.f_globals.get("__name__", "").startswith(("megatron.", "megalong."))
 
 
 def _for_megatron(plain: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
-    """`answer` for Megatron-Core, and `plain` for everybody else."""
+    """`answer` for Megatron-Core and megalong, `plain` for all other callers."""
 
     @functools.wraps(plain)
     def asked(*args: Any, **kwargs: Any) -> Any:
@@ -170,7 +170,7 @@ def _patch_tensor_methods() -> None:
 
 
 def _patch_random_state() -> None:
-    """The tracker of tensor-parallel random states works on the CPU generator."""
+    """The tracker of tensor-parallel random states uses the CPU generator."""
     cuda: Any = torch.cuda
     for owner in (cuda, cuda.random):
         owner.get_rng_state = _for_megatron(owner.get_rng_state, lambda device=None: torch.get_rng_state())
@@ -184,12 +184,12 @@ def _patch_random_state() -> None:
 
 
 def _share_equal_groups() -> None:
-    """Share one process group among all groups of the same ranks.
+    """Use one process group for all groups of the same ranks.
 
-    Megatron-Core makes some fifty groups for a grid, most of them of ranks that have a group already, and each gloo
-    group keeps two threads that wake a hundred times a second: on two cores they would cost more than training. Sharing
-    is safe because every rank issues the operations of a grid in the same order. Making a group takes all ranks, so
-    ranks outside of it remember it too.
+    Megatron-Core makes about fifty groups for a grid, most of them of ranks that already have a group. Each gloo group
+    has two threads that wake a hundred times a second: on two cores they would cost more than training. Sharing is safe
+    because every rank issues the operations of a grid in the same order. All ranks take part in making a group, so
+    ranks outside it cache it too.
     """
     new_group = dist.new_group
 
@@ -207,7 +207,7 @@ def _share_equal_groups() -> None:
 
 
 def forget_groups() -> None:
-    """Clear the cache of groups, because a grid's groups are about to be destroyed."""
+    """Clear the cache of groups; call when a grid's groups are destroyed."""
     _groups.clear()
 
 
@@ -228,7 +228,7 @@ class _Stream:
 
 
 class _Event:
-    """A point on such a stream."""
+    """An event on such a stream."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass

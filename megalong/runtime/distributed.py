@@ -1,4 +1,4 @@
-"""Where this process runs: its device, its rank, and the groups it belongs to (grid.py says which ranks share one).
+"""This process's device, rank and process groups (grid.py defines which ranks share a group).
 
 A process started by torchrun (or by `--nproc`) finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its
 environment; a process started by hand is a world of one.
@@ -22,16 +22,16 @@ from megalong.runtime import cpu, gpus, megatron, peers, signals
 from megalong.runtime.grid import ORDER, Grid, Place
 from megalong.runtime.rendezvous import store_of_this_life
 
-# The world's time-out, for groups created later.
+# The world's timeout, for groups created later.
 _timeout = datetime.timedelta(minutes=60)
 _control: dist.ProcessGroup | None = None
-# The world it belongs to, and the group.
+# The group, and the world it belongs to.
 _background: tuple[Any, dist.ProcessGroup | None] = (None, None)
 _context_levels: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] = (None, None)
 
 
 def grid() -> Grid:
-    """The grid that `set_grid` has built, without `heads`."""
+    """The grid from `set_grid`, without `heads`."""
     from megatron.core import parallel_state
 
     return Grid(
@@ -43,20 +43,20 @@ def grid() -> Grid:
 
 
 def place() -> Place:
-    """Where this rank stands in it."""
+    """This rank's place in the grid."""
     return grid().place(dist.get_rank(), dist.get_world_size())
 
 
 def environment_world() -> tuple[int, int]:
-    """(rank, world size) as torchrun or `--nproc` set them, (0, 1) if neither did."""
+    """(rank, world size) from the environment of torchrun or `--nproc`, else (0, 1)."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
-    """`cuda:LOCAL_RANK` where a GPU is to be used, else the CPU.
+    """`cuda:LOCAL_RANK`, or the CPU if no GPU is wanted or available.
 
     Raises:
-        UserError: `runtime.device: cuda` on a machine where torch sees no GPU, or more processes here than GPUs.
+        UserError: `runtime.device: cuda` although torch sees no GPU here, or more processes here than GPUs.
     """
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
@@ -78,7 +78,7 @@ def start(device: torch.device, timeout_minutes: float = 60) -> None:
     if "RANK" in os.environ:
         signals.end_at_interrupt()  # a rank blocked in a collective would never raise the exception
     gpus.set_environment()
-    # Before Transformer Engine is imported, and before NCCL or anything else could open a context on GPU 0.
+    # Before Transformer Engine is imported, and before NCCL or anything else can open a context on GPU 0.
     gpus.use(device)
     megatron.prepare(device)
     _timeout = timeout = datetime.timedelta(minutes=timeout_minutes)
@@ -90,32 +90,32 @@ def start(device: torch.device, timeout_minutes: float = 60) -> None:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = store_of_this_life(store, rank, world, timeout)
         store.set_timeout(timeout)
-        peers.meet(store, rank, world)
+        peers.join(store, rank, world)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         return
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _rendezvous(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
-    """The store of MASTER_ADDR and MASTER_PORT, this rank, and how many there are.
+    """The store at MASTER_ADDR and MASTER_PORT, this rank, and the world size.
 
     Raises:
-        UserError: rank 0 cannot open the port, or this rank does not reach it.
+        UserError: rank 0 cannot open the port, or this rank cannot reach it.
     """
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     except dist.DistNetworkError as error:
-        words = " ".join(str(error).split())
-        if "EADDRINUSE" in words:
+        reason = " ".join(str(error).split())
+        if "EADDRINUSE" in reason:
             raise UserError(
-                f"MASTER_PORT {port} of this host is in use by another process, perhaps a run that has not ended; give "
-                "another one (torchrun --master-port P, or MASTER_PORT=P)",
+                f"MASTER_PORT {port} of this host is in use by another process, perhaps a run that is still ending; "
+                "choose another port (torchrun --master-port P, or MASTER_PORT=P)",
                 speaker="rank",
             ) from None
         raise UserError(
-            f"rank {os.environ['RANK']} does not reach {address}:{port} (MASTER_ADDR, MASTER_PORT), where rank 0 "
-            f"listens ({words.partition('. ')[0].rstrip('.')}); start rank 0, or look at the name and the network",
+            f"rank {os.environ['RANK']} cannot reach rank 0 at {address}:{port} (MASTER_ADDR, MASTER_PORT): "
+            f"{reason.partition('. ')[0].rstrip('.')}; start rank 0, or check the name and the network",
             speaker="node",
         ) from None
     return store, rank, world
@@ -138,10 +138,10 @@ def set_grid(grid: Grid, seed: int = 1234, timeout_minutes: float = 60) -> None:
         )
     clear_grid()
     if gc.get_freeze_count():
-        free_cycles()  # also of a world that has been left since
+        free_cycles()  # also those of an earlier world
     else:
         gc.collect()
-        # Some 300,000 objects of imported modules: left out, each later collection takes milliseconds, not 0.2 s.
+        # About 300,000 objects of imported modules: without them, a later collection takes milliseconds, not 0.2 s.
         gc.freeze()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=grid.tensor,
@@ -161,20 +161,20 @@ def set_grid(grid: Grid, seed: int = 1234, timeout_minutes: float = 60) -> None:
 
 
 def replica_of(rank: int) -> int:
-    """The data-parallel rank of any rank of the world."""
+    """The data-parallel rank of a rank of the world."""
     return grid().place(rank, dist.get_world_size()).data
 
 
 def context_levels() -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """The two levels of this rank's context-parallel group, None for one of a single rank.
+    """The two levels of this rank's context-parallel group; None for a level with one rank.
 
-    Ranks that share heads (neighbours), and ranks that share keys (the same place in every neighbourhood).
+    Neighbouring ranks that share heads, and ranks with the same index in their neighbourhoods, which exchange keys.
     """
     return _context_levels
 
 
 def _make_context_levels(grid: Grid, timeout: datetime.timedelta) -> None:
-    """Cut every context-parallel group in two levels; all ranks of the world take part in making each group."""
+    """Split every context-parallel group into two levels; all ranks of the world take part in making each group."""
     global _context_levels
     from megatron.core import parallel_state
 
@@ -212,7 +212,7 @@ def control_group() -> dist.ProcessGroup | None:
     if dist.get_backend() != "nccl":
         return None
     if _control is None:
-        # Without it gloo's default of 30 minutes would apply, not the world's time-out.
+        # Without `timeout`, gloo's default of 30 minutes would apply instead of the world's.
         _control = dist.new_group(backend="gloo", timeout=_timeout)
     return _control
 
@@ -225,7 +225,7 @@ def background_group(timeout_minutes: float) -> dist.ProcessGroup | None:
     global _background
     world, group = _background
     if world is not dist.group.WORLD:
-        # On CPUs groups of the same ranks are otherwise one (cpu.py).
+        # On CPUs, cpu.py would return an existing group of the same ranks.
         new_group = getattr(dist.new_group, "__wrapped__", dist.new_group)
         group = new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
         _background = dist.group.WORLD, group
@@ -233,9 +233,9 @@ def background_group(timeout_minutes: float) -> dist.ProcessGroup | None:
 
 
 def free_cycles() -> None:
-    """Free models that nothing uses any more, and the groups that they hold.
+    """Free models that are no longer used, and the groups that they reference.
 
-    They lie in reference cycles that lead through autograd's nodes: what one collection frees lets the next free more.
+    They are in reference cycles through autograd's nodes: what one collection frees lets the next free more.
     """
     for _ in range(3):
         gc.collect()
@@ -244,9 +244,9 @@ def free_cycles() -> None:
 def clear_grid() -> None:
     """Close the groups of the last grid, if there was one.
 
-    Megatron-Core closes the gloo ones beside NCCL's and only forgets the others, which would keep their threads and
-    sockets, or their communicators, for as long as the process lives. Closing a communicator may wait for its other
-    ranks, so all ranks close them in one order: the newest first.
+    Megatron-Core closes only the gloo groups that it made beside NCCL's. It drops the others, which would keep their
+    threads and sockets, or their communicators, for the life of the process. Closing a communicator may wait for its
+    other ranks, so all ranks close them in the same order, the newest first.
     """
     from megatron.core import parallel_state
 

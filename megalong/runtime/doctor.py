@@ -1,9 +1,9 @@
-"""What is installed here: a line each, and never an error.
+"""What is installed here: one line per package, and never an error.
 
-Versions are read from package metadata, without importing anything: that takes milliseconds and works for packages
-that are broken. torch itself is imported only where its build could see a GPU (a CPU build says so in its version).
+Versions are read from package metadata, without imports: this takes milliseconds and works for broken packages. torch
+itself is imported only if its build supports GPUs (a CPU build says so in its version).
 
-The package called apex on PyPI is a web toolkit; NVIDIA's is built from source and has a `multi_tensor_apply` folder.
+The package apex on PyPI is a web toolkit; NVIDIA's is built from source and has a `multi_tensor_apply` folder.
 """
 
 import importlib.metadata
@@ -35,7 +35,7 @@ OPTIONAL = {
 
 
 def report() -> list[tuple[str, str]]:
-    """Pairs of a name and what there is to say about it; never raises for what is missing or broken."""
+    """Pairs of a name and its state; never raises for missing or broken packages."""
     rows = [
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs")
     ]
@@ -54,14 +54,14 @@ def _version(distribution: str) -> str | None:
 
 
 def _megalong() -> str:
-    """The one that runs; another one that is installed here is what commands started elsewhere would run."""
+    """The running megalong, and another one installed here, which commands started elsewhere would run."""
     where = f"checkout {root()}" if checkout() is not None else f"installed in {root()}"
     other = _installed_elsewhere()
     return f"{megalong.__version__}, {where}" + (f" (this environment has {other} installed)" if other else "")
 
 
 def _installed_elsewhere() -> Path | None:
-    """The folder of an installed megalong that is not the one that runs."""
+    """The folder of an installed megalong other than the running one."""
     places = [place for place in sys.path if place and Path(place).resolve() != root()]
     found = next(iter(importlib.metadata.distributions(name="megalong", path=places)), None)
     if found is None:
@@ -113,5 +113,5 @@ def gpus() -> list[str]:
         import torch
 
         return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    except Exception:  # a broken driver or build is this machine's state, not this command's failure
+    except Exception:  # a broken driver or build is not this command's failure
         return []

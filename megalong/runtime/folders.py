@@ -1,8 +1,7 @@
-"""Whether a folder can be written to, and what would be lost there, asked before there is anything to write; that a
-thing written is on disk; and that those may read it who may read new files.
+"""Check outputs before anything is written, write files and folders atomically and durably, and set file modes.
 
-A run whose folder lies below a file, on a read-only mount or in someone else's home would otherwise fail in one process
-of many, after all of them have started. Asking makes no folder, so a mistake leaves nothing behind.
+A run whose folder is below a file, on a read-only mount or in someone else's home would otherwise fail in one process
+of many, after all of them have started. The checks create nothing, so a mistake leaves nothing behind.
 """
 
 import os
@@ -16,16 +15,16 @@ from megalong.errors import UserError
 
 
 def refuse_unwritable(folder: Path, key: str) -> None:
-    """Refuse a `folder` that is there but cannot be written to, or is not there and cannot be made.
+    """Refuse a `folder` that exists but is not writable, or that cannot be created.
 
     Args:
-        key: what the user set it with, such as `run.dir`.
+        key: the setting that names it, such as `run.dir`.
 
     Raises:
         UserError: the folder, or the nearest of its parents that exists, is a file or not writable.
     """
     path = folder.absolute()
-    # os.path.exists answers False where Path.exists would raise, such as inside a folder that may not be entered.
+    # os.path.exists returns False where Path.exists would raise, such as inside a folder without permission.
     nearest = next(one for one in (path, *path.parents) if os.path.exists(one))
     if not nearest.is_dir():
         raise UserError(f"{key} {folder}: {nearest} is a file, so no folder can be there; choose another")
@@ -34,13 +33,13 @@ def refuse_unwritable(folder: Path, key: str) -> None:
 
 
 def refuse_overwriting(paths: Iterable[Path], key: str, overwrite: bool) -> None:
-    """Refuse to write over what is there, unless it was asked for; before there is anything to write.
+    """Refuse to overwrite existing files unless `overwrite` is set.
 
     Args:
-        key: the option that names where to write, such as `--output`.
+        key: the option that names the output, such as `--output`.
 
     Raises:
-        UserError: one of `paths` exists, and not `overwrite`.
+        UserError: one of `paths` exists, and `overwrite` is not set.
     """
     for path in paths if not overwrite else ():
         if os.path.lexists(path):
@@ -48,17 +47,17 @@ def refuse_overwriting(paths: Iterable[Path], key: str, overwrite: bool) -> None
 
 
 def one_each(path: str | None, names: Sequence[str]) -> list[Path]:
-    """`path` for a single name, `STEM-NAME` beside it for each of several; nothing without a path."""
+    """`path` for a single name, `STEM-NAME` beside it for each of several names; empty without a path."""
     if path is None:
         return []
     return [Path(path)] if len(names) == 1 else [Path(path).with_stem(f"{Path(path).stem}-{name}") for name in names]
 
 
 def with_default_mode(path: Path) -> None:
-    """Give a file the mode that new files have where it lies, by the umask and what the folder passes on.
+    """Give a file the mode of new files in its folder, by the umask and the folder's default permissions.
 
-    Libraries that write aside make a file for its owner alone (0600), and keep that when they publish it: a model
-    exported to a folder of a group could be read by nobody else of the group.
+    Libraries that write to a temporary file create it for its owner alone (0600) and keep that mode when they rename
+    it: nobody else in a group could read a model exported to the group's folder.
     """
     probe = path.with_name(f".{path.name}.mode-{os.getpid()}")
     try:
@@ -71,7 +70,7 @@ def with_default_mode(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on disk: a rename must not overtake what it publishes."""
+    """Wait until a file, or a folder's list of names, is on disk: a rename must not overtake the data."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,16 +1,16 @@
-"""What a run needs of its GPUs before it touches one: settings of the environment, and a GPU for every process.
+"""What a run needs before it uses a GPU: environment variables, and one GPU for every process.
 
-The settings are read once by each process: the allocator's when it first allocates, the driver's when the process
-opens its context. So the command line sets them before torch is imported, however a process was started (`--nproc`,
-torchrun, srun, by hand), and what the user has set already stays as it is:
+Each process reads these variables once: the allocator's when it first allocates, the driver's when the process opens
+its context. So the command line sets them before torch is imported, however the process was started (`--nproc`,
+torchrun, srun, by hand). Variables that the user has set are left alone:
 
     PYTORCH_ALLOC_CONF=expandable_segments:True   tensors of a million tokens leave holes that nothing else fits into;
-                                                  segments that grow give them back
-    CUDA_DEVICE_MAX_CONNECTIONS=1                 one hardware queue keeps kernels in the order they were launched in,
-                                                  so that tensor-parallel communication starts before the matrix
-                                                  product that should hide it
+                                                  growing segments return them
+    CUDA_DEVICE_MAX_CONNECTIONS=1                 one hardware queue runs kernels in launch order, so that
+                                                  tensor-parallel communication starts before the matrix product
+                                                  that should hide it
 
-Every command begins with them, so nothing is imported for them: torch only where GPUs are counted or used.
+Every command sets them first, so this module imports torch only to count or use GPUs.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 ALLOCATOR, OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-# The first torch that does what the allocator's new name says: 2.9 reads it and leaves segments as they were
-# (pytorch issue 183387). Older ones know the old name, and 2.8 to 2.10 call it deprecated.
+# The first torch in which the allocator's new name works: 2.9 reads it without an effect (pytorch issue 183387). Older
+# versions need the old name, which 2.8 to 2.10 call deprecated.
 _RENAMED = (2, 11)
 
 
 def missing_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """The settings above that `environment` does not have under any of their names, for the torch that is installed."""
+    """The variables above that `environment` has under none of their names, for the installed torch."""
     missing = {} if CONNECTIONS in environment else {CONNECTIONS: "1"}
     if ALLOCATOR not in environment and OLD_ALLOCATOR not in environment:
         missing[_allocator_name()] = "expandable_segments:True"
@@ -43,7 +43,7 @@ def missing_settings(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Add the settings that are missing; processes that are started from here have them too."""
+    """Add the missing variables; child processes inherit them."""
     environment.update(missing_settings(environment))
 
 
@@ -53,7 +53,7 @@ def _allocator_name() -> str:
 
 
 def _torch_version() -> str:
-    """As its package says, without importing it: "2.11.0+cu130"; empty where that cannot be told."""
+    """The version from torch's package, without importing it: "2.11.0+cu130"; empty if unknown."""
     try:
         package = importlib.util.find_spec("torch")
         text = Path(str(package and package.origin)).with_name("version.py").read_text()
@@ -64,10 +64,10 @@ def _torch_version() -> str:
 
 
 def use(device: torch.device) -> None:
-    """Make `device` this thread's GPU; nothing for a CPU.
+    """Make `device` this thread's GPU; does nothing for a CPU.
 
-    Every thread begins on GPU 0. One that touches a tensor of another GPU before this opens a second context there, of
-    half a gigabyte for each process of the node.
+    Every thread starts on GPU 0. If it uses a tensor of another GPU before this call, it opens a second context on GPU
+    0, of half a gigabyte for each process of the node.
     """
     if device.type == "cuda":
         import torch
@@ -76,7 +76,7 @@ def use(device: torch.device) -> None:
 
 
 def count() -> int:
-    """GPUs that torch can use here; a build for CPUs is not imported to say none."""
+    """Number of GPUs that torch can use here; a CPU build of torch is not imported for this."""
     if _torch_version().endswith("+cpu"):
         return 0
     import torch
@@ -85,16 +85,16 @@ def count() -> int:
 
 
 def refuse_more_processes(started: int | None = None) -> None:
-    """Refuse more processes on this node than torch sees GPUs; where it sees none, they compute on the CPU.
+    """Refuse more processes on this node than torch sees GPUs; without GPUs, they compute on the CPU.
 
     Args:
-        started: processes that are to be started here; None: this one and those that a launcher started beside it.
+        started: processes to be started here; None: this one and those that a launcher started beside it.
 
     Raises:
-        UserError: there are more. Told once on each node, where it is known which processes are there.
+        UserError: there are more processes. Printed once per node if the number of local processes is known.
     """
-    told = os.environ.get("LOCAL_WORLD_SIZE")
-    processes = started or int(told or int(os.environ.get("LOCAL_RANK", 0)) + 1)
+    local_world = os.environ.get("LOCAL_WORLD_SIZE")
+    processes = started or int(local_world or int(os.environ.get("LOCAL_RANK", 0)) + 1)
     found = count()
     if not 0 < found < processes:
         return
@@ -105,6 +105,6 @@ def refuse_more_processes(started: int | None = None) -> None:
     raise UserError(
         f"{processes} processes on {node_name()}, where torch sees {found} GPU{'s' if found > 1 else ''}{seen}, and "
         f"each needs its own; start at most {found} on a node, or set CUDA_VISIBLE_DEVICES= to compute on the CPU",
-        # Without their number, those that have a GPU know of no mistake.
-        speaker="node" if started or told else "rank",
+        # Without the number of local processes, those with a GPU see no mistake.
+        speaker="node" if started or local_world else "rank",
     )

@@ -1,7 +1,7 @@
-"""How ranks share a model: the size of each dimension of parallelism, and where a rank stands. Arithmetic, no torch.
+"""The grid of ranks: the size of each dimension of parallelism, and each rank's place. Arithmetic, no torch.
 
-Tensor-parallel ranks are neighbours, then context, data and pipeline (`ORDER`, in Megatron-Core's spelling), so that
-what communicates most is closest together:
+Tensor-parallel ranks are neighbours, then context, data and pipeline ranks (`ORDER`, in Megatron-Core's spelling), so
+that ranks that communicate most are closest together:
 
     rank = tensor + TP · (context + CP · (data + DP · stage))
 
@@ -27,10 +27,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Grid:
-    """How many ranks share each dimension of parallelism.
+    """The number of ranks in each dimension of parallelism.
 
-    `virtual` is the number of parts of the model each pipeline rank holds; above 1 the pipeline is interleaved.
-    `heads` neighbouring context-parallel ranks share attention by heads instead of by keys; 1 for none.
+    `virtual` is the number of model chunks per pipeline rank; above 1 the pipeline is interleaved. `heads` neighbouring
+    context-parallel ranks share attention by heads instead of by keys; 1 for none.
     """
 
     tensor: int = 1
@@ -49,7 +49,7 @@ class Grid:
         return world // self.model_parallel_size
 
     def place(self, rank: int, world: int) -> Place:
-        """Where `rank` of `world` processes stands."""
+        """The place of `rank` among `world` processes."""
         rest, tensor = divmod(rank, self.tensor)
         rest, context = divmod(rest, self.context)
         stage, data = divmod(rest, self.replicas(world))

@@ -1,7 +1,7 @@
-"""A file of one JSON object a line, that is appended to over all lives of a run.
+"""A file with one JSON object per line, to which all lives of a run append.
 
-A life that was killed while it wrote leaves at most one torn line at the end; readers pass over it. Strict JSON has no
-NaN and no infinity: they are written as text.
+A process that is killed while it writes leaves at most one torn line at the end, which readers skip. Strict JSON has no
+NaN and no infinity, so these are written as text.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 
 def append(file: Path, values: dict[str, Any]) -> None:
-    """Write `values` as the file's last line; folder and file are made.
+    """Append `values` as one line; creates folder and file if needed.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the line cannot be written.
     """
     line = json.dumps(_plain(values)) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def append(file: Path, values: dict[str, Any]) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The file's objects, first to last; none where there is no file."""
+    """The file's objects, first to last; empty if there is no file."""
     try:
         lines = file.read_bytes().splitlines()
     except FileNotFoundError:
@@ -38,7 +38,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def cut(file: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """End the file before its first object that `keep` refuses.
+    """Truncate the file before the first object that `keep` rejects.
 
     Raises:
         OSError: the file cannot be read or changed.

@@ -1,8 +1,9 @@
-"""Local processes for `--nproc N`: what torchrun does for one machine, without its agent.
+"""Local processes for `--nproc N`: what torchrun does on one machine, without its agent.
 
-Each process runs `python -m megalong …` with RANK, WORLD_SIZE and a rendezvous on 127.0.0.1. The first to fail takes
-the others down at once; its exit status is ours (torchrun would turn a user's mistake, status 2, into 1). Nor do they
-outlive this process, however it ends: left alone they would write into the run folder beside the run's next start.
+Each process runs `python -m megalong …` with RANK, WORLD_SIZE and a rendezvous on 127.0.0.1. When one fails, the others
+are ended at once, and its exit status is ours (torchrun would turn a user's mistake, status 2, into 1). They never
+outlive this process, however it ends: otherwise they would write into the run folder together with the run's next
+start.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ from typing import Any
 from megalong.runtime.checkout import same_code
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# Found here: between fork and exec nothing may be looked up. Only Linux has it.
+# Looked up here, because nothing may be looked up between fork and exec. Only Linux has it.
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)
 
 
 def run_local(arguments: Sequence[str], nproc: int) -> int:
     """Run `python -m megalong ARGUMENTS` in `nproc` processes; returns the exit status.
 
-    SIGINT, SIGTERM and SIGUSR1 are passed on to every process, which then end by themselves.
+    SIGINT, SIGTERM and SIGUSR1 are passed on to every process; the processes then end by themselves.
     """
     port = _free_port()
     processes: list[subprocess.Popen[bytes]] = []
-    came, previous = _forward_signals(processes)
+    signals, previous = _forward_signals(processes)
     try:
         for rank in range(nproc):
             processes.append(_spawn(arguments, rank, nproc, port))
-        if came:  # while not all of them were there
+        if signals:  # received before all processes were started
             for process in processes:
-                process.send_signal(came[0])
+                process.send_signal(signals[0])
         return _wait(processes)
     finally:
         for number, handler in previous.items():
@@ -57,19 +58,19 @@ def _spawn(arguments: Sequence[str], rank: int, nproc: int, port: int) -> subpro
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    # Every process would otherwise start a thread per core and fight the others for them.
+    # Every process would otherwise start one thread per core and compete with the others.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     return subprocess.Popen([sys.executable, "-m", "megalong", *arguments], env=environment, preexec_fn=_prepare_child)
 
 
 def _prepare_child() -> None:
-    """Ask the kernel to end this process when its parent is gone, even by SIGKILL, which no parent can pass on.
+    """Make the kernel end this process when its parent is gone, even by SIGKILL, which a parent cannot pass on.
 
-    SIGINT waits until the child is there to hear it (`__main__.py`): Python's own start answers it by a traceback.
+    SIGINT is blocked until the child can handle it (`__main__.py`): during its start, Python would print a traceback.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     if _prctl is not None:
-        # Not SIGTERM, which asks a run to finish its step and save.
+        # Not SIGTERM, on which a run finishes its step and saves.
         _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
@@ -80,17 +81,17 @@ def _free_port() -> int:
 
 
 def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[list[int], dict[int, Any]]:
-    """Signals that came, as they come, and the handlers before."""
-    came: list[int] = []
+    """A list that collects received signals, and the previous handlers."""
+    signals: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+        signals.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    return came, {number: signal.signal(number, forward) for number in numbers}
+    return signals, {number: signal.signal(number, forward) for number in numbers}
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
@@ -98,7 +99,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
         statuses = [process.poll() for process in processes]
         failed = [status for status in statuses if status]
         if failed:
-            # A user's mistake is found by every rank; let the one that prints it speak before it is ended.
+            # Every rank finds a user's mistake; let the one that prints it finish before it is ended.
             time.sleep(0.5)
             return min((status for status in failed if status > 0), default=128 - failed[0])
         if all(status == 0 for status in statuses):
@@ -107,7 +108,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End what still runs at once, blocked in a collective or not: SIGTERM would ask it to go on and save."""
+    """Kill the remaining processes, even if blocked in a collective: on SIGTERM they would go on and save."""
     for process in processes:
         if process.poll() is None:
             process.kill()

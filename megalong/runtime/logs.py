@@ -1,8 +1,8 @@
-"""One log line format, to the terminal and to the run folder.
+"""One log line format, for the terminal and the run folder.
 
     2026-01-31 12:00:00 step 120/480 | loss 2.1341 | ...
 
-Rank 0 writes information; every rank writes warnings, with its rank in front.
+Rank 0 logs information; every rank logs warnings, with its rank as a prefix.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _RankPrefix(logging.Filter):
 
 
 def setup_logging(rank: int = 0, run_dir: Path | None = None) -> logging.Logger:
-    """Send the `megalong` logger to stderr and, on rank 0, to `run_dir/log.txt` (appended to over restarts)."""
+    """Send the `megalong` logger to stderr and, on rank 0, to `run_dir/log.txt` (restarts append to it)."""
     logger = logging.getLogger(LOGGER)
     close_logging()
     logger.propagate = False
@@ -47,7 +47,7 @@ def setup_logging(rank: int = 0, run_dir: Path | None = None) -> logging.Logger:
 
 
 def close_logging() -> None:
-    """Close and drop the logger's handlers."""
+    """Close and remove the logger's handlers."""
     logger = logging.getLogger(LOGGER)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)

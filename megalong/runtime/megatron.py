@@ -1,8 +1,8 @@
-"""What differs between Megatron-Core's versions and installations, in one place.
+"""Differences between Megatron-Core's versions and installations, in one place.
 
-`prepare()` must run before anything imports `megatron.core`: it hides a broken Transformer Engine, hides a working one
-and installs the CPU adapter where there is no GPU, and puts our AdamW where neither Transformer Engine's nor apex's is
-to be had.
+`prepare()` must run before anything imports `megatron.core`. It hides a broken Transformer Engine. Without a GPU it
+also hides a working one, and installs the CPU adapter. If neither Transformer Engine's nor apex's Adam is available, it
+installs our AdamW.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ log = logging.getLogger("megalong")
 _TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine_torch")
 # apex, and those of its extensions that Megatron-Core imports by themselves.
 _APEX = ("apex", "amp_C", "fused_weight_gradient_mlp_cuda")
-# The line that gave checkpoints their present form.
+# The version that introduced the current checkpoint format.
 _COMMON_IN_SHARDS = (0, 19)
-# Messages that ask nothing of a user of megalong, by logger and first words: 0.19's advice to those who write models
-# (what it advises against works as before), and torch built for CUDA on a machine without.
+# Messages that users of megalong can ignore, by logger and first words: 0.19's advice to authors of models (the
+# deprecated parts still work), and torch built for CUDA on a machine without a GPU.
 _NOISE = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
@@ -55,12 +55,12 @@ def prepare(device: torch.device) -> None:
 
 
 def _quiet() -> None:
-    """Hide warnings that a user of megalong can do nothing about; our own go through the log."""
-    # "Apex is not installed. Falling back to ...": we choose those parts ourselves.
+    """Hide warnings that a user of megalong can do nothing about; our own warnings go through the log."""
+    # "Apex is not installed. Falling back to ...": we choose these parts ourselves.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-    # torch renames what Megatron-Core still calls by its old names.
+    # torch has renamed functions that Megatron-Core still calls by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch\.distributed)\.")
-    # How 0.19 reads, in each process by itself, what lies beside the tensors of a checkpoint.
+    # 0.19 reads a checkpoint's non-tensor part in each process separately.
     reading = r"torch\.distributed is disabled, unavailable|The argument order of load has been changed"
     warnings.filterwarnings("ignore", message=reading, module=r"torch\.distributed\.checkpoint\.")
     for name in _NOISE:
@@ -72,14 +72,14 @@ def _is_no_noise(record: logging.LogRecord) -> bool:
 
 
 def hide_gpu_packages(why: str = "no GPU in use") -> None:
-    """Treat Transformer Engine and apex as absent: Megatron-Core would give their kernels the CPU's tensors."""
+    """Treat Transformer Engine and apex as absent: Megatron-Core would pass CPU tensors to their kernels."""
     hidden = _hide(*_TRANSFORMER_ENGINE, *_APEX)
     if hidden:
         log.info("%s: ignoring %s, which needs a GPU", why, ", ".join(hidden))
 
 
 def _hide(*packages: str) -> list[str]:
-    """Make importing these raise ImportError, as if they were not installed; those that are."""
+    """Make importing these raise ImportError, as if they were not installed; return those that are installed."""
     found = [name for name in packages if sys.modules.get(name) or importlib.util.find_spec(name)]
     for name in [*found, *(loaded for loaded in sys.modules if loaded.partition(".")[0] in found)]:
         sys.modules[name] = None  # type: ignore[assignment]
@@ -87,10 +87,10 @@ def _hide(*packages: str) -> list[str]:
 
 
 def hide_broken_transformer_engine() -> None:
-    """Transformer Engine that cannot be imported is treated as absent.
+    """Treat a Transformer Engine that cannot be imported as absent.
 
-    `pip install transformer-engine` without its CUDA core raises RuntimeError at import, which Megatron-Core, expecting
-    ImportError, does not survive.
+    `pip install transformer-engine` without its CUDA core raises RuntimeError at import, which Megatron-Core does not
+    catch: it expects ImportError.
     """
     if sys.modules.get("transformer_engine", "unset") is None or not importlib.util.find_spec("transformer_engine"):
         return
@@ -102,7 +102,7 @@ def hide_broken_transformer_engine() -> None:
 
 
 def _install_adam() -> None:
-    """Give Megatron-Core's optimizers `GroupStepAdamW` where they found neither Transformer Engine nor apex."""
+    """Give Megatron-Core's optimizers `GroupStepAdamW` if they found neither Transformer Engine nor apex."""
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
@@ -114,15 +114,15 @@ def _install_adam() -> None:
     for module in patched:
         module.Adam = GroupStepAdamW
     optimizer.USING_PYTORCH_OPTIMIZER = False
-    # The flag means "`step` lives in the parameter group", which is what our class does.
+    # The flag means "`step` is in the parameter group", as in our class.
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
 def version() -> str:
-    """The version that `import megatron.core` would give, told without importing it: "0.19.2".
+    """The version of `megatron.core`, without importing it: "0.19.2".
 
-    Not `__version__`, to which 0.19 appends the commit of whatever git checkout it is installed inside.
+    Not `__version__`, to which 0.19 appends the commit of any git checkout that surrounds the installation.
     """
     package = importlib.util.find_spec("megatron.core")
     assert package is not None
@@ -131,13 +131,13 @@ def version() -> str:
 
 
 def check_readable(checkpoint: Path, written_by: str) -> None:
-    """Refuse a checkpoint whose format came after the installed version.
+    """Refuse a checkpoint whose format is newer than the installed version.
 
-    0.19 puts what is no tensor into the shards. Earlier versions look for it in `common.pt`, which 0.19 reads as well
-    but does not write.
+    0.19 stores non-tensors in the shards. Earlier versions look for them in `common.pt`, which 0.19 can read but does
+    not write.
 
     Args:
-        written_by: the Megatron-Core version that wrote it, as `megalong.json` says.
+        written_by: the Megatron-Core version that wrote it, from `megalong.json`.
 
     Raises:
         UserError: the installed version cannot read it.
@@ -145,7 +145,7 @@ def check_readable(checkpoint: Path, written_by: str) -> None:
     here = version()
     if _line(here) < _COMMON_IN_SHARDS <= _line(written_by):
         raise UserError(
-            f"{checkpoint} was written under Megatron-Core {written_by}, and the installed {here} cannot read that; "
+            f"{checkpoint} was written by Megatron-Core {written_by}, and the installed {here} cannot read that; "
             "use 0.19 or later (Python 3.12), or export it there with `megalong checkpoint export` and load the result"
         )
 
@@ -156,14 +156,14 @@ def _line(version: str) -> tuple[int, ...]:
 
 
 def checkpoint_strategy_arguments(strategy: type) -> tuple[Any, ...]:
-    """What a save strategy's constructor must be told: 0.16 asks for the format's name and version, 0.19 does not."""
+    """Arguments for a save strategy's constructor: 0.16 takes the format's name and version, 0.19 does not."""
     return ("torch_dist", 1) if "backend" in inspect.signature(strategy).parameters else ()
 
 
 def mark_as_slice(weight: torch.Tensor, dim: int) -> None:
-    """Say that `weight` is cut along `dim` over tensor-parallel ranks.
+    """Mark `weight` as split along `dim` over tensor-parallel ranks.
 
-    0.19 has said so when it allocated the weight; 0.16 says it only of weights it fills itself.
+    0.19 marks a weight when it allocates it; 0.16 marks only weights that it initializes itself.
     """
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 

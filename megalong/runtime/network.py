@@ -1,16 +1,16 @@
-"""The interface towards the other hosts, for gloo and NCCL, and what every rank knows of every other.
+"""Choose the interface to the other hosts for gloo and NCCL, and exchange every rank's endpoint.
 
-gloo listens at the address that its host's own name resolves to. On Debian that is 127.0.1.1 (`/etc/hosts`), where no
-other host can connect to; with several interfaces it may be one that leads nowhere. So every rank asks its routing
-table which of its addresses it would use towards the host of the store (`connect` on a UDP socket sends nothing), and
-says in the store who it is before the first group is made:
+gloo listens at the address to which its host's own name resolves. On Debian that is 127.0.1.1 (`/etc/hosts`), to which
+no other host can connect; with several interfaces it may be one without a route. So every rank asks its routing table
+which of its addresses leads to the host of the store (`connect` on a UDP socket sends nothing), and puts its endpoint
+into the store before the first group is made:
 
     rank 1 on b    route to MASTER_ADDR: 10.0.0.2, of eth1             GLOO_SOCKET_IFNAME=eth1, NCCL_SOCKET_IFNAME==eth1
     rank 0 on a    route to MASTER_ADDR: to itself, at whatever address its name resolves to
-                   route to 10.0.0.2, who has said so: 10.0.0.1, eth1  the same
+                   route to 10.0.0.2, rank 1's endpoint: 10.0.0.1, eth1    the same
 
-Where all ranks are on one host, gloo gets the loopback, which is always up, and NCCL, which needs no socket there but
-to begin, is left alone. A variable that is set already is the user's and stays. Needs no torch.
+If all ranks are on one host, gloo gets the loopback, which is always up; NCCL, which needs a socket there only to
+start, is left alone. A variable that the user has set is left alone. Needs no torch.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from typing import Protocol
 GLOO = "GLOO_SOCKET_IFNAME"
 NCCL = "NCCL_SOCKET_IFNAME"
 LOOPBACK = "127.0.0.1"
-_ANY_PORT = 9  # of a connection that is never made
+_ANY_PORT = 9  # no connection is made
 
 
 class Store(Protocol):
-    """What of `torch.distributed.Store` is needed."""
+    """The methods of `torch.distributed.Store` that are used here."""
 
     def set(self, key: str, value: str, /) -> None:
-        """Tell all."""
+        """Publish a value."""
 
     def multi_get(self, keys: list[str], /) -> list[bytes]:
-        """Wait until all keys are there."""
+        """Wait for all keys, and return their values."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Endpoint:
 
     Attributes:
         host: SLURM's name of its node, else the machine's.
-        address: its host's own, towards the host of the store; empty on that host itself.
-        interface: the one that `address` belongs to; empty where it is not known.
+        address: its host's address towards the host of the store; empty on that host itself.
+        interface: the interface with `address`; empty if unknown.
         port: where it listens for `peers.lost`.
     """
 
@@ -65,32 +65,32 @@ def node_name() -> str:
 
 @dataclass(frozen=True)
 class Route:
-    """How this host reaches another: its own address and interface, both empty towards itself; the other's address."""
+    """How this host reaches `peer`, an address: its own address and interface, both empty if the peer is this host."""
 
     address: str
     interface: str
     peer: str
 
 
-def meet(store: Store, rank: int, world: int, route: Route, port: int) -> tuple[Endpoint, ...]:
-    """Exchange endpoints with all ranks, all of which call this; the endpoints by rank.
+def exchange_endpoints(store: Store, rank: int, world: int, route: Route, port: int) -> tuple[Endpoint, ...]:
+    """Exchange endpoints with all ranks; collective. Returns them by rank.
 
     Args:
         route: to the host of the store.
     """
     mine = Endpoint(rank, node_name(), route.address, route.interface, port)
     store.set(f"endpoint/{rank}", json.dumps(dataclasses.asdict(mine)))
-    told = store.multi_get([f"endpoint/{other}" for other in range(world)])
-    return tuple(Endpoint(**json.loads(bytes(text))) for text in told)
+    texts = store.multi_get([f"endpoint/{other}" for other in range(world)])
+    return tuple(Endpoint(**json.loads(bytes(text))) for text in texts)
 
 
 def master() -> str:
-    """Name or address of the host of the store."""
+    """Name or address of the store's host."""
     return os.environ.get("MASTER_ADDR") or LOOPBACK
 
 
 def route_to(host: str) -> Route:
-    """The way to `host`, a name or an address; to this host itself where nobody knows one."""
+    """The route to `host`, a name or an address; the route to this host itself if there is none."""
     try:
         candidates = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)
     except OSError:
@@ -111,43 +111,43 @@ def route_to(host: str) -> Route:
 
 
 def choose(endpoints: Sequence[Endpoint], mine: Endpoint) -> str | None:
-    """The interface towards the other hosts; None where there is no other, empty where it cannot be found."""
+    """The interface to the other hosts; None if there is no other host, empty if it cannot be found."""
     if len({(endpoint.host, endpoint.address) for endpoint in endpoints}) == 1:
         return None
     if mine.address:
         return mine.interface
-    # The store is on this host. Where nobody has an address, all are on this machine, whatever they call it.
+    # The store is on this host. If no endpoint has an address, all ranks are on this machine, whatever its names.
     return next((route_to(endpoint.address).interface for endpoint in endpoints if endpoint.address), None)
 
 
-def tell_backends(interface: str | None, environment: MutableMapping[str, str]) -> None:
-    """Set gloo's and NCCL's variables in `environment` (`os.environ`) to what `choose` found, unless they are set."""
+def set_interface_variables(interface: str | None, environment: MutableMapping[str, str]) -> None:
+    """Set gloo's and NCCL's variables in `environment` to the result of `choose`, unless they are set."""
     if interface is None:
         loopback = _owner(LOOPBACK)
         if loopback:
             environment.setdefault(GLOO, loopback)
     elif interface:
         environment.setdefault(GLOO, interface)
-        # NCCL takes a bare name as the beginning of names.
+        # NCCL treats a bare name as a prefix.
         environment.setdefault(NCCL, f"={interface}")
 
 
 def describe(endpoints: Sequence[Endpoint], interface: str | None, users: Mapping[str, str]) -> str:
-    """One line: which hosts talk over which interface.
+    """One line: which hosts communicate over which interface.
 
     Args:
-        interface: of the host of rank 0, which asks.
-        users: variables that were set by the user.
+        interface: of the host of rank 0, which calls this.
+        users: variables that the user has set.
     """
     by_interface: dict[str, list[str]] = {}
     for endpoint in endpoints:
         name = (endpoint.interface or interface) if endpoint.address else interface
-        hosts = by_interface.setdefault(name or "an interface of their own choice", [])
+        hosts = by_interface.setdefault(name or "gloo's and NCCL's own choice", [])
         if endpoint.host not in hosts:
             hosts.append(endpoint.host)
     chosen = "; ".join(f"{name} on {_listed(hosts)}" for name, hosts in by_interface.items())
-    kept = "".join(f"; {name}={value} is kept" for name, value in users.items())
-    return f"network: the way to the other hosts is {chosen}{kept}"
+    kept = "".join(f"; keeping {name}={value}" for name, value in users.items())
+    return f"network: interface to the other hosts: {chosen}{kept}"
 
 
 def _listed(hosts: Sequence[str]) -> str:
@@ -161,7 +161,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _owner(address: str) -> str:
-    """The interface that has `address`; empty where none has."""
+    """The interface with `address`; empty if there is none."""
     import psutil
 
     for name, entries in psutil.net_if_addrs().items():

@@ -1,7 +1,7 @@
-"""What one process can say about the node it is on before anything is started there: a plain dataclass, sent as JSON.
+"""One process's report on its node before a run starts there: a plain dataclass, sent as JSON.
 
-A GPU is healthy where it is free, its driver counts no uncorrected memory error, it is not being slowed down by heat,
-and a matrix product with a known answer comes out exactly right:
+A GPU is healthy if it is free, its driver counts no uncorrected memory errors, it is not slowed down by heat or power,
+and a matrix product with a known result is exactly right:
 
     ones [n, n] @ ones [n, n] = n everywhere; exact in bf16 for a power of two
 """
@@ -27,8 +27,8 @@ from megalong.runtime.network import node_name
 
 PACKAGES = ("megalong", "torch", "megatron-core", "transformer-engine", "numpy")
 _PROBE = 2048
-_BUSY_SHARE = 0.1  # of a GPU's memory; its own context and a display take less
-_WAIT_SECONDS = 15.0  # what another node has written is seen late on NFS
+_BUSY_SHARE = 0.1  # of a GPU's memory; our own context and a display use less
+_WAIT_SECONDS = 15.0  # on NFS, another node's files appear late
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class NodeReport:
 
     Attributes:
         node: SLURM's name of the node, else the machine's.
-        versions: of packages, Python, NCCL, driver; what must be equal on all nodes.
-        gpus: GPUs that torch sees on the node, None where the run is to use CPUs.
+        versions: of packages, Python, NCCL and driver, which must be equal on all nodes.
+        gpus: number of GPUs that torch sees on the node, None if the run uses CPUs.
         memory: bytes of this rank's GPU, or of the node's free memory.
-        probe_seconds: of one matrix product, the best of some.
-        faults: what is wrong here, a clause each.
+        probe_seconds: of one matrix product, the fastest of several.
+        faults: what is wrong here, one clause each.
     """
 
     rank: int
@@ -64,11 +64,11 @@ class NodeReport:
 
 
 def inspect_node(rank: int, local_rank: int, local_world: int, device_type: str, token: Path | None) -> NodeReport:
-    """Look at this node, and as `local_rank` at its one GPU.
+    """Inspect this node, and the GPU of `local_rank`.
 
     Args:
         local_world: processes of the run on this node.
-        token: file that rank 0 has written in the run folder: who does not see it writes elsewhere.
+        token: file that rank 0 has written in the run folder; a node that does not see it has another run folder.
     """
     faults = [] if token is None or local_rank else _shared(token)
     gpus, memory = None, _host_memory()
@@ -86,7 +86,7 @@ def inspect_node(rank: int, local_rank: int, local_world: int, device_type: str,
             free, memory = torch.cuda.mem_get_info(device)
             if free < (1 - _BUSY_SHARE) * memory:
                 used = (memory - free) / 2**30
-                faults.append(f"GPU {local_rank} is taken: {used:.1f} GiB of it are in use before we start")
+                faults.append(f"GPU {local_rank} is in use: {used:.1f} GiB are taken before we start")
         seconds, right = probe(device)
         if not right:
             faults.append(f"{device} computes a wrong matrix product")
@@ -96,7 +96,7 @@ def inspect_node(rank: int, local_rank: int, local_world: int, device_type: str,
 
 
 def versions() -> dict[str, str]:
-    """Versions of what has to be equal on all nodes of a run; `-` for what is not there."""
+    """Versions that must be equal on all nodes of a run; `-` for what is missing."""
     found = {name: _version(name) for name in PACKAGES}
     found["python"] = platform.python_version()
     if torch.cuda.is_available():
@@ -106,20 +106,20 @@ def versions() -> dict[str, str]:
 
 
 def probe(device: torch.device, size: int | None = None, repeats: int = 3) -> tuple[float, bool]:
-    """Seconds of one matrix product (the best of `repeats`), and whether its answer was right."""
+    """Seconds of one matrix product (the fastest of `repeats`), and whether its result is right."""
     size = size or (_PROBE if device.type == "cuda" else 256)
     ones = torch.ones(size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     best, product = float("inf"), ones
     for _ in range(repeats):
-        _finish(device)
+        _synchronize(device)
         started = time.perf_counter()
         product = ones @ ones
-        _finish(device)
+        _synchronize(device)
         best = min(best, time.perf_counter() - started)
     return best, bool((product == size).all())
 
 
-def _finish(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -137,7 +137,7 @@ def _shared(token: Path) -> list[str]:
 
 
 def _driver_faults() -> list[str]:
-    """What nvidia-smi counts against this node's GPUs; nothing where it cannot be asked."""
+    """Faults of this node's GPUs by nvidia-smi; empty if it cannot be run."""
     faults = []
     for index, count in enumerate(_smi("ecc.errors.uncorrected.volatile.total")):
         if count.isdigit() and int(count):

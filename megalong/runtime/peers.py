@@ -1,15 +1,15 @@
-"""Who is gone? A collective that fails says that it failed, or that it took too long, but not because of which host.
+"""Find out which host or rank is gone: a failed collective does not say because of whom it failed or timed out.
 
-Every rank has a socket that listens and that nobody reads: the kernel answers for a process as long as it lives, even
-one that hangs. When a collective has failed, or the watchdog wakes, a rank tries to connect to all others:
+Every rank has a listening socket that nobody reads: the kernel accepts connections for a process as long as it lives,
+even if it hangs. When a collective has failed, or the watchdog fires, a rank tries to connect to all others:
 
     connected     the process lives
     refused       the host lives, the process does not
-    no answer     the host, or what lies between
+    no answer     the host is down, or the network to it
 
-That needs neither the store, which is gone with its host, nor a thread that beats beside the training, and it cannot
-end a run that is well. A host that is lost is thus noticed when a collective has waited `runtime.timeout_minutes`, or
-the watchdog its minutes, and not before. Two hosts whose link is cut name each other.
+This needs neither the store, which is lost with its host, nor a heartbeat thread, and it cannot end a healthy run. So a
+lost host is noticed only when a collective reaches `runtime.timeout_minutes`, or the watchdog fires. Two hosts whose
+link is cut name each other.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from megalong.runtime.network import Endpoint
 
 log = logging.getLogger("megalong")
 
-SECONDS = 5.0  # a first packet that is lost is sent again after one and after three
-_BACKLOG = 4096  # nobody takes connections off the queue, and every rank may ask once
+SECONDS = 5.0  # a lost first packet is sent again after one and three seconds
+_BACKLOG = 4096  # nobody accepts the connections, and every rank may try once
 STATUS = 1
 
 _ALIVE, _ENDED, _SILENT = "alive", "ended", "silent"
@@ -36,39 +36,39 @@ _listener: socket.socket | None = None
 _endpoints: tuple[Endpoint, ...] = ()
 _rank = 0
 _master = network.LOOPBACK
-_said: str | None = None
+_network_line: str | None = None
 
 
-def meet(store: network.Store, rank: int, world: int) -> None:
-    """Get to know all ranks, and tell gloo and NCCL which interface leads to them; all ranks call this."""
-    global _listener, _endpoints, _rank, _master, _said
+def join(store: network.Store, rank: int, world: int) -> None:
+    """Exchange endpoints with all ranks, and set the interface for gloo and NCCL; collective."""
+    global _listener, _endpoints, _rank, _master, _network_line
     leave()
     _listener = _listen()
     route = network.route_to(network.master())
-    # An address, because names may need the network that is gone.
+    # An address, because resolving a name may need the network that is lost.
     _rank, _master = rank, route.peer
-    _endpoints = network.meet(store, rank, world, route, _listener.getsockname()[1])
+    _endpoints = network.exchange_endpoints(store, rank, world, route, _listener.getsockname()[1])
     interface = network.choose(_endpoints, _endpoints[rank])
     users = {name: os.environ[name] for name in (network.GLOO, network.NCCL) if name in os.environ}
-    network.tell_backends(interface, os.environ)
-    _said = None if interface is None else network.describe(_endpoints, interface, users)
+    network.set_interface_variables(interface, os.environ)
+    _network_line = None if interface is None else network.describe(_endpoints, interface, users)
 
 
 def leave() -> None:
-    """Be found by nobody any more; to be called before the groups are left, so that who misses them finds out why."""
-    global _listener, _endpoints, _said
+    """Stop listening; call before leaving the groups, so that ranks that still wait find this one gone."""
+    global _listener, _endpoints, _network_line
     if _listener is not None:
         _listener.close()
-    _listener, _endpoints, _said = None, (), None
+    _listener, _endpoints, _network_line = None, (), None
 
 
-def way() -> str | None:
-    """What was chosen, for the log; None on one host."""
-    return _said
+def network_line() -> str | None:
+    """The chosen interfaces, for the log; None on one host."""
+    return _network_line
 
 
 def lost(seconds: float = SECONDS) -> str | None:
-    """Which hosts, or which ranks, are gone; None where all of them answer. Takes up to `seconds`, for any thread."""
+    """Which hosts or ranks are gone; None if all answer. Takes up to `seconds`; safe in any thread."""
     others = [endpoint for endpoint in _endpoints if endpoint.rank != _rank]
     if not others:
         return None
@@ -76,7 +76,7 @@ def lost(seconds: float = SECONDS) -> str | None:
 
 
 def verdict(others: Sequence[Endpoint], found: Sequence[str], here: str) -> str | None:
-    """What these answers of the `others` say, in words; None where there is nothing to say."""
+    """Describe who is gone by the answers `found` of the `others`; None if nobody is."""
     by_host: dict[str, list[tuple[int, str]]] = {}
     for endpoint, answer in zip(others, found, strict=True):
         by_host.setdefault(endpoint.host, []).append((endpoint.rank, answer))
@@ -88,11 +88,11 @@ def verdict(others: Sequence[Endpoint], found: Sequence[str], here: str) -> str 
         return f"no answer from host {hosts}: it is down, or the network between it and {here}"
     ended = {host: [rank for rank, answer in pairs if answer == _ENDED] for host, pairs in by_host.items()}
     parts = [f"{_ranks(ranks)} on host {host}" for host, ranks in ended.items() if ranks]
-    return f"ended before this rank: {', '.join(parts)}: why is in their logs" if parts else None
+    return f"ended before this rank: {', '.join(parts)}: see their logs" if parts else None
 
 
-def say_if_lost() -> str | None:
-    """`lost()`, said on stderr without a logger, for a thread that ends a process in which anything may hang."""
+def report_if_lost() -> str | None:
+    """`lost()`, also printed to stderr without a logger, for a thread in a process where anything may hang."""
     gone = lost()
     if gone is not None:
         os.write(2, f"rank {_rank}: {gone}\n".encode())
@@ -100,15 +100,15 @@ def say_if_lost() -> str | None:
 
 
 def end_if_lost(error: BaseException) -> None:
-    """After `error`: where a rank is gone, say so and end this process, else return.
+    """After `error`: if a rank is gone, log this and end the process, else return.
 
-    Nothing that is still under way can end well: collectives of other threads would wait for their own time-outs, and
-    a checkpoint that is not complete is not published.
+    Nothing still in progress can succeed: collectives of other threads would wait for their own timeouts, and an
+    incomplete checkpoint is not published.
     """
     if isinstance(error, UserError | KeyboardInterrupt | SystemExit) or (gone := lost()) is None:
         return
     traceback.print_exception(error)
-    log.error("%s; this run ends here, run the same command to resume", gone)
+    log.error("%s; this run ends here; run the same command to resume", gone)
     logging.shutdown()
     os._exit(STATUS)
 
@@ -126,11 +126,11 @@ async def _ask_all(others: Sequence[Endpoint], seconds: float) -> list[str]:
 async def _ask(endpoint: Endpoint, seconds: float) -> str:
     try:
         async with asyncio.timeout(seconds):
-            # Who is seen at no address of its own is on the host of the store.
+            # An endpoint without an address is on the store's host.
             _, writer = await asyncio.open_connection(endpoint.address or _master, endpoint.port)
     except ConnectionRefusedError:
         return _ENDED
-    except OSError:  # a time-out is one
+    except OSError:  # includes timeouts
         return _SILENT
     writer.close()
     return _ALIVE
@@ -145,7 +145,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _close_in_child() -> None:
-    """A forked helper (a data worker) must not answer for a rank that is gone."""
+    """A forked helper (a data worker) must not accept connections for a rank that is gone."""
     if _listener is not None:
         _listener.close()
 

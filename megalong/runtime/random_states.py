@@ -1,4 +1,4 @@
-"""All generators a forward pass may use, taken together and put back together."""
+"""Save and restore the states of all generators that a forward pass may use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any]) -> None:
-    """Put generators back to `random_states()`."""
+    """Restore all generators from the result of `random_states`."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     torch.set_rng_state(states["torch"])

@@ -1,11 +1,12 @@
-"""A store of this life's own, where torchrun's outlives the processes it starts again.
+"""A separate store for each life of a run, because torchrun's store outlives the processes that it restarts.
 
-With `--max-restarts` the next life's processes meet in the store of the last one (torch 2.13 keeps it over rounds), and
-read addresses of processes that are gone. A count of restarts would tell lives apart on one node only: a node whose
-workers were well does not count. So rank 0 thinks of a name for this life and tells it to every rank that lives now:
+With `--max-restarts` the processes of the next life use the store of the previous one (torch 2.13 keeps it across
+rounds) and would read addresses of processes that are gone. A restart count would distinguish lives on one node only,
+because a node with healthy workers does not count. So rank 0 makes up a name for this life and sends it to every rank
+that is alive now:
 
-    rank r    hello/r = a nonce of its own            waits for welcome/<nonce>, which nobody can have left behind
-    rank 0    reads hello/r, sets welcome/<nonce> = name of the life, until ack/<name>/r is there
+    rank r    hello/r = a nonce of its own            waits for welcome/<nonce>, which no earlier life can have set
+    rank 0    reads hello/r, sets welcome/<nonce> = name of the life, until ack/<name>/r is set
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ _POLL_SECONDS = 0.02
 
 
 def store_of_this_life(store: dist.Store, rank: int, world: int, timeout: datetime.timedelta) -> dist.Store:
-    """`store` under a prefix that all ranks which live now have agreed on; every rank calls this.
+    """`store` with a prefix that all live ranks have agreed on; collective.
 
     Raises:
-        TimeoutError: a rank did not come.
+        TimeoutError: a rank did not take part in time.
     """
     store = dist.PrefixStore("megalong", store)
     store.set_timeout(timeout)
-    name = _name_by_others(store, rank) if rank else _name_for_others(store, world, timeout)
+    name = _receive_name(store, rank) if rank else _send_name(store, world, timeout)
     return dist.PrefixStore(name, store)
 
 
-def _name_by_others(store: dist.Store, rank: int) -> str:
+def _receive_name(store: dist.Store, rank: int) -> str:
     nonce = uuid.uuid4().hex
     store.set(f"hello/{rank}", nonce)
     name = bytes(store.get(f"welcome/{nonce}")).decode()
@@ -39,12 +40,12 @@ def _name_by_others(store: dist.Store, rank: int) -> str:
     return name
 
 
-def _name_for_others(store: dist.Store, world: int, timeout: datetime.timedelta) -> str:
+def _send_name(store: dist.Store, world: int, timeout: datetime.timedelta) -> str:
     name, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     missing, welcomed = set(range(1, world)), set()
     while True:
         for rank in sorted(missing):
-            # What lies there may be of an earlier life, so its owner has to answer.
+            # The nonce may be from an earlier life, so its owner must acknowledge.
             if store.check([f"hello/{rank}"]) and (nonce := bytes(store.get(f"hello/{rank}")).decode()) not in welcomed:
                 welcomed.add(nonce)
                 store.set(f"welcome/{nonce}", name)
@@ -53,5 +54,5 @@ def _name_for_others(store: dist.Store, world: int, timeout: datetime.timedelta)
         if not missing:
             return name
         if time.monotonic() > deadline:
-            raise TimeoutError(f"ranks {sorted(missing)} did not come within {timeout}")
+            raise TimeoutError(f"ranks {sorted(missing)} did not take part within {timeout}")
         time.sleep(_POLL_SECONDS)

@@ -1,8 +1,8 @@
-"""`RUN/REQUEUE`: a signal stopped the run, it has saved, and it must be started again.
+"""`RUN/REQUEUE`: a signal stopped the run after a save, and it must be started again.
 
     {"step": 1200, "signal": "SIGUSR1", "time": "2026-01-31T12:00:00+00:00"}
 
-Batch scripts test for it; the next start takes it away first, so that a start which fails is not repeated for ever.
+Batch scripts test for it. The next start removes it first, so that a failing start is not repeated forever.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ FILE = "REQUEUE"
 
 
 def mark(run: Path, step: int, signal: str) -> None:
-    """Leave the marker of a run whose last saved step is `step`."""
-    told = {"step": step, "signal": signal, "time": utc_now("seconds")}
+    """Write the marker of a run whose last saved step is `step`."""
+    values = {"step": step, "signal": signal, "time": utc_now("seconds")}
     with file_aside(run / FILE, durable=True) as aside:
-        aside.write_text(json.dumps(told) + "\n")
+        aside.write_text(json.dumps(values) + "\n")
 
 
 def clear(run: Path) -> None:
-    """Take the marker away, if there is one."""
-    with contextlib.suppress(NotADirectoryError):  # who checks the run folder says so
+    """Remove the marker, if there is one."""
+    with contextlib.suppress(NotADirectoryError):  # reported by the check of the run folder
         (run / FILE).unlink(missing_ok=True)

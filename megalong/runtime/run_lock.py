@@ -1,21 +1,21 @@
-"""`RUN/lock`: one training at a time writes to a run folder.
+"""`RUN/lock`: only one training at a time writes to a run folder.
 
     {"host": "node7", "process": 4711, "since": "2026-01-31T12:00:00+00:00", "job": "99", "restarts": 0, …}
 
-Rank 0 takes it before the run writes anything and gives it back at the end, also after an error. Whatever only reads
-the folder (evaluation, export) needs no lock.
+Rank 0 acquires it before the run writes anything and releases it at the end, also after an error. Commands that only
+read the folder (evaluation, export) need no lock.
 
-Locks of the system (flock) do not reach over every shared file system. This one is a file that is made by a hard link,
-which is atomic on NFS and Lustre too, and whose time of change its holder renews every `BEAT_SECONDS`. A killed run
-leaves it behind, and the next start finds out by itself:
+System locks (flock) do not work on every shared file system. This lock is a file created by a hard link, which is
+atomic on NFS and Lustre too; its holder renews the modification time every `BEAT_SECONDS`. A killed run leaves it
+behind, and the next start decides whether it is stale:
 
-    same machine       is the process gone, or is it another one of that number (by its time of start)? then it is stale
-    same SLURM job     an earlier start of this job is over: a job that is requeued has ended
-    anything else      stale once `STALE_SECONDS` pass by our own clock without a renewal: clocks of hosts differ
+    same machine       stale if the process is gone, or if its number now belongs to another (by start time)
+    same SLURM job     stale if the holder is an earlier start of this job: a requeued job has ended
+    anything else      stale after `STALE_SECONDS` without a renewal, by our own clock: clocks of hosts differ
 
-"Same machine" means host, boot and process namespace: containers may share a name and count processes on their own.
-Two that find it stale at the same moment cannot both keep it: a holder whose file is another's ends itself. One whose
-file was deleted makes it again.
+"Same machine" means host, boot and process namespace: containers may share a name and have process numbers of their
+own. If two processes find it stale at the same moment, they cannot both keep it: a holder that sees another's file ends
+itself. A holder whose file was deleted creates it again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from megalong.runtime.amounts import utc_now
 
 FILE = "lock"
 BEAT_SECONDS, STALE_SECONDS = 10.0, 90.0
-DYING_SECONDS = 3.0  # of a process that was killed just now, such as rank 0 with its launcher
+DYING_SECONDS = 3.0  # for a process that was just killed, such as rank 0 with its launcher
 STATUS = 1
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -48,10 +48,10 @@ class Holder:
     """Who holds a run folder.
 
     Attributes:
-        machine: boot and process namespace, "" where the system does not tell.
-        started: the process's start, in the clock ticks of /proc; 0 where there is no /proc.
-        job, restarts: SLURM's job and how often it was started again; "" and 0 outside.
-        token: no other holder has it.
+        machine: boot and process namespace, "" if unknown.
+        started: the process's start, in the clock ticks of /proc; 0 without /proc.
+        job, restarts: the SLURM job and its number of restarts; "" and 0 outside SLURM.
+        token: unique to this holder.
     """
 
     host: str
@@ -72,7 +72,7 @@ UNREADABLE = Holder("unknown", 0, "unknown")
 
 
 def this_process() -> Holder:
-    """The holder that this process would be."""
+    """This process as a holder."""
     return Holder(
         host=socket.gethostname(),
         process=os.getpid(),
@@ -86,17 +86,17 @@ def this_process() -> Holder:
 
 
 def refuse_held(run: Path) -> None:
-    """Refuse a run folder that another training holds, and remove the lock of one that is gone.
+    """Refuse a run folder that another training holds, and remove a stale lock.
 
-    Waits up to `STALE_SECONDS` for a sign of life of a holder elsewhere.
+    Waits up to `STALE_SECONDS` for a sign of life from a holder elsewhere.
 
     Raises:
-        UserError: it is held.
+        UserError: the folder is held.
     """
-    while (seen := _look(run)) is not None:
+    while (seen := _read(run)) is not None:
         if not _is_gone(run, *seen):
             raise UserError(
-                f"run.dir {run}: another training is writing there ({seen[0]}); wait for it or end it, or give another "
+                f"run.dir {run}: another training is writing there ({seen[0]}); wait for it, end it, or choose another "
                 "run.dir"
             )
         _remove(run, seen[0])
@@ -104,37 +104,37 @@ def refuse_held(run: Path) -> None:
 
 @contextlib.contextmanager
 def held(runs: Sequence[Path]) -> Iterator[None]:
-    """Hold these run folders, which are made where they are missing, for a block.
+    """Hold these run folders, which are created if missing, for a block.
 
     Raises:
         UserError: another training holds one of them.
     """
-    taken: list[tuple[Path, Holder]] = []
+    acquired: list[tuple[Path, Holder]] = []
     ended = threading.Event()
     try:
         for run in dict.fromkeys(runs):
-            taken.append((run, _take(run)))
-        threading.Thread(target=_renew, args=(taken, ended), name="run lock", daemon=True).start()
+            acquired.append((run, _acquire(run)))
+        threading.Thread(target=_renew, args=(acquired, ended), name="run lock", daemon=True).start()
         yield
     finally:
         ended.set()
-        for run, holder in taken:
-            seen = _look(run)
+        for run, holder in acquired:
+            seen = _read(run)
             if seen is not None and seen[0].token == holder.token:
                 (run / FILE).unlink(missing_ok=True)
 
 
-def _take(run: Path) -> Holder:
+def _acquire(run: Path) -> Holder:
     run.mkdir(parents=True, exist_ok=True)
     holder = this_process()
     while True:
         refuse_held(run)
-        if _make(run, holder):
+        if _create(run, holder):
             return holder
 
 
-def _make(run: Path, holder: Holder) -> bool:
-    """Make the lock with its whole content at once; False where there is one."""
+def _create(run: Path, holder: Holder) -> bool:
+    """Create the lock atomically with its content; False if there is one."""
     aside = run / f".{FILE}-{holder.token}"
     try:
         aside.write_text(json.dumps(asdict(holder)) + "\n")
@@ -144,11 +144,11 @@ def _make(run: Path, holder: Holder) -> bool:
 
 
 def _publish(aside: Path, lock: Path) -> bool:
-    """Give `aside` the name `lock` unless something has it; False if so."""
+    """Give `aside` the name `lock`; False if that name is taken."""
     try:
         os.link(aside, lock)
     except FileExistsError:
-        return os.stat(aside).st_nlink == 2  # NFS may have done it and lost the answer
+        return os.stat(aside).st_nlink == 2  # NFS may have done it and lost the reply
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
@@ -160,10 +160,10 @@ def _publish(aside: Path, lock: Path) -> bool:
     return True
 
 
-def _look(run: Path) -> tuple[Holder, int] | None:
-    """The holder and when it last renewed its lock (ns, by whatever clock); None where there is no lock."""
+def _read(run: Path) -> tuple[Holder, int] | None:
+    """The holder and when it last renewed its lock (ns, by an unknown clock); None if there is no lock."""
     try:
-        # Opened for each look: that is when NFS asks its server.
+        # Opened anew each time: NFS asks its server on open.
         with (run / FILE).open() as file:
             renewed = os.fstat(file.fileno()).st_mtime_ns
             text = file.read()
@@ -176,38 +176,38 @@ def _look(run: Path) -> tuple[Holder, int] | None:
 
 
 def _is_gone(run: Path, holder: Holder, renewed: int) -> bool:
-    """Whether the holder has ended without giving its lock back."""
+    """Whether the holder has ended without releasing its lock."""
     me = this_process()
     if (holder.host, holder.machine) == (me.host, me.machine) and not _is_hidden(holder.process):
-        return _ends_soon(holder)
+        return _is_ending(holder)
     if holder.job and holder.job == me.job and holder.restarts < me.restarts:
         return True
     print(
-        f"megalong: run.dir {run}: it was held by {holder}; waiting up to {STALE_SECONDS:.0f} s for a sign of life",
+        f"megalong: run.dir {run}: held by {holder}; waiting up to {STALE_SECONDS:.0f} s for a sign of life",
         file=sys.stderr,
     )
     deadline = time.monotonic() + STALE_SECONDS
     while time.monotonic() < deadline:
         time.sleep(min(1.0, STALE_SECONDS / 10))
-        seen = _look(run)
+        seen = _read(run)
         if seen is None or seen[0] != holder:
-            return True  # there is another state to look at
+            return True  # the lock has changed: the caller looks again
         if seen[1] != renewed:
             return False
     return True
 
 
-def _ends_soon(holder: Holder) -> bool:
-    """Whether a process of this machine is gone, or goes within a moment."""
+def _is_ending(holder: Holder) -> bool:
+    """Whether a process of this machine is gone, or ends within `DYING_SECONDS`."""
     deadline = time.monotonic() + DYING_SECONDS
-    while _runs(holder):
+    while _is_running(holder):
         if time.monotonic() > deadline:
             return False
         time.sleep(DYING_SECONDS / 30)
     return True
 
 
-def _runs(holder: Holder) -> bool:
+def _is_running(holder: Holder) -> bool:
     if holder.started:
         return _start_of(holder.process) == holder.started
     try:
@@ -220,7 +220,7 @@ def _runs(holder: Holder) -> bool:
 
 
 def _is_hidden(process: int) -> bool:
-    """Whether another user's process runs here that /proc does not show (mounted with hidepid)."""
+    """Whether this is another user's process that /proc does not show (mounted with hidepid)."""
     try:
         os.kill(process, 0)
     except PermissionError:
@@ -231,9 +231,9 @@ def _is_hidden(process: int) -> bool:
 
 
 def _start_of(process: int) -> int | None:
-    """When a process was started, in clock ticks since the boot; None where none of that number runs any more."""
+    """When a process was started, in clock ticks since boot; None if no process with this number is running."""
     try:
-        # The name, in parentheses, may hold anything; the state follows it, and the start is the 22nd field of all.
+        # The name, in parentheses, may contain anything; the state follows it, and the start time is field 22.
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
@@ -249,8 +249,8 @@ def _machine() -> str:
 
 
 def _remove(run: Path, stale: Holder) -> None:
-    """Take a stale lock away; one that another start has put there meanwhile is put back."""
-    seen = _look(run)
+    """Remove a stale lock; if another start has just replaced it, put that one back."""
+    seen = _read(run)
     if seen is None or seen[0] != stale:
         return
     away = run / f".{FILE}-{uuid.uuid4().hex}"
@@ -261,30 +261,30 @@ def _remove(run: Path, stale: Holder) -> None:
     try:
         if json.loads(away.read_text()).get("token") != stale.token:
             _publish(away, run / FILE)
-    except (ValueError, AttributeError):  # not readable: no holder of ours
+    except (ValueError, AttributeError):  # unreadable, so not written by us
         pass
     finally:
         away.unlink(missing_ok=True)
 
 
-def _renew(taken: Sequence[tuple[Path, Holder]], ended: threading.Event) -> None:
-    """Renew locks until the block ends; end the process where one is another's by now."""
+def _renew(acquired: Sequence[tuple[Path, Holder]], ended: threading.Event) -> None:
+    """Renew locks until the block ends; end the process if another has taken one."""
     while not ended.wait(BEAT_SECONDS):
-        for run, holder in taken:
+        for run, holder in acquired:
             try:
-                seen = _look(run)
+                seen = _read(run)
                 if seen is None:
-                    _make(run, holder)
+                    _create(run, holder)
                 elif seen[0].token == holder.token:
                     os.utime(run / FILE)
                 elif not ended.is_set():
-                    _end(run, seen[0])
-            except OSError:  # the file system does not answer: nobody else can take it either
+                    _end_process(run, seen[0])
+            except OSError:  # the file system does not answer, so nobody else can take it either
                 continue
 
 
-def _end(run: Path, other: Holder) -> None:
-    """Leave the folder to another: two that write there would spoil both."""
-    told = f"megalong: error: run.dir {run}: another training took it ({other}), so this one ends without a save\n"
-    os.write(2, told.encode())
+def _end_process(run: Path, other: Holder) -> None:
+    """Leave the folder to another training: two that write there would ruin both."""
+    line = f"megalong: error: run.dir {run}: another training took it ({other}), so this one ends without a save\n"
+    os.write(2, line.encode())
     os._exit(STATUS)

@@ -1,4 +1,4 @@
-"""Join the world of processes that this one was started in, and leave it again: training, evaluation, conversion."""
+"""Join and leave the world of processes that a launcher started: for training, evaluation and conversion."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from megalong.runtime.logs import close_logging, setup_logging
 
 @contextlib.contextmanager
 def world(device: torch.device, grid: Grid | None = None, timeout_minutes: float = 60) -> Iterator[None]:
-    """All processes that a launcher started with this one, or this one alone.
+    """Join all processes that a launcher started with this one, or run alone.
 
-    Megatron-Core may be imported only inside. Nothing stays initialized behind.
+    Megatron-Core may be imported only inside. Afterwards nothing stays initialized.
 
     Args:
-        grid: how they share a model; None: the caller calls `distributed.set_grid`.
+        grid: how the processes share a model; None if the caller calls `distributed.set_grid`.
         timeout_minutes: for every collective.
 
     Raises:
-        UserError: the world cannot be joined, or does not hold whole replicas of `grid`.
+        UserError: the world cannot be joined, or its size is not a multiple of the grid's TP × CP × PP.
     """
     distributed.start(device, timeout_minutes)
     try:
@@ -35,8 +35,8 @@ def world(device: torch.device, grid: Grid | None = None, timeout_minutes: float
 
 
 @contextlib.contextmanager
-def logged() -> Iterator[None]:
-    """Log lines go to the terminal: all of rank 0, warnings of the others."""
+def console_logging() -> Iterator[None]:
+    """Log to the terminal: all lines of rank 0, warnings of other ranks."""
     setup_logging(distributed.environment_world()[0])
     try:
         yield

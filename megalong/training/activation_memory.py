@@ -1,10 +1,10 @@
-"""Whether a rank can hold the least that a micro-batch takes: the input of each of its layers.
+"""Refuse a run whose layer inputs alone exceed a rank's memory.
 
     bytes = micro-batch * tokens of a rank * hidden_size * bytes of a value * layers of a rank
 
-With full recompute that is about all there is, otherwise a small part; weights, gradients, optimizer and logits come on
-top. So what passes may still not fit, and what is refused cannot: a length that is a slip of the pen (100000000 instead
-of 1000000) is told as one, instead of by an allocation that fails minutes later.
+With full recompute these are most of the activations, otherwise a small part; weights, gradients, optimizer and logits
+come on top. So a run that passes may still not fit, but a run that is refused cannot fit. A mistyped length (100000000
+instead of 1000000) gets a clear message instead of a failed allocation minutes later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _GIB = 2**30
 
 
 def layer_input_bytes(config: Config, architecture: Architecture) -> float:
-    """Bytes of one micro-batch's layer inputs on the rank that holds fewest layers."""
+    """Bytes of one micro-batch's layer inputs on the rank with the fewest layers."""
     parallel = config.parallel
     tokens = config.training.micro_batch_size * config.data.seq_length / parallel.context_parallel_size
     if parallel.sequence_parallel:
@@ -35,16 +35,16 @@ def refuse_without_memory(config: Config, architecture: Architecture, device: to
     """Refuse samples whose layer inputs alone are more than this rank's memory.
 
     Raises:
-        UserError: with what they take, what there is, and the length that would fit by that measure.
+        UserError: with the bytes needed, the bytes available, and the length that would fit by this measure.
     """
-    need, there = layer_input_bytes(config, architecture), _memory(device)
-    if need <= there:
+    needed, available = layer_input_bytes(config, architecture), _memory(device)
+    if needed <= available:
         return
     length, batch = config.data.seq_length, config.training.micro_batch_size
     raise UserError(
-        f"data.seq_length {length}: the inputs of a rank's layers alone take {need / _GIB:.1f} GiB for a micro-batch "
-        f"of {batch}, and a rank has {there / _GIB:.1f} GiB; raise parallel.context_parallel_size, or write a "
-        f"seq_length below {int(length * there / need)}"
+        f"data.seq_length {length}: a rank's layer inputs alone take {needed / _GIB:.1f} GiB for a micro-batch of "
+        f"{batch}, and a rank has {available / _GIB:.1f} GiB; raise parallel.context_parallel_size, or write a "
+        f"seq_length below {int(length * available / needed)}"
     )
 
 

@@ -1,9 +1,9 @@
-"""What happened to a run, one JSON object a line in `RUN/events.jsonl`: for scripts, reports and people at 3 am.
+"""The events of a run in `RUN/events.jsonl`, one JSON object per line.
 
     {"time": "2026-01-31T12:00:00+00:00", "step": 50, "kind": "save", "seconds": 1.25}
 
-Rank 0 appends to it over all lives of a run. Recording must never end a run: a failed write is only a warning
-in the log.
+Rank 0 appends to it over all lives of a run. Recording must never end a run: a failed write is only a warning in the
+log.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def record(run: Path | str, step: int, kind: str, **details: Any) -> None:
     """Append one event; does nothing on ranks other than 0.
 
     Args:
-        step: the last step that was complete (0 before the first).
+        step: the last complete step (0 before the first).
         kind: start, resume, save, save_failed, skip, rollback, stop, signal, finish, …
-        details: anything JSON can say; infinite numbers and NaN are written as text.
+        details: anything JSON can represent; infinite numbers and NaN are written as text.
     """
     if not is_main_rank():
         return
@@ -35,9 +35,9 @@ def record(run: Path | str, step: int, kind: str, **details: Any) -> None:
     try:
         json_lines.append(file, event)
     except OSError as error:
-        log.warning("%s: %s; not written there: %s", file, error.strerror, event)
+        log.warning("%s: %s; event not written: %s", file, error.strerror, event)
 
 
 def read(run: Path | str) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; none where there is no file."""
+    """The events of a run, oldest first; none if there is no file."""
     return json_lines.read(Path(run) / FILE)

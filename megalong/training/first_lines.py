@@ -1,7 +1,7 @@
-"""The line that says which model a run trains and under which positions, before its first step.
+"""The log line before the first step: the model's size, its RoPE, and the positions that samples use.
 
 model: 134,515,008 parameters; rope yarn, factor 4 × 8192 = 32768 positions, base 100000, attention temperature
-1.1386; samples use 32768 positions
+1.1386; samples use 32768 (data.seq_length)
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from megalong.rope.scaling import ntk_theta, temperature, theta_of
 
 
 def model_line(config: Config, architecture: Architecture) -> str:
-    """Parameters, rope, its temperature and length, and the positions that the run's samples use."""
+    """The line above for one run."""
     positions, key = trained_positions(config)
-    line = f"model: {parameter_count(architecture):,} parameters; {rope_words(architecture)}; samples use {positions}"
+    model = f"model: {parameter_count(architecture):,} parameters; {describe_rope(architecture)}"
+    line = f"{model}; samples use {positions} ({key})"
     beyond = positions > covered_positions(architecture)
-    return f"{line} ({key}), more than that by model.allow_extrapolation" if beyond else f"{line} ({key})"
+    return f"{line}, beyond the model's length (model.allow_extrapolation)" if beyond else line
 
 
-def rope_words(architecture: Architecture) -> str:
+def describe_rope(architecture: Architecture) -> str:
     """`rope yarn, factor 4 × 8192 = 32768 positions, base 100000, attention temperature 1.1386`."""
     rope, covered = architecture.rope, covered_positions(architecture)
     base = f"base {theta_of(rope):,.0f}".replace(",", "")
@@ -39,7 +40,7 @@ def rope_words(architecture: Architecture) -> str:
 
 
 def parameter_count(architecture: Architecture) -> int:
-    """Weights of the whole model, a tied output head counted once; the vocabulary's padding is none."""
+    """Weights of the whole model. A tied output head counts once, vocabulary padding not at all."""
     embedding = 0 if architecture.tie_word_embeddings else architecture.hidden_size * architecture.vocab_size
     norms = (2 * architecture.num_layers + 1) * architecture.hidden_size
     return matrix_entries(architecture) + embedding + norms

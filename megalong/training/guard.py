@@ -1,12 +1,12 @@
-"""Decide whether a step may change the weights: it must be finite and not far from recent steps.
+"""Decide whether a step may change the weights: it must be finite and close to recent steps.
 
     z = (x - median of the window) / max(1.4826 * MAD, floor)        MAD: median absolute deviation
 
-of the loss, and of the logarithm of the gradient norm, which is spread over orders of magnitude. Median and MAD do not
-move with the outliers they are to find, as mean and standard deviation do. The floor (1 % of the median loss, 0.1 of
-the logarithm) keeps a very quiet stretch from calling everything a spike. A window holds good steps only.
+x is the loss, or the logarithm of the gradient norm, because norms span orders of magnitude. Unlike mean and standard
+deviation, median and MAD do not move with the outliers that they must find. The floor (1 % of the median loss, 0.1 of
+the logarithm) keeps a very quiet stretch from turning every step into a spike. The window contains applied steps only.
 
-Every rank judges the same numbers, gathered from all of them (`Report`), and so comes to the same verdict.
+Every rank judges the same numbers, gathered from all ranks (`Report`), and so reaches the same verdict.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _LOG_NORM_FLOOR = 0.1
 
 @dataclass(frozen=True)
 class Report:
-    """What all ranks say of a step before it changes anything; the same on every rank.
+    """The numbers of all ranks for a step, before it changes anything; the same on every rank.
 
     Attributes:
         step: the step that would be complete, from 1.
-        losses: mean loss of the global batch as each rank has it.
-        norms: norm of the whole gradient as each rank has it.
+        losses: mean loss of the global batch, as each rank computed it.
+        norms: norm of the whole gradient, as each rank computed it.
         own_losses: loss summed over each rank's own tokens; 0 before the last pipeline stage.
-        own_norms: norm of the gradient each rank computed itself, before it was added up over replicas.
+        own_norms: norm of each rank's own gradient, before the sum over replicas.
     """
 
     step: int
@@ -58,11 +58,11 @@ class Event:
     """A step that the guard reacts to.
 
     Attributes:
-        what: in words.
+        what: a description.
         action: skip, rollback, stop or log.
-        ranks: where it came from: all that computed something that is not finite, or the one with the largest part.
-        samples: their places in the order of samples.
-        replay: what computing the step a second time showed; None where it was not.
+        ranks: where it came from: all ranks with a non-finite value of their own, or the rank with the largest value.
+        samples: positions, in the sample order, of what these ranks read.
+        replay: what a second computation of the step showed; None if there was none.
     """
 
     step: int
@@ -73,8 +73,8 @@ class Event:
     replay: str | None = None
 
     @property
-    def learnt(self) -> bool:
-        """Whether the step changes the weights in spite of it."""
+    def applied(self) -> bool:
+        """Whether the step changes the weights all the same."""
         return self.action == "log"
 
     def __str__(self) -> str:
@@ -83,7 +83,7 @@ class Event:
 
 
 class Guard:
-    """Judges steps; its state is part of a checkpoint."""
+    """Judges steps; its state is part of each checkpoint."""
 
     def __init__(self, settings: Settings, state: dict[str, Any] | None = None) -> None:
         state = state or {}
@@ -94,7 +94,7 @@ class Guard:
         self._in_a_row, self._last_event = state.get("in_a_row", 0), state.get("last_event", 0)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON has it."""
+        """What a checkpoint stores, ready for JSON."""
         return {
             "left_out": [list(one) for one in self.skipped_samples.ranges],
             "losses": self._losses,
@@ -103,18 +103,18 @@ class Guard:
             "last_event": self._last_event,
         }
 
-    def carry_over(self, before: Guard) -> None:
-        """Take what must outlive going back to a checkpoint: the samples left out, and the count of events."""
-        self.skipped_samples = before.skipped_samples
-        self._in_a_row, self._last_event = before._in_a_row, before._last_event
+    def carry_over(self, previous: Guard) -> None:
+        """Copy what must survive a rollback: the skipped samples and the count of events."""
+        self.skipped_samples = previous.skipped_samples
+        self._in_a_row, self._last_event = previous._in_a_row, previous._last_event
 
     def judge(self, report: Report) -> Event | None:
-        """None where the step is good; then it counts for the window."""
-        event = self._seen(report)
-        if event is None or event.learnt:
-            self._learn(report)
+        """Return None for a good step, else an event. A step that is applied enters the window."""
+        event = self._detect(report)
+        if event is None or event.applied:
+            self._add_to_window(report)
             return event
-        # Steps that are done again after going back are those before the event, and do not end a row of them.
+        # Steps repeated after a rollback lie before the event, so they do not reset the count.
         self._last_event = max(self._last_event, report.step)
         self._in_a_row += 1
         if self._in_a_row > self.settings.max_consecutive and event.action != "stop":
@@ -122,21 +122,21 @@ class Guard:
             return replace(event, what=what, action="stop")
         return event
 
-    def _learn(self, report: Report) -> None:
+    def _add_to_window(self, report: Report) -> None:
         if report.step >= self._last_event:
             self._in_a_row = 0
         window = self.settings.window
         self._losses = [*self._losses, report.loss][-window:]
         self._log_norms = [*self._log_norms, _log(report.norm)][-window:]
 
-    def _seen(self, report: Report) -> Event | None:
+    def _detect(self, report: Report) -> Event | None:
         settings = self.settings
         for name, value, own in (
             ("loss", report.loss, report.own_losses),
             ("gradient norm", report.norm, report.own_norms),
         ):
             if not math.isfinite(value):
-                # What a rank computed itself may be finite where the sum over ranks is not.
+                # Every rank's own value may be finite although the sum over ranks is not.
                 ranks = tuple(rank for rank, one in enumerate(own) if not math.isfinite(one)) or (_largest(own),)
                 return Event(report.step, f"{name} {value}", settings.non_finite, ranks)
         z = _z(report.loss, self._losses, settings.window, _LOSS_FLOOR, relative=True)
@@ -152,7 +152,7 @@ class Guard:
 
 
 def _z(value: float, window: Sequence[float], size: int, floor: float, relative: bool) -> float:
-    """Robust z-score, 0 while less than half a window is known."""
+    """Robust z-score; 0 until the window is half full."""
     if len(window) < size // 2:
         return 0.0
     middle = median(window)

@@ -1,15 +1,15 @@
 """Health of a run: slow ranks, the cost of saving, and goodput.
 
-All ranks end a step together, so a step's length tells nothing about who was slow. What tells is how long a rank takes
-by itself: from the start of its step, reading data included, to the moment its gradients are ready to be added up over
-replicas. Until then it has waited for the ranks of its own replica only, so a slow rank shows as a slow replica, and a
-rank that is slow to read its data shows by itself.
+All ranks end a step together, so the step time does not show who was slow. A rank's own time does: from the start of
+its step, data loading included, to the moment its gradients are ready for the reduction over replicas. Until then it
+has waited only for the ranks of its own replica, so a slow rank shows as a slow replica, and a rank with slow data
+loading shows by itself.
 
     straggler: own seconds > 1.25 x m  and  > m + 5 sigma      m the (low) median of its pipeline stage's ranks,
                                                                sigma = 1.48 x their median deviation from m
 
-Stages are compared with themselves because they are unequal by design (the last has the loss). A rank is named in the
-log when it has been one for three log intervals and a minute on end: a hiccup is no straggler.
+Ranks are compared within their stage because stages are unequal by design (the last computes the loss). A straggler is
+logged once it has been slow for three log intervals and one minute in a row: a hiccup is no straggler.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LASTING_SECONDS = 60.0
 
 
 class StepClock:
-    """A rank's own seconds of a step: from `start` over `compute`, when its data is there, to `stop`."""
+    """A rank's own seconds of a step: call `start`, then `compute` when its data is loaded, then `stop`."""
 
     def __init__(self) -> None:
         self._cuda = torch.cuda.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
@@ -51,22 +51,22 @@ class StepClock:
         self._began = self._loaded = self._stopped = time.perf_counter()
 
     def compute(self) -> None:
-        """Its data has been read."""
+        """Its data is loaded, and computation begins."""
         self._loaded = self._stopped = time.perf_counter()
         if self._cuda:
-            # The host runs ahead of the GPU: what the GPU takes is timed on the GPU, without waiting for it.
+            # The host runs ahead of the GPU, so computation is timed on the GPU, without waiting for it.
             self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self._events[0].record()
 
     def stop(self) -> None:
-        """Gradients are ready to be added up over replicas."""
+        """The gradients are ready for the reduction over replicas."""
         self._stopped = time.perf_counter()
         if self._events is not None:
             self._events[1].record()
 
     @property
     def seconds(self) -> float:
-        """Of the last step, once all of it has been computed."""
+        """Own seconds of the last step; waits until the GPU has computed them."""
         if self._events is None:
             return self._stopped - self._began
         first, last = self._events
@@ -76,11 +76,11 @@ class StepClock:
 
 @dataclass(frozen=True)
 class Health:
-    """What is told at a logged step, on rank 0.
+    """What rank 0 records at a logged step.
 
     Attributes:
-        scalars: curves by name.
-        own_seconds: a step's own seconds of every rank.
+        scalars: values by curve name.
+        own_seconds: each rank's own seconds per step.
     """
 
     scalars: Mapping[str, float]
@@ -91,7 +91,7 @@ class HealthWatch:
     """Watches one life of a run; all ranks call `report` together."""
 
     def __init__(self, run: Path, step: int) -> None:
-        """A run that goes on from `step`."""
+        """`step`: the step from which the run continues."""
         ranks: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
         dist.all_gather_object(ranks, (node_name(), place().stage))
         self._nodes, self._stages = [node for node, _ in ranks], [stage for _, stage in ranks]
@@ -101,37 +101,37 @@ class HealthWatch:
         self._ledger = Ledger(run, step, psutil.Process().create_time()) if is_main_rank() else None
 
     def report(
-        self, step: int, steps: int, seconds: Mapping[str, float], own: float, useful: float, skipped: int, told: bool
+        self, step: int, steps: int, seconds: Mapping[str, float], own: float, useful: float, skipped: int, write: bool
     ) -> Health | None:
-        """Gather from all ranks, and say what there is to say.
+        """Gather all ranks' times, log new stragglers and update the ledger; collective.
 
         Args:
-            steps: since the last report, which `seconds` (by what they went to) and the next two add up over.
+            steps: since the last report; `seconds` (by activity), `own` and `useful` are sums over them.
             own: this rank's own seconds.
-            useful: seconds of the steps that were learnt from.
-            skipped: steps that were not.
-            told: put a line into the log and the book on disk.
+            useful: seconds of the steps that were applied.
+            skipped: number of steps that were not.
+            write: log the health line, and write the ledger to disk.
 
         Returns:
-            On rank 0 what is to be drawn, else None.
+            What to plot, on rank 0; None elsewhere.
         """
         found = from_all_ranks([own / max(steps, 1), seconds.get("data", 0.0) / max(steps, 1)])
         if self._ledger is None:
             return None
         owns = [one for one, _ in found]
         middle = [median_low([owns[r] for r in range(len(owns)) if self._stages[r] == stage]) for stage in self._stages]
-        self._name_stragglers(owns, middle, [data for _, data in found])
+        self._log_stragglers(owns, middle, [data for _, data in found])
         pause = seconds.get("checkpoint", 0.0)
         self._ledger.add(step, useful, pause, skipped)
-        self._ledger.write(at_once=told)
+        self._ledger.write(at_once=write)
         worst = max(range(len(owns)), key=lambda rank: owns[rank] / max(middle[rank], 1e-9))
         ratio = owns[worst] / max(middle[worst], 1e-9)
-        if told:
+        if write:
             log.info("%s", self._line(worst, ratio))
         return Health(self._scalars(owns, worst, ratio), owns)
 
     def end(self) -> None:
-        """The life ends: its last moments, such as the last save, count too."""
+        """Count the time since the last report, such as the last save, and write the ledger."""
         if self._ledger is not None:
             self._ledger.beat()
             self._ledger.write()
@@ -163,7 +163,7 @@ class HealthWatch:
             parts.append(f"slowest rank {worst} on {self._nodes[worst]}, {ratio:.2f} x the median")
         return "health: " + " | ".join(parts)
 
-    def _name_stragglers(self, owns: Sequence[float], middle: Sequence[float], data: Sequence[float]) -> None:
+    def _log_stragglers(self, owns: Sequence[float], middle: Sequence[float], data: Sequence[float]) -> None:
         now, moment = stragglers(owns, self._stages), time.monotonic()
         for rank in range(len(owns)):
             self._in_a_row[rank] = self._in_a_row[rank] + 1 if rank in now else 0
@@ -176,7 +176,7 @@ class HealthWatch:
             nodes = ", ".join(dict.fromkeys(self._nodes[rank] for rank in slow))
             log.warning(
                 "straggler: rank %s on %s takes %.2f s for its part of a step (%.2f s of it reading data), the median "
-                "rank %.2f s, %d log intervals on end",
+                "rank %.2f s, for %d log intervals in a row",
                 ", ".join(map(str, slow)) if len(slow) < 9 else f"{slow[0]} and {len(slow) - 1} more",
                 nodes,
                 owns[worst],
@@ -188,7 +188,7 @@ class HealthWatch:
 
 
 def stragglers(seconds: Sequence[float], stages: Sequence[int]) -> list[int]:
-    """Ranks that are slow beside those of their own pipeline stage, by the rule above."""
+    """Ranks that are slow compared with their own pipeline stage, by the rule above."""
     slow = []
     for stage in set(stages):
         ranks = [rank for rank, its in enumerate(stages) if its == stage]

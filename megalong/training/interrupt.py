@@ -1,15 +1,15 @@
 """Handle a signal: all ranks agree on the last step, even if only some of them received it.
 
-After the gradients of each step, every rank reports whether it has a signal, in `TrainStep.report`'s all-gather.
-If one has, all finish the step, save and exit. A step that takes longer than `runtime.signal_grace_seconds`
-is also looked at before each of its micro-batches, over CPU memory: weights change at the end of a step only, so a
-step that would not be done in time is dropped there, and what is in memory is the last complete one.
+After the gradients of each step, every rank reports whether it has a signal, in `TrainStep.report`'s all-gather. If one
+has, all finish the step, save and exit. If a step takes longer than `runtime.signal_grace_seconds`, ranks also check
+before each micro-batch, over gloo. Weights change only at the end of a step, so a step that would not finish in time is
+dropped there, and memory holds the last complete step.
 
-    signal ──▶ agreed before a micro-batch: what is left of the step > what is left of the grace ? drop : go on
-               agreed at the step's end: done
+    signal ──▶ checked before a micro-batch: remaining step time > remaining grace ? drop : continue
+               checked at the end of the step: finished
 
-A step's duration is estimated from the last step, or from its own micro-batches so far. Under pipeline parallelism
-stages are at different micro-batches at any moment and cannot stop together, so a step is always finished there.
+A step's duration is estimated from the last step, or from its own micro-batches so far. Under pipeline parallelism,
+stages are at different micro-batches at any moment and cannot stop together, so the step is always finished.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from megalong.runtime.distributed import control_group
 def grace_of(config: Config) -> dict[str, float]:
     """Seconds a step may still take after each of the signals.
 
-    SIGTERM comes from a scheduler about to kill, SIGINT from a waiting user. Under SLURM, SIGUSR1 is the warning that
-    `slurm.lead_minutes` ask for: half of them are for the step, the other half for the save.
+    SIGTERM comes from a scheduler that is about to kill the job, SIGINT from a waiting user. Under SLURM, SIGUSR1 comes
+    `slurm.lead_minutes` before the time limit: half of them are for the step, the other half for the save.
     """
     soon = config.runtime.signal_grace_seconds
     ahead = config.slurm.lead_minutes * 30 if "SLURM_JOB_ID" in os.environ else 0.0
@@ -56,12 +56,12 @@ class Interrupt:
         self.agreed = False
 
     def step_begins(self, number: int) -> None:
-        """To be called when step `number`, from 1, begins."""
+        """Call when step `number`, from 1, begins."""
         self._began = self._batch_began = time.monotonic()
         self._number, self._done, self._count, self._doing = number, 0, 0, None
 
     def begins(self, doing: str) -> None:
-        """To be called when something else than a step's gradients begins, such as `the validation`."""
+        """Call when something other than a step's gradients begins, such as `the validation`."""
         self._doing = doing
 
     @property
@@ -74,83 +74,83 @@ class Interrupt:
         self._step_seconds = seconds
 
     def save_took(self, seconds: float) -> None:
-        """The last save's."""
+        """The last save's seconds."""
         self._save_seconds = seconds
 
     def reached(self, done: int, count: int) -> None:
         """Micro-batch number `done`, from 0, of `count` is about to begin.
 
         Raises:
-            StepDropped: on all ranks, if any has a signal and the step would not be done in time.
+            StepDropped: on all ranks, if any has a signal and the step would not finish in time.
         """
         self._done, self._count, self._batch_began = done, count, time.monotonic()
-        if self._looks and self._agreed(self._late(done, count)):
+        if self._checks_within_step and self._any(self._too_late(done, count)):
             raise StepDropped
 
     def any_rank(self) -> bool:
-        """Whether a rank has a signal; all ranks ask together."""
-        self.agreed = self._agreed(signals.received() is not None)
+        """Whether any rank has a signal; collective."""
+        self.agreed = self._any(signals.received() is not None)
         return self.agreed
 
     def outlook(self, first: signals.Received) -> str:
-        """What the run does about its first signal and how long that may take, by the micro-batches seen so far.
+        """What the run does about its first signal and how long that may take, estimated from the micro-batches so far.
 
-        For any thread, at any moment: it only reads numbers.
+        Safe in any thread at any moment: it only reads numbers.
         """
         save = "" if self._save_seconds is None else f", which takes about {duration(self._save_seconds)}"
         if self._doing is not None:
-            return f"the run is in {self._doing}, leaves it as soon as it can, and saves{save}"
-        place, left = self._place(), self._left(self._done, self._count) if self._count else self._step_seconds
-        if not self._looks:
+            return f"the run is in {self._doing}; it stops as soon as it can and saves{save}"
+        place, left = self._progress(), self._remaining(self._done, self._count) if self._count else self._step_seconds
+        if not self._checks_within_step:
             known = "" if left is None else f" in about {duration(max(0.0, left))}"
             return f"{place}; the step is finished{known} and saved{save}"
-        each = self._each()
+        each = self._micro_batch_seconds()
         if left is None or each is None:
             return (
-                f"{place}, the first since the start: nobody knows how long it takes; the step is dropped when it "
-                f"is done, and the run ends with step {self._number - 1}"
+                f"{place}, and its duration is unknown; the step is dropped before its next micro-batch, and the run "
+                f"ends with step {self._number - 1}"
             )
         if time.monotonic() + left <= first.moment + self._grace[first.name]:
             return f"{place}, {duration(each)} each; the step is finished in about {duration(left)} and saved{save}"
         wait = max(0.0, self._batch_began + each - time.monotonic())
         return (
-            f"{place}, {duration(each)} each; the step would take {duration(left)} more, over the "
-            f"{duration(self._grace[first.name])} it has: it is dropped when this one is done, in about "
-            f"{duration(wait)}, and step {self._number - 1} is saved{save}"
+            f"{place}, {duration(each)} each; the step needs {duration(left)} more but has only "
+            f"{duration(self._grace[first.name])}: it is dropped after this micro-batch, in about {duration(wait)}, "
+            f"and step {self._number - 1} is saved{save}"
         )
 
     @property
-    def _looks(self) -> bool:
-        """Whether ranks look for signals within the step; the same on every rank."""
+    def _checks_within_step(self) -> bool:
+        """Whether ranks check for signals within the step; the same on every rank."""
         short = self._step_seconds is not None and self._step_seconds <= min(self._grace.values())
         return self._may_drop and not short
 
-    def _place(self) -> str:
+    def _progress(self) -> str:
         if not self._count:
             return f"step {self._number} waits for its data"
         return f"step {self._number} is in micro-batch {self._done + 1} of {self._count}"
 
-    def _each(self) -> float | None:
-        """Seconds of a micro-batch: of this step's, or else of the last one's."""
+    def _micro_batch_seconds(self) -> float | None:
+        """Seconds per micro-batch in this step, or else in the last one."""
         if self._done:
             return (self._batch_began - self._began) / self._done
         return self._step_seconds / self._count if self._step_seconds is not None and self._count else None
 
-    def _left(self, done: int, count: int) -> float | None:
-        """Seconds that this step will take yet, `done` of `count` micro-batches being done; None: nobody knows."""
+    def _remaining(self, done: int, count: int) -> float | None:
+        """Remaining seconds of this step after `done` of `count` micro-batches; None if unknown."""
         if done:
             return (self._batch_began - self._began) / done * count - self.elapsed
         return None if self._step_seconds is None else self._step_seconds - self.elapsed
 
-    def _late(self, done: int, count: int) -> bool:
+    def _too_late(self, done: int, count: int) -> bool:
         signal = signals.received()
         if signal is None:
             return False
-        left = self._left(done, count)
+        left = self._remaining(done, count)
         # The first step's duration is unknown, and dropping it loses nothing.
         return left is None or time.monotonic() + left > signal.moment + self._grace[signal.name]
 
-    def _agreed(self, mine: bool) -> bool:
+    def _any(self, mine: bool) -> bool:
         flag = torch.tensor([float(mine)])
         dist.all_reduce(flag, dist.ReduceOp.MAX, self._control)
         return bool(flag.item())

@@ -4,7 +4,7 @@
     megalong train CONFIG.yaml --nproc 4           four local processes, started here
     torchrun … -m megalong train CONFIG.yaml       joins the processes torchrun started
 
-Whatever the configuration, the datasets and the checkpoint can tell is checked before a process is started.
+Everything that the configuration, the datasets and the checkpoint show is checked before a process is started.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def train(config_path: str, overrides: list[str] | None = None, nproc: int | Non
 
     Args:
         overrides: `section.key=value`.
-        nproc: local processes to start; None joins torchrun's, or runs in this one.
+        nproc: local processes to start; None joins those of torchrun, or runs in this process.
 
     Raises:
         UserError: the configuration, the data, the checkpoint or the number of processes is wrong.
@@ -46,7 +46,7 @@ def train(config_path: str, overrides: list[str] | None = None, nproc: int | Non
     stages = load_config(config_path, overrides)
     under_launcher = "RANK" in os.environ
     if nproc is not None and under_launcher:
-        raise UserError("--nproc: these processes were started by torchrun already; drop --nproc")
+        raise UserError("--nproc: torchrun has already started these processes; drop --nproc")
     world = int(os.environ["WORLD_SIZE"]) if under_launcher else nproc or 1
     if stages[0].runtime.device != "cpu":
         gpus.refuse_more_processes(nproc)
@@ -64,10 +64,10 @@ def train(config_path: str, overrides: list[str] | None = None, nproc: int | Non
 
 
 def _check(stages: list[Config], world: int) -> None:
-    """Everything that needs no process, for every stage: the last one's mistake must not show after days of the first.
+    """Check all stages before any process starts: a mistake in the last must not show after days of the first.
 
-    A stage that starts from the one before has the model of the one before, which is not trained yet, under its own
-    positions and window.
+    A stage that starts from the previous one has its architecture, with positions and window of its own. The previous
+    stage's checkpoint need not exist yet.
     """
     architecture: Architecture | None = None
     assets: Path | None = None
@@ -85,7 +85,7 @@ def _check(stages: list[Config], world: int) -> None:
         if config.data.loader == "dali":
             dali.check_installed()
         for part in ("train", "validation") if config.evaluation.interval else ("train",):
-            samples = _opened(config, part, follows)
+            samples = _open(config, part, follows)
             if part == "train" and isinstance(samples, PackedSamples):
                 samples.refuse_repeats(config.training.train_iters * config.training.global_batch_size)
         if samples is not None:
@@ -99,10 +99,10 @@ def _follows(config: Config, before: Config) -> bool:
     return load is not None and load.checkpoint == before.run.dir
 
 
-def _opened(config: Config, part: str, follows: bool) -> Samples | None:
-    """The samples of a part, conversations being tokenized here and now, by the first process of a launcher.
+def _open(config: Config, part: str, follows: bool) -> Samples | None:
+    """The samples of a part. Rank 0 tokenizes conversations here.
 
-    None where another process does it, or where the stage before is still to bring the tokenizer.
+    None for conversations on other ranks, or if the previous stage has yet to provide the tokenizer.
     """
     if config.task == "pretrain":
         return open_samples(config, part, None, None)
@@ -125,7 +125,7 @@ def _check_vocabulary(samples: Samples, vocabulary: int) -> None:
 def _run_here(stages: list[Config]) -> None:
     from megalong.runtime import signals
 
-    signals.end_at_interrupt("interrupted before the first step: nothing is to be saved; the same command starts again")
+    signals.end_at_interrupt("interrupted before the first step: nothing to save; run the same command to start again")
     signals.listen(signal.SIGUSR1)
     try:
         _join_and_run(stages)
@@ -137,9 +137,9 @@ def _join_and_run(stages: list[Config]) -> None:
     from megalong.runtime import peers
     from megalong.runtime.distributed import choose_device
     from megalong.runtime.flight_recorder import record_collectives
-    from megalong.runtime.world import logged, world
+    from megalong.runtime.world import console_logging, world
 
-    with logged():
+    with console_logging():
         runtime = stages[0].runtime
         device = choose_device(runtime.device)
         if device.type == "cuda":
@@ -149,7 +149,7 @@ def _join_and_run(stages: list[Config]) -> None:
                 for config in stages:
                     if _run_stage(config, device) == "interrupted":
                         break
-            except BaseException as error:  # torch passes what failed in a save on as no Exception
+            except BaseException as error:  # torch's CheckpointException is no Exception
                 peers.end_if_lost(error)
                 raise
 
@@ -169,6 +169,6 @@ def _run_stage(config: Config, device: object) -> str:
         dump_config(config, run / "config.yaml")
     assert isinstance(device, torch.device)
     log.info("run %s on %d × %s", config.run.name, dist.get_world_size(), device.type)
-    if (way := peers.way()) is not None:
-        log.info(way)
+    if (line := peers.network_line()) is not None:
+        log.info(line)
     return run_until_finished(config, device)

@@ -1,13 +1,13 @@
 """Goodput of a run over all its lives: the share of its time that went into steps it still has.
 
     goodput = useful seconds / wall seconds
-    useful    data, forward, backward and optimizer of steps whose weights are in the run now
-    wall      from each life's process start to the last sign of it; waiting in a queue in between is told apart
+    useful    data, forward, backward and optimizer time of the steps that the current weights contain
+    wall      from each life's process start to its last sign of life; queue time between lives is counted separately
 
-A run killed at step 170 that resumes from step 150 does 151-170 again: the first life's 20 steps are taken off, as are
-those a guard goes back over and those it skips. For that the book keeps the useful seconds by step, and going on from
-a step means going on from that step's entry. It lies in RUN/health.json, written by rank 0; a file that is lost or torn
-starts the count anew and ends no run.
+A run killed at step 170 that resumes from step 150 repeats steps 151-170. The first life's 20 steps no longer count,
+nor do steps that the guard rolls back or skips. The book therefore keeps useful seconds by step, and a resumed run
+continues from the entry of its step. Rank 0 writes it to RUN/health.json. If that file is lost or torn, counting starts
+anew and the run goes on.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from megalong.runtime.folders import file_aside
 log = logging.getLogger("megalong")
 
 FILE = "health.json"
-WRITE_SECONDS = 10.0  # between two writes that nothing special asks for
-_MOST_MARKS = 4000
-_SAME_LIFE = 1.0  # seconds by which a process's start time may be told differently
+WRITE_SECONDS = 10.0  # between routine writes
+_MAX_MARKS = 4000
+_SAME_LIFE = 1.0  # seconds of tolerance for a process's start time
 
 
 @dataclass
 class Book:
-    """What is kept. `lives`: [start, last sign] in seconds since 1970; `marks`: [step, useful seconds up to it]."""
+    """The file's content. `lives`: [start, last sign] in seconds since 1970; `marks`: [step, useful seconds so far]."""
 
     lives: list[list[float]] = field(default_factory=list)
     marks: list[list[float]] = field(default_factory=list)
@@ -41,10 +41,10 @@ class Book:
 
 
 class Ledger:
-    """The book of one run, open for one life (or one more in the same process, after going back)."""
+    """The book of one run, open for one life (or for one more in the same process, after a rollback)."""
 
     def __init__(self, run: Path, step: int, started: float, now: float | None = None) -> None:
-        """Go on from `step`; `started`: when this process was, in seconds since 1970."""
+        """Continue from `step`. `started`: start of this process, in seconds since 1970."""
         self._file = run / FILE
         self.book = _read(self._file)
         now = time.time() if now is None else now
@@ -56,12 +56,12 @@ class Ledger:
         self._written = 0.0
 
     def add(self, step: int, useful: float, pause: float, skipped: int, now: float | None = None) -> None:
-        """Steps up to `step` took `useful` seconds; saving held training up for `pause`; `skipped` were not learnt."""
+        """Steps up to `step` took `useful` seconds, saves paused training for `pause`, `skipped` were not applied."""
         book = self.book
         book.marks.append([step, book.marks[-1][1] + useful])
         book.pauses += pause
         book.skipped += skipped
-        if len(book.marks) > _MOST_MARKS:
+        if len(book.marks) > _MAX_MARKS:
             book.marks = [*book.marks[:-1:2], book.marks[-1]]
         self.beat(now)
 
@@ -70,7 +70,7 @@ class Ledger:
         self.book.lives[-1][1] = time.time() if now is None else now
 
     def write(self, at_once: bool = True) -> None:
-        """Put the book on disk, unless that was done a moment ago and nothing asks for it."""
+        """Write the book to disk; without `at_once` only if the last write is `WRITE_SECONDS` ago."""
         if not at_once and time.monotonic() - self._written < WRITE_SECONDS:
             return
         self._written = time.monotonic()
@@ -102,7 +102,7 @@ class Ledger:
         return len(self.book.lives) - 1
 
     def _useful_at(self, step: int) -> float:
-        """Useful seconds up to `step`, between two marks in proportion."""
+        """Useful seconds up to `step`, interpolated between two marks."""
         marks = self.book.marks
         place = bisect.bisect_left(marks, float(step), key=lambda mark: mark[0])
         if place == len(marks):

@@ -1,8 +1,8 @@
 """Run one stage to its end, with a fresh set-up after every rollback by the guard.
 
-Going back to the last checkpoint is done by starting anew within the same processes: whatever a restart would read from
-disk is read, so nothing of the bad step can stay behind, and before the first save it is the first start that is
-repeated. What the guard has learnt is carried over.
+A rollback starts anew within the same processes. Everything that a restart would read from disk is read again, so
+nothing of the bad step remains; before the first save, the first start is repeated. The guard's skipped samples and
+event counts are carried over.
 """
 
 from __future__ import annotations
@@ -40,24 +40,26 @@ def run_until_finished(config: Config, device: torch.device, make: RecorderMaker
     """
     guard: Guard | None = None
     while True:
-        outcome, guard = _life(config, device, make, guard)
+        outcome, guard = _run_once(config, device, make, guard)
         if outcome != "rolled back":
             return outcome
 
 
-def _life(config: Config, device: torch.device, make: RecorderMaker, before: Guard | None) -> tuple[Outcome, Guard]:
-    """A function of its own, so that nothing holds the model while the next life builds its own."""
+def _run_once(
+    config: Config, device: torch.device, make: RecorderMaker, previous: Guard | None
+) -> tuple[Outcome, Guard]:
+    """One start. A function of its own, so that nothing refers to the model while the next start builds its own."""
     run = Path(config.run.dir)
     session = set_up(config, device)
-    if before is not None:
-        session.guard.carry_over(before)
+    if previous is not None:
+        session.guard.carry_over(previous)
     if session.step >= config.training.train_iters:
         log.info("run %s is complete at step %d", config.run.name, session.step)
         return "finished", session.guard
-    if before is None:
+    if previous is None:
         events.record(run, session.step, "resume" if session.step else "start", world_size=dist.get_world_size())
     recorder = make(session, dist.get_world_size())
-    _record_again(recorder, run, session.step)
+    _restore_guard_events(recorder, run, session.step)
     try:
         trainer = Trainer(session, recorder)
         signals.listen_to_all(trainer.interrupt.outlook)
@@ -65,12 +67,12 @@ def _life(config: Config, device: torch.device, make: RecorderMaker, before: Gua
     finally:
         recorder.close()
     if outcome == "finished":
-        events.record(run, session.step, "finish", **trainer.read)
+        events.record(run, session.step, "finish", **trainer.token_counts)
     return outcome, session.guard
 
 
-def _record_again(recorder: Sink, run: Path, step: int) -> None:
-    """Curves forget what earlier lives wrote beyond `step`; what the guard did there is to stay."""
+def _restore_guard_events(recorder: Sink, run: Path, step: int) -> None:
+    """Restore the guard's events after `step`, which the recorder has cut off with everything else there."""
     for event in events.read(run) if is_main_rank() else ():
         if event["kind"] in GUARDED and event.get("at", 0) > step:
             recorder.event(event["at"], event["kind"], event["what"])

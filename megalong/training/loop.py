@@ -1,7 +1,7 @@
 """The training loop: step, evaluate, save, log, until `training.train_iters`, a signal, or a rollback.
 
-Python's garbage collector is disabled, and all ranks collect at the same step: a rank that collected alone would
-keep the others waiting in the next collective.
+Python's garbage collector is disabled, and all ranks collect at the same step: a rank that collected alone would keep
+the others waiting in the next collective.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Trainer:
     """Runs a session to its last iteration.
 
     Attributes:
-        read: token counts since the last start or rollback: computed, trained on, padding.
+        token_counts: since the last start or rollback: computed, trained and padding tokens.
     """
 
     def __init__(self, session: Session, recorder: Sink) -> None:
@@ -63,13 +63,13 @@ class Trainer:
         self.session, self.config, self.recorder = session, config, recorder
         self.interrupt = Interrupt(grace_of(config), may_drop=config.parallel.pipeline_model_parallel_size == 1)
         self.step = TrainStep(session.chunks, session.optimizer, session.scheduler, session.guard, self.interrupt)
-        self.watchdog = Watchdog(Path(config.run.dir), dist.get_rank(), config.runtime.hang_minutes, self._tell_hang)
+        self.watchdog = Watchdog(Path(config.run.dir), dist.get_rank(), config.runtime.hang_minutes, self._record_hang)
         self.health = HealthWatch(Path(config.run.dir), session.step)
         self.train = self._batches("train")
         self.validation = self._batches("validation") if config.evaluation.interval else None
         self._window = _Window(config.data.positions)
-        self._told = False
-        self.read: Counter[str] = Counter()
+        self._loader_logged = False
+        self.token_counts: Counter[str] = Counter()
 
     def run(self) -> Outcome:
         """Train until `training.train_iters`; the last step is always saved.
@@ -78,7 +78,7 @@ class Trainer:
             UserError: the guard stops the run.
         """
         training = self.config.training
-        self._say_what_is_read()
+        self._log_data()
         gc.collect()
         gc.disable()
         try:
@@ -87,15 +87,15 @@ class Trainer:
                     outcome = self._one_step()
                     self.watchdog.beat()
                     if outcome is not None:
-                        self._tell_saved(self.session.saver.finish())
+                        self._report_save(self.session.saver.finish())
                         return outcome
-                    self._tell_saved(self.session.saver.poll())
+                    self._report_save(self.session.saver.poll())
                     if self.session.step % training.gc_interval == 0:
                         gc.collect()
-                self._tell_saved(self.session.saver.finish())
+                self._report_save(self.session.saver.finish())
         except UserError as error:
-            if error.speaker == "world":  # raised by all ranks: the save under way is good
-                self._tell_saved(self.session.saver.finish())
+            if error.speaker == "world":  # raised by all ranks: the pending save is good
+                self._report_save(self.session.saver.finish())
             raise
         finally:
             gc.enable()
@@ -112,16 +112,16 @@ class Trainer:
         try:
             result = self.step.run(self.train, session.consumed_samples, positions, session.step + 1)
         except StepDropped:
-            return self._leave(dropped=True)
-        if result.event is not None and self._go_back(result.event):
+            return self._stop_early(dropped=True)
+        if result.event is not None and self._handle_event(result.event):
             return "rolled back"
         session.step += 1
         session.consumed_samples += config.training.global_batch_size
-        self._say_how_it_is_read()
+        self._log_loader()
         computed = config.training.global_batch_size * config.data.seq_length
         self._window.add(result, computed)
-        self.read.update(tokens=computed, learnt_tokens=result.tokens * result.learnt)
-        self.read.update(padding_tokens=computed - result.filled)
+        self.token_counts.update(tokens=computed, learnt_tokens=result.tokens * result.applied)
+        self.token_counts.update(padding_tokens=computed - result.filled)
         last = session.step == config.training.train_iters
         validation = None if result.signalled else self._evaluate(last)
         leave = not last and (result.signalled or self.interrupt.agreed)
@@ -130,9 +130,9 @@ class Trainer:
         logged = last or leave or session.step % config.logging.log_interval == 0 or validation is not None
         if logged and self._window.tokens:
             self._log(result, validation)
-        return self._leave() if leave else None
+        return self._stop_early() if leave else None
 
-    def _go_back(self, event: Event) -> bool:
+    def _handle_event(self, event: Event) -> bool:
         """Record a guard event; return whether the run rolls back to its last checkpoint.
 
         Raises:
@@ -145,8 +145,8 @@ class Trainer:
         self.recorder.event(event.step, _KINDS[event.action], event.what)
         if event.action == "stop":
             raise UserError(
-                f"guard: {event}: nothing of this step is saved, checkpoints before it are good; run the same "
-                "command to resume from the newest, and lower optimizer.lr or look at the data if it happens again"
+                f"guard: {event}: this step is not saved, and earlier checkpoints are good; run the same command to "
+                "resume from the newest, and if it happens again lower optimizer.lr or check the data"
             )
         if event.action == "rollback":
             guard, size = self.session.guard, self.config.training.global_batch_size
@@ -156,13 +156,13 @@ class Trainer:
             )
         return event.action == "rollback"
 
-    def _leave(self, dropped: bool = False) -> Outcome:
+    def _stop_early(self, dropped: bool = False) -> Outcome:
         """Save the last complete step if it is not saved yet, and write `RUN/REQUEUE`."""
         session, run = self.session, Path(self.config.run.dir)
-        self._tell_saved(session.saver.finish())
+        self._report_save(session.saver.finish())
         if session.step and not step_folder(run, session.step).is_dir():
             self._save(last=True)
-            self._tell_saved(session.saver.finish())
+            self._report_save(session.saver.finish())
         if is_main_rank():
             signal = signals.received()
             name = signal.name if signal is not None else "another rank's"
@@ -172,17 +172,17 @@ class Trainer:
                 "signal %s: step %d %s; run the same command to resume from step %d",
                 name,
                 session.step + dropped,
-                "is dropped, it would have taken too long" if dropped else "is finished and saved",
+                "is dropped because it would take too long" if dropped else "is finished and saved",
                 session.step,
             )
         return "interrupted"
 
-    def _tell_hang(self) -> None:
-        lost = peers.say_if_lost()
+    def _record_hang(self) -> None:
+        lost = peers.report_if_lost()
         details = {} if lost is None else {"lost": lost}
         events.record(self.config.run.dir, self.session.step, "hang", **details)
 
-    def _evaluate(self, last: bool) -> _HeldOut | None:
+    def _evaluate(self, last: bool) -> _Validation | None:
         settings, started = self.config.evaluation, time.perf_counter()
         if self.validation is None or not (last or self.session.step % settings.interval == 0):
             return None
@@ -197,7 +197,7 @@ class Trainer:
             self.watchdog.beat()
         positions.reduce(None, self.session.device)
         self._window.seconds["evaluation"] = time.perf_counter() - started
-        return _HeldOut(total / max(units, 1), positions)
+        return _Validation(total / max(units, 1), positions)
 
     def _save(self, last: bool) -> None:
         if not last and self.session.step % self.config.checkpoint.save_interval:
@@ -205,10 +205,10 @@ class Trainer:
         started = time.perf_counter()
         self.interrupt.begins("a save")
         self.recorder.flush()
-        self._tell_saved(setup.save(self.session))
+        self._report_save(setup.save(self.session))
         self._window.seconds["checkpoint"] = time.perf_counter() - started
 
-    def _tell_saved(self, saved: Saved | None) -> None:
+    def _report_save(self, saved: Saved | None) -> None:
         """Log how a save ended, if one did.
 
         Raises:
@@ -225,20 +225,20 @@ class Trainer:
         log.info("saved %s in %.1f s; training paused for %.2f s", saved.path, saved.seconds, saved.pause)
         events.record(self.config.run.dir, saved.step, "save", seconds=saved.seconds, pause=saved.pause)
 
-    def _log(self, result: StepResult, validation: _HeldOut | None) -> None:
+    def _log(self, result: StepResult, validation: _Validation | None) -> None:
         window, session = self._window, self.session
         if self.config.logging.position_buckets:
             window.positions.reduce(None, session.device)
         self.recorder.step(self._record(result, validation))
-        told = "checkpoint" in window.seconds or session.step == self.config.training.train_iters
+        write = "checkpoint" in window.seconds or session.step == self.config.training.train_iters
         health = self.health.report(
-            session.step, window.steps, window.seconds, window.own, window.useful, window.skipped, told
+            session.step, window.steps, window.seconds, window.own, window.useful, window.skipped, write
         )
         if health is not None:  # on rank 0
             self.recorder.health(session.step, health)
         self._window = _Window(self.config.data.positions)
 
-    def _record(self, result: StepResult, validation: _HeldOut | None) -> StepRecord:
+    def _record(self, result: StepResult, validation: _Validation | None) -> StepRecord:
         window, session, data = self._window, self.session, self.config.data
         return StepRecord(
             step=session.step,
@@ -246,7 +246,7 @@ class Trainer:
             loss=window.loss,
             learning_rate=result.learning_rate,
             tokens=window.computed,
-            learnt_tokens=window.tokens,
+            trained_tokens=window.tokens,
             padding_tokens=window.computed - window.filled,
             consumed_tokens=session.consumed_samples * data.seq_length,
             seconds=dict(window.seconds),
@@ -275,7 +275,7 @@ class Trainer:
     def _samples(self, part: str) -> Callable[[], Samples]:
         vocabulary, index = self.session.architecture.vocab_size, Path(self.config.run.dir) / "index"
         opened = partial(open_samples, self.config, part, self.session.assets, index, vocabulary)
-        if is_main_rank():  # the others read what this one has tokenized or shuffled
+        if is_main_rank():  # the other ranks read what this one has tokenized or shuffled
             samples = opened()
             if part == "train":
                 for line in check_tokenizer(self.config, samples, self.session.assets):
@@ -291,22 +291,22 @@ class Trainer:
         last = training.train_iters * training.global_batch_size
         return self.session.consumed_samples, last + self.session.guard.skipped_samples.count
 
-    def _say_what_is_read(self) -> None:
+    def _log_data(self) -> None:
         if not is_main_rank():
             return
         training = self.config.training
         for share in self.train.samples.describe(training.train_iters * training.global_batch_size):
             log.info("data: %s", share)
 
-    def _say_how_it_is_read(self) -> None:
+    def _log_loader(self) -> None:
         """Log once how this rank reads its data, after the first step."""
-        if not self._told and is_main_rank():
+        if not self._loader_logged and is_main_rank():
             log.info("data: %s", self.train.describe())
-        self._told = True
+        self._loader_logged = True
 
 
 @dataclass(frozen=True)
-class _HeldOut:
+class _Validation:
     """Held-out loss: the mean, averaged like the training loss, and the losses by position."""
 
     loss: float
@@ -331,7 +331,7 @@ class _Window:
         self.filled += result.filled
         self.document_lengths += result.document_lengths
         self.own += result.own_seconds
-        if result.learnt:
+        if result.applied:
             self.useful += sum(result.seconds.values())
             self.tokens += result.tokens
             self._loss_sum += result.loss * result.units

@@ -1,7 +1,7 @@
-"""From what all ranks found to one line a bad node: which reports differ, which are missing, what does not fit.
+"""Judge the reports of all ranks: one line per node that is silent, faulty, slow, too small, or unlike the others.
 
-Nothing here measures or communicates, so every rule is tested with made-up nodes. Two nodes differ from each other
-where many nodes differ from most: the odd one out is named, and among two both are.
+Nothing here measures or communicates, so every rule is tested with made-up nodes. A node that differs from most is
+named; of two nodes that differ, both are.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _GIB = 2**30
 
 
 def silent_nodes(reports: Mapping[int, NodeReport], world: int, names: Sequence[str], wait: float) -> list[str]:
-    """Nodes of which some rank has not reported, by SLURM's names."""
+    """Nodes with a rank that has not reported, by SLURM's names."""
     per_node = world // max(1, len(names))
     silent: dict[str, list[int]] = {}
     for rank in range(world):
         if rank not in reports:
             silent.setdefault(names[rank // per_node], []).append(rank)
-    return [f"node {name}: no answer of rank {_ranks(ranks)} within {wait:g} s" for name, ranks in silent.items()]
+    return [f"node {name}: no answer from rank {_ranks(ranks)} within {wait:g} s" for name, ranks in silent.items()]
 
 
 def node_faults(reports: Sequence[NodeReport]) -> list[str]:
-    """One line for each node that reports a fault, has other versions than most, or computes slower than most."""
+    """One line for each node that reports a fault, has other versions than most, or computes more slowly than most."""
     faults: dict[str, list[str]] = {}
     for report in reports:
         faults.setdefault(report.node, []).extend(report.faults)
@@ -47,8 +47,8 @@ def node_faults(reports: Sequence[NodeReport]) -> list[str]:
     for report in timed:
         if report.probe_seconds > usual / _SLOW:
             times = report.probe_seconds / usual
-            faults[report.node].append(f"rank {report.rank}'s GPU takes {times:.1f} x the others' time for a product")
-    return [f"node {node}: {'; '.join(dict.fromkeys(told))}" for node, told in faults.items() if told]
+            faults[report.node].append(f"rank {report.rank}'s GPU takes {times:.1f} x the median time of a product")
+    return [f"node {node}: {'; '.join(dict.fromkeys(found))}" for node, found in faults.items() if found]
 
 
 def _odd_versions(reports: Sequence[NodeReport], faults: dict[str, list[str]]) -> None:
@@ -67,26 +67,26 @@ def slow_nodes(measured: Mapping[str, Bandwidth], minimum: float | None) -> list
     """Nodes whose GPUs, or whose network, are half as fast as the others', or slower than `minimum` GB/s.
 
     Args:
-        measured: of each node, its slowest rank's.
+        measured: the speed of each node's slowest rank.
     """
     lines = []
     for what, speeds in (
-        ("its own GPUs exchange", {node: speed.inside for node, speed in measured.items()}),
-        ("with its neighbours it exchanges", {node: speed.between for node, speed in measured.items()}),
+        ("between its GPUs", {node: speed.inside for node, speed in measured.items()}),
+        ("to its neighbours", {node: speed.between for node, speed in measured.items()}),
     ):
         known = {node: speed for node, speed in speeds.items() if speed is not None}
         usual = median(known.values()) if known else 0.0
         for node, speed in known.items():
-            told = f"node {node}: {what} {speed:.2f} GB/s"
+            line = f"node {node}: {speed:.2f} GB/s {what}"
             if minimum is not None and speed < minimum:
-                lines.append(f"{told}, below slurm.min_gb_per_s {minimum:g}")
+                lines.append(f"{line}, below slurm.min_gb_per_s {minimum:g}")
             elif len(known) > 2 and speed < _SLOW * usual:
-                lines.append(f"{told}, the others {usual:.2f}")
+                lines.append(f"{line}, the median is {usual:.2f}")
     return lines
 
 
 def checkpoint_bytes(config: Config, architecture: Architecture) -> int:
-    """Bytes of one checkpoint: of the run's newest where there is one, else weights and optimizer state."""
+    """Bytes of one checkpoint: those of the run's newest if there is one, else of weights and optimizer state."""
     own = whole_checkpoints(Path(config.run.dir))
     if own:
         files = read_meta(own[-1]).files
@@ -98,22 +98,22 @@ def checkpoint_bytes(config: Config, architecture: Architecture) -> int:
 
 
 def disk_fault(config: Config, architecture: Architecture, node: str) -> str | None:
-    """Whether the checkpoints that are to be kept, and the one being written, fit where the run writes."""
+    """A line if the disk has no room for the checkpoints to keep and the one being written, else None."""
     run = Path(config.run.dir)
-    one, there = checkpoint_bytes(config, architecture), len(whole_checkpoints(run))
-    missing = max(1, config.checkpoint.keep_last + 1 - there)
+    one, existing = checkpoint_bytes(config, architecture), len(whole_checkpoints(run))
+    missing = max(1, config.checkpoint.keep_last + 1 - existing)
     folder = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if free >= missing * one:
         return None
     return (
-        f"node {node}: {free / _GIB:.1f} GiB free in {folder}, but {missing} more checkpoints of {one / _GIB:.1f} GiB "
-        f"are to be kept or written: make room, or lower checkpoint.keep_last {config.checkpoint.keep_last}"
+        f"node {node}: {free / _GIB:.1f} GiB free in {folder}, but the run will write {missing} more checkpoints of "
+        f"{one / _GIB:.1f} GiB: free some space, or lower checkpoint.keep_last {config.checkpoint.keep_last}"
     )
 
 
 def state_bytes(config: Config, architecture: Architecture, world: int) -> float:
-    """Bytes of weights, gradients and optimizer state on a rank, the least a run takes; activations come on top."""
+    """Bytes of weights, gradients and optimizer state on a rank, the minimum; activations come on top."""
     parallel = config.parallel
     cut = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     entries = matrix_entries(architecture) / cut
@@ -129,7 +129,7 @@ def memory_faults(config: Config, architecture: Architecture, reports: Sequence[
     """Nodes whose GPUs (or memory) cannot hold weights, gradients and optimizer state alone.
 
     Raises:
-        UserError: it fits on no node: the layout is wrong, not a node.
+        UserError: they fit on no node, so the grid is wrong, not a node.
     """
     need = state_bytes(config, architecture, world)
     ranks = Counter(report.node for report in reports)
@@ -138,13 +138,13 @@ def memory_faults(config: Config, architecture: Architecture, reports: Sequence[
         share = report.memory / (1 if report.gpus is not None else ranks[report.node])
         if share and share < need:
             small[report.node] = share
-    said = f"weights, gradients and optimizer state of a rank take {need / _GIB:.1f} GiB"
+    needs = f"weights, gradients and optimizer state of a rank take {need / _GIB:.1f} GiB"
     if small and len(small) == len(ranks):
         raise UserError(
-            f"{said}, and the nodes have {max(small.values()) / _GIB:.1f} GiB for each: raise "
-            "parallel.tensor_model_parallel_size or pipeline_model_parallel_size, or take more nodes"
+            f"{needs}, and the nodes have {max(small.values()) / _GIB:.1f} GiB for each: raise "
+            "parallel.tensor_model_parallel_size or pipeline_model_parallel_size, or use more nodes"
         )
-    return [f"node {node}: {share / _GIB:.1f} GiB for a rank, but {said}" for node, share in small.items()]
+    return [f"node {node}: {share / _GIB:.1f} GiB for a rank, but {needs}" for node, share in small.items()]
 
 
 def _ranks(ranks: Sequence[int]) -> str:

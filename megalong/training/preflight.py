@@ -1,11 +1,11 @@
-"""`megalong preflight`: are these nodes fit for this run? Before training starts, in a minute, a line a bad node.
+"""`megalong preflight`: check within a minute, before training, whether the nodes fit the run; one line per bad node.
 
     srun --ntasks-per-node=8 megalong preflight CONFIG.yaml       what slurm/common.sh does before it trains
 
-Two parts, because a collective among bad nodes hangs and names nobody. First every rank looks at its own node and puts
-what it found into rank 0's store, which needs nothing but TCP: a node that says nothing in time is named. Only nodes
-without a fault then join a process group and measure how fast they exchange tensors; a thread ends the process, naming
-who has not come through, where that takes too long.
+It has two parts, because a collective among bad nodes hangs without naming one. First every rank inspects its own node
+and puts a report into rank 0's store, which needs only TCP; a node that does not report in time is named. If no node
+has a fault, the ranks then join a process group and measure how fast they exchange tensors; if that takes too long, a
+thread names the missing nodes and ends the process.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from megalong.runtime.node_report import NodeReport, inspect_node
 from megalong.training.node_judge import disk_fault, memory_faults, node_faults, silent_nodes, slow_nodes
 from megalong.training.start import find_start
 
-REPORT_SECONDS = 180.0  # a node imports torch from a cold file system
+REPORT_SECONDS = 180.0  # includes importing torch from a cold file system
 MEASURE_SECONDS = 300.0
 _MEGABYTES = {"cuda": 256, "cpu": 8}
 
 
 @dataclass(frozen=True)
 class Process:
-    """Where this process stands among the run's."""
+    """This process's place among the run's processes and nodes."""
 
     rank: int
     world: int
@@ -52,17 +52,17 @@ class Process:
 
 
 def process_of_environment() -> Process:
-    """From srun's or torchrun's environment; a single process where neither is there.
+    """Read from the environment of srun or torchrun; a single process if there is neither.
 
     Raises:
-        UserError: nodes of different numbers of processes.
+        UserError: the nodes do not all run the same number of processes.
     """
     rank = int(_first("RANK", "SLURM_PROCID", default="0"))
     world = int(_first("WORLD_SIZE", "SLURM_NTASKS", default="1"))
     local_rank = int(_first("LOCAL_RANK", "SLURM_LOCALID", default="0"))
     nodes = tuple(os.environ.get("MEGALONG_NODES", "").split()) or (node_name(),)
     if world % len(nodes):
-        raise UserError(f"{world} processes on {len(nodes)} nodes ({', '.join(nodes)}): start as many on each")
+        raise UserError(f"{world} processes on {len(nodes)} nodes ({', '.join(nodes)}): start the same number on each")
     return Process(rank, world, local_rank, world // len(nodes), nodes)
 
 
@@ -74,7 +74,7 @@ def preflight(config_path: str, overrides: Sequence[str] = (), report_seconds: f
     """Check the nodes this runs on; every rank returns 0, or 2 after rank 0 has named the bad ones.
 
     Raises:
-        UserError: the configuration is wrong or does not fit the world, or no node can hold it.
+        UserError: the configuration is wrong or does not fit the world, or the run fits on no node.
     """
     here = process_of_environment()
     try:
@@ -90,7 +90,7 @@ def _preflight(here: Process, config_path: str, overrides: Sequence[str], report
     check_world(config, here.world)
     store = _store(here, report_seconds)
     try:
-        lines = _agree(store, here, "nodes", lambda: _look(store, here, config, report_seconds), report_seconds)
+        lines = _agree(store, here, "nodes", lambda: _inspect(store, here, config, report_seconds), report_seconds)
         if not lines and here.world > 1:
             measured = _measure(store, here, config)
             lines = _agree(store, here, "speed", lambda: _slow(store, here, config, measured), MEASURE_SECONDS)
@@ -107,16 +107,16 @@ def _store(here: Process, seconds: float) -> dist.TCPStore:
     try:
         return dist.TCPStore(address, port, None, here.rank == 0, timeout, wait_for_workers=False)
     except (RuntimeError, TimeoutError):
-        raise _silent(f"the first node {here.nodes[0]} does not answer at {address}:{port}") from None
+        raise _unreachable(f"the first node {here.nodes[0]} does not answer at {address}:{port}") from None
 
 
-def _silent(what: str) -> UserError:
-    """A mistake that rank 0 cannot tell; one process of a node does."""
+def _unreachable(what: str) -> UserError:
+    """An error that rank 0 cannot print; one process per node does."""
     return UserError(f"preflight: {node_name()}: {what}", speaker="node")
 
 
 def _agree(store: dist.Store, here: Process, key: str, judge: Callable[[], list[str]], seconds: float) -> list[str]:
-    """What rank 0 finds wrong, on every rank; it tells before the others learn of it and leave."""
+    """Rank 0's findings, on every rank; rank 0 prints them before the others read them and leave."""
     if here.rank == 0:
         try:
             lines = judge()
@@ -131,12 +131,12 @@ def _agree(store: dist.Store, here: Process, key: str, judge: Callable[[], list[
         store.wait([key], datetime.timedelta(seconds=2 * seconds))
         return list(json.loads(store.get(key)))
     except RuntimeError:
-        raise _silent(f"the first node {here.nodes[0]} has gone silent") from None
+        raise _unreachable(f"the first node {here.nodes[0]} no longer answers") from None
 
 
-def _look(store: dist.Store, here: Process, config: Config, seconds: float) -> list[str]:
+def _inspect(store: dist.Store, here: Process, config: Config, seconds: float) -> list[str]:
     """Report on this node; rank 0 judges all reports."""
-    token = _token(config, here)
+    token = _token_file(config, here)
     if here.rank == 0:
         refuse_unwritable(Path(config.run.dir), "run.dir")
         token.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def _look(store: dist.Store, here: Process, config: Config, seconds: float) -> l
     device = "cpu" if wanted == "cpu" or (wanted == "auto" and not _gpus_expected(here)) else "cuda"
     report = inspect_node(here.rank, here.local_rank, here.local_world, device, token)
     if here.rank:
-        store.add("reported", 1)  # before the report: rank 0 may judge and leave as soon as it has that
+        store.add("reported", 1)  # before the report: rank 0 may judge and leave as soon as it has the report
     store.set(f"report/{here.rank}", report.dumps())
     if here.rank:
         return []
@@ -158,14 +158,14 @@ def _look(store: dist.Store, here: Process, config: Config, seconds: float) -> l
         token.unlink(missing_ok=True)
 
 
-def _token(config: Config, here: Process) -> Path:
+def _token_file(config: Config, here: Process) -> Path:
     return Path(config.run.dir) / f".preflight-{os.environ.get('SLURM_JOB_ID', 'here')}"
 
 
 def _gpus_expected(here: Process) -> bool:
-    """With `runtime.device: auto`: what the job asked for where a job says so, else what is here."""
-    asked = os.environ.get("GPUS_PER_NODE")
-    return int(asked) > 0 if asked else torch.cuda.is_available()
+    """For `runtime.device: auto`: whether the job requested GPUs, or outside a job whether torch sees any."""
+    requested = os.environ.get("GPUS_PER_NODE")
+    return int(requested) > 0 if requested else torch.cuda.is_available()
 
 
 def _collect(store: dist.Store, world: int, seconds: float) -> dict[int, NodeReport]:
@@ -200,7 +200,7 @@ def _measure(store: dist.Store, here: Process, config: Config) -> Bandwidth:
     timeout = datetime.timedelta(seconds=MEASURE_SECONDS)
     use(device)
     joined = dist.PrefixStore("group", store)
-    peers.meet(joined, here.rank, here.world)
+    peers.join(joined, here.rank, here.world)
     dist.init_process_group(
         "nccl" if cuda else "gloo", store=joined, rank=here.rank, world_size=here.world, timeout=timeout
     )
@@ -214,15 +214,15 @@ def _measure(store: dist.Store, here: Process, config: Config) -> Bandwidth:
 
 
 def _watch(store: dist.Store, here: Process, done: threading.Event) -> None:
-    """End a process that hangs in a collective, which nothing in its main thread could."""
+    """End a process that hangs in a collective, which its main thread cannot do."""
     if done.wait(MEASURE_SECONDS):
         return
     if here.rank == 0:
         missing = [rank for rank in range(here.world) if not store.check([f"speed/{rank}"])]
         nodes = sorted({here.nodes[rank // here.local_world] for rank in missing})
         print(
-            f"megalong: error: preflight: no exchange of tensors came to an end within {MEASURE_SECONDS:g} s among "
-            f"nodes {', '.join(nodes)}: look at their network (NCCL_DEBUG=INFO tells more)",
+            f"megalong: error: preflight: nodes {', '.join(nodes)} did not finish exchanging tensors within "
+            f"{MEASURE_SECONDS:g} s: check their network (NCCL_DEBUG=INFO shows more)",
             flush=True,
         )
     os._exit(2)
@@ -244,7 +244,7 @@ def _slow(store: dist.Store, here: Process, config: Config, mine: Bandwidth) -> 
     ):
         known = [speed for speed in speeds if speed is not None]
         if known:
-            print(f"preflight: {what} {min(known):.2f} to {max(known):.2f} GB/s a rank", flush=True)
+            print(f"preflight: {what} {min(known):.2f} to {max(known):.2f} GB/s per rank", flush=True)
     return slow_nodes(measured, config.slurm.min_gb_per_s)
 
 
@@ -260,7 +260,7 @@ def _slowest(speeds: Sequence[Bandwidth]) -> Bandwidth:
 
 
 def _leave(store: dist.Store, here: Process) -> None:
-    """Rank 0 holds the store: it goes last, or after a moment."""
+    """Leave the store. Rank 0 owns it, so it leaves last, or after ten seconds."""
     try:
         if here.rank:
             store.add("left", 1)

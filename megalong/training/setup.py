@@ -2,9 +2,10 @@
 
     device and groups → architecture → model → weights → optimizer and schedule → data
 
-A run folder that holds a checkpoint resumes from it: model, optimizer, schedule, random states and the position in the
-data are restored, and `model.load` is not read. Otherwise the run starts from weights alone: those of a Hugging Face
-folder or of another run's checkpoint, or random ones; step, schedule, optimizer and data position start at zero.
+If the run folder contains a checkpoint, the run resumes from it: model, optimizer, schedule, random states and the
+position in the data are restored, and `model.load` is not read. Otherwise the run starts from weights alone: those of a
+Hugging Face folder or of another run's checkpoint, or random ones; step, schedule, optimizer and data position start at
+zero.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def set_up(config: Config, device: torch.device) -> Session:
     check_machine(config, machine)
     check_world(config, dist.get_world_size())
     while True:
-        start = _with_kept_assets(config, _whole_start(config))
+        start = _with_kept_assets(config, _undamaged_start(config))
         try:
             return _session(config, device, machine, start)
         except folder.DamagedError as error:
@@ -122,7 +123,7 @@ def set_up(config: Config, device: torch.device) -> Session:
         _set_aside([damaged])
 
 
-def _whole_start(config: Config) -> Start:
+def _undamaged_start(config: Config) -> Start:
     """Find where the run starts, after renaming incomplete checkpoints."""
     while True:
         start = find_start(config)
@@ -168,7 +169,7 @@ def _session(config: Config, device: torch.device, machine: Machine, start: Star
     bare = build_model(start.architecture, model_settings(config, resolved))
     log.info("computes with %s", _implementations(config, resolved, device, machine, start.architecture))
     if start.resume is None:
-        _first_weights(start, config, bare)
+        _load_initial_weights(start, config, bare)
     chunks = wrap_for_training(bare, config.parallel)
     optimizer = build_optimizer(config, chunks)
     session = Session(
@@ -221,7 +222,7 @@ def _resume(session: Session, start: Start, verification: Verification) -> None:
         time.perf_counter() - started,
         meta.step,
     )
-    _say_changes(session, meta)
+    _log_changes(session, meta)
     if start.changed_data:
         log.warning(
             "data.allow_change: the data has changed from sample %d on: %s",
@@ -230,7 +231,7 @@ def _resume(session: Session, start: Start, verification: Verification) -> None:
         )
 
 
-def _say_changes(session: Session, meta: folder.Meta) -> None:
+def _log_changes(session: Session, meta: folder.Meta) -> None:
     """Log the optimizer and schedule settings that differ from the checkpoint's."""
     if not meta.settings:
         log.info(
@@ -246,9 +247,9 @@ def _say_changes(session: Session, meta: folder.Meta) -> None:
         )
 
 
-def _first_weights(start: Start, config: Config, chunks: list[torch.nn.Module]) -> None:
+def _load_initial_weights(start: Start, config: Config, chunks: list[torch.nn.Module]) -> None:
     """Weights only: everything else about the run is fresh."""
-    _first_adapters(start, config, chunks)
+    _load_initial_adapters(start, config, chunks)
     if start.checkpoint is not None:
         store.load_weights(start.checkpoint, chunks)
         log.info("weights from %s; step, optimizer, schedule and data position start fresh", start.checkpoint)
@@ -263,7 +264,7 @@ def _first_weights(start: Start, config: Config, chunks: list[torch.nn.Module]) 
     log.info("weights from %s; step, optimizer, schedule and data position start fresh", start.hf)
 
 
-def _first_adapters(start: Start, config: Config, chunks: list[torch.nn.Module]) -> None:
+def _load_initial_adapters(start: Start, config: Config, chunks: list[torch.nn.Module]) -> None:
     """Load the adapters of `lora.load`, or initialize new ones. A checkpoint with adapters overwrites them later."""
     lora = config.lora
     if lora.rank is None:

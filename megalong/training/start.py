@@ -1,6 +1,6 @@
 """Where a run starts: its own newest checkpoint, or weights from elsewhere.
 
-It builds nothing, so that a mistake is found before a process is started.
+It builds nothing, so that mistakes are found before a process is started.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megalong.hf.adapter import check_adapter
 from megalong.hf.base import absolute_path
 from megalong.hf.config import read_architecture
 
-# What must be equal for a checkpoint to be the same model; rope and windows are told of by themselves.
+# What must be equal for a checkpoint to be the same model; rope and windows have messages of their own.
 _SHAPE = (
     "hidden_size",
     "ffn_hidden_size",
@@ -34,7 +34,7 @@ _SHAPE = (
 )
 
 
-# Changes of the data under which a resumed run may use positions that it did not use before.
+# Changes of the data with which a resumed run may use positions that it has not used before.
 _DECIDES_POSITIONS = ("data.seq_length", "data.pose", "data.mixture", "sft.max_length")
 
 
@@ -44,10 +44,10 @@ class Start:
 
     Attributes:
         architecture: the model to build, with `model.rope` and `attention`'s window applied.
-        assets: folder with the tokenizer and its kin; the run keeps a copy, and each of its checkpoints gets one.
-        base: where the weights come from that adapters learn beside, None where that is not known.
-        damaged: newer checkpoints of this run than `resume` that are damaged, with what is wrong.
-        changed_data: what `data.allow_change` let through: how the data differs from what was trained on so far.
+        assets: folder with the tokenizer files; the run and each of its checkpoints keep a copy.
+        base: source of the base weights that adapters are trained on, None if unknown.
+        damaged: damaged checkpoints of this run that are newer than `resume`, each with its fault.
+        changed_data: how the data differs from what was trained on so far, which `data.allow_change` permits.
     """
 
     architecture: Architecture
@@ -64,13 +64,13 @@ def find_start(config: Config) -> Start:
     """Decide how `config` starts.
 
     Raises:
-        UserError: a folder is missing or damaged, or the run folder's checkpoint has another shape than the model
-            the configuration names, or was trained on other data; or samples use positions that nothing covers.
+        UserError: a folder is missing or damaged; the run folder's checkpoint has another shape than the configured
+            model, or was trained on other data; or samples use positions that no model length covers.
     """
     run = Path(config.run.dir)
     own, damaged = newest_good(run)
     if own is None:
-        start = _first_weights(config)
+        start = _initial_start(config)
         check_positions(config, start.architecture)
         return _configured(config, start)
     meta = read_meta(own)
@@ -81,7 +81,7 @@ def find_start(config: Config) -> Start:
     if changed and not config.data.allow_change:
         raise UserError(
             f"run.dir {config.run.dir} was trained on other data up to step {meta.step}: {'; '.join(changed)}; sample "
-            f"{meta.consumed_samples} would not be the one that comes next: put it back, start a new run.dir with "
+            f"{meta.consumed_samples} would not be the next one: restore the data, start a new run.dir with "
             f"model.load: {{checkpoint: {config.run.dir}}}, or write data.allow_change: true"
         )
     if any(change.startswith(_DECIDES_POSITIONS) for change in changed):
@@ -97,10 +97,10 @@ def find_start(config: Config) -> Start:
 
 
 def as_configured(config: Config, architecture: Architecture) -> Architecture:
-    """`architecture` under the positions and the window that `config` trains it with; twice is once.
+    """`architecture` with the positions and the window that `config` trains it with; idempotent.
 
     Raises:
-        UserError: a pattern of windows for another number of layers.
+        UserError: the window pattern is for another number of layers.
     """
     attention = config.attention
     trained = trained_architecture(config, architecture)
@@ -113,8 +113,8 @@ def _configured(config: Config, start: Start) -> Start:
     return start
 
 
-def _first_weights(config: Config) -> Start:
-    """The model to start from as it is found, without what the configuration changes of it."""
+def _initial_start(config: Config) -> Start:
+    """The model to start from, before the configuration changes it."""
     load = config.model.load
     if load is None:
         assert config.model.architecture is not None
@@ -134,7 +134,7 @@ def _first_weights(config: Config) -> Start:
 
 
 def _named_base(config: Config) -> str | None:
-    """The Hugging Face folder that the configuration starts from; an earlier version's checkpoint does not say it."""
+    """The Hugging Face folder that the configuration starts from, which earlier versions' checkpoints do not record."""
     load = config.model.load
     return absolute_path(load.hf) if load is not None and load.hf is not None else None
 
@@ -150,16 +150,16 @@ def _kept_assets(config: Config) -> Path | None:
     if kept.is_dir():
         return kept
     with contextlib.suppress(UserError):  # what it started from may be gone
-        return _first_weights(config).assets
+        return _initial_start(config).assets
     return None
 
 
 def _check_same_model(config: Config, found: Architecture, checkpoint: Path) -> None:
-    """Refuse to resume a folder that holds another model than the configuration asks for."""
+    """Refuse to resume a run folder with another model than the configuration's."""
     try:
-        wanted = _configured(config, _first_weights(config)).architecture
+        wanted = _configured(config, _initial_start(config)).architecture
     except UserError:
-        # The source of the first start may be gone by now; the run folder is all that a resume needs.
+        # The source of the first start may be gone; a resume needs only the run folder.
         wanted = as_configured(config, found)
     for name in _SHAPE:
         here, there = getattr(found, name), getattr(wanted, name)
@@ -183,18 +183,18 @@ def _check_same_model(config: Config, found: Architecture, checkpoint: Path) -> 
 
 
 def _check_same_adapters(config: Config, found: Lora | None, checkpoint: Path) -> None:
-    """Refuse adapters of another shape than the configuration's, and to lose or double those there are."""
+    """Refuse adapters of another shape than the configuration's, and configurations that drop or add adapters."""
     wanted = config.lora.shape if config.lora.rank is not None else None
     if wanted != found:
         raise UserError(
             f"lora: {checkpoint} has {found or 'no adapters'}, the configuration says {wanted or 'no adapters'}; write "
-            f"the same, or start another run.dir from what `megalong checkpoint export --checkpoint {checkpoint}` "
-            "merges"
+            f"the same, or start a new run.dir from the merged model that `megalong checkpoint export --checkpoint "
+            f"{checkpoint}` writes"
         )
 
 
 def _check_same_optimizer(config: Config, meta: Meta, checkpoint: Path) -> None:
-    """Refuse an optimizer whose state has another form than the checkpoint's; an earlier version's does not say."""
+    """Refuse an optimizer whose state has another format than the checkpoint's, if the checkpoint records it."""
     sharded, dtype = config.parallel.use_distributed_optimizer, config.precision.params_dtype
     was_sharded = meta.settings.get("parallel.use_distributed_optimizer", sharded)
     was_dtype = meta.settings.get("precision.params_dtype", dtype)
@@ -205,7 +205,7 @@ def _check_same_optimizer(config: Config, meta: Meta, checkpoint: Path) -> None:
     else:
         return
     raise UserError(
-        f"{key} {now}: {checkpoint} holds the optimizer's state as {key} {was} has it, which cannot be converted; "
+        f"{key} {now}: {checkpoint} was saved with {key} {was}, and its optimizer state cannot be converted; "
         f"write {was}, or start a new run.dir with model.load: {{checkpoint: {config.run.dir}}}"
     )
 

@@ -43,7 +43,7 @@ class StepResult:
     Attributes:
         loss: mean over the valid tokens of the global batch, nats per token; with `sft.loss_average: conversations` the
             mean of their conversations' means.
-        units: number of tokens, or of conversations, that `loss` is averaged over.
+        units: number of tokens, or of conversations, over which `loss` is averaged.
         tokens: tokens of the global batch that count in the loss.
         filled: input tokens of the global batch that are not padding.
         gradient_norm: before clipping.
@@ -68,9 +68,9 @@ class StepResult:
     own_seconds: float = 0.0
 
     @property
-    def learnt(self) -> bool:
+    def applied(self) -> bool:
         """Whether the step was applied to the weights."""
-        return self.event is None or self.event.learnt
+        return self.event is None or self.event.applied
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class TrainStep:
 
         Raises:
             StepDropped: a signal came and the step would take too long; weights, optimizer and random states are those
-                before it.
+                before the step.
         """
         started = time.perf_counter()
         self.clock.start()
@@ -152,22 +152,22 @@ class TrainStep:
         self.clock.compute()
         found = PositionLoss(positions.edges[-1]) if positions is not None else None
         try:
-            told = self.report(self.gradients(micro_batches, found, self.interrupt))
+            reports = self.report(self.gradients(micro_batches, found, self.interrupt))
         except StepDropped:
             restore(states)
             forget_step(self.chunks)
             raise
         computed, own_seconds = time.perf_counter(), self.clock.seconds
         if self.interrupt is not None:
-            self.interrupt.step_took(max(told.seconds))
+            self.interrupt.step_took(max(reports.seconds))
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        event = self.guard.judge(told.report(number))
+        event = self.guard.judge(reports.report(number))
         if event is not None:
             event = replace(event, samples=batches.places(consumed_samples, map(replica_of, event.ranks)))
             if self.guard.settings.replay:
-                event = replace(event, replay=self._replayed(told, micro_batches, states))
-        if event is None or event.learnt:
-            self.apply(told.norms[0])
+                event = replace(event, replay=self._replay(reports, micro_batches, states))
+        if event is None or event.applied:
+            self.apply(reports.norms[0])
             if positions is not None and found is not None:
                 positions.merge(found)
         else:
@@ -175,9 +175,9 @@ class TrainStep:
         self.scheduler.step(1)
         stepped = time.perf_counter()
         return StepResult(
-            loss=told.losses[0],
-            tokens=round(told.tokens),
-            gradient_norm=told.norms[0],
+            loss=reports.losses[0],
+            tokens=round(reports.tokens),
+            gradient_norm=reports.norms[0],
             learning_rate=learning_rate,
             seconds={
                 "data": loaded - started,
@@ -185,10 +185,10 @@ class TrainStep:
                 "optimizer": stepped - computed,
             },
             document_lengths=tuple(length for batch in micro_batches for length in batch.document_lengths),
-            units=round(told.units),
-            filled=round(told.filled),
+            units=round(reports.units),
+            filled=round(reports.filled),
             event=event,
-            signalled=any(told.signals),
+            signalled=any(reports.signals),
             own_seconds=own_seconds,
         )
 
@@ -212,7 +212,7 @@ class TrainStep:
             chunk.train()
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
-        with self._called_by_schedule():
+        with self._schedule_callbacks():
             own = run_microbatches(
                 self.chunks,
                 micro_batches,
@@ -238,12 +238,12 @@ class TrainStep:
         refresh_scales(self.chunks)
 
     @contextlib.contextmanager
-    def _called_by_schedule(self) -> Iterator[None]:
-        """What Megatron-Core's schedule calls where gradients are complete, while it runs.
+    def _schedule_callbacks(self) -> Iterator[None]:
+        """Set the functions that Megatron-Core's schedule calls when gradients are complete, during this block only.
 
-        Not for longer: every module refers to the configuration, so a function there that refers to the model closes a
-        cycle. It leads through autograd's nodes, which the garbage collector cannot see through, and the model would
-        stay in memory for as long as the process lives.
+        Every module refers to the configuration, so a function left there that refers to the model would close a cycle.
+        It leads through autograd's nodes, which the garbage collector cannot see through, and the model would stay in
+        memory for as long as the process lives.
         """
         config: Any = self.chunks[0].config
         no_sync = [chunk.no_sync for chunk in self.chunks]
@@ -255,21 +255,21 @@ class TrainStep:
             config.finalize_model_grads_func = config.no_sync_func = None
 
     def _finalize(self, *arguments: Any, **options: Any) -> None:
-        """Measure this rank's own gradient norm, then reduce with Megatron-Core's `finalize_model_grads`.
+        """Measure this rank's own gradient norm, then reduce gradients with Megatron-Core's `finalize_model_grads`.
 
-        With overlap_grad_reduce, some gradients are already reduced at this point.
+        With `overlap_grad_reduce`, some gradients are already reduced at this point.
         """
         self.clock.stop()
         own = [torch.linalg.vector_norm(buffer.grad_data) for chunk in self.chunks for buffer in _buffers(chunk)]
         self._own_norm = torch.linalg.vector_norm(torch.stack(own).float())
         finalize_model_grads(*arguments, **options)
 
-    def _replayed(self, told: RankReports, micro_batches: list[MicroBatch], states: dict[str, Any]) -> str:
+    def _replay(self, first: RankReports, micro_batches: list[MicroBatch], states: dict[str, Any]) -> str:
         after = random_states()
         restore(states)
         again = self.report(self.gradients(micro_batches))
         restore(after)
-        return compare(told.own, again.own)
+        return compare(first.own, again.own)
 
 
 def _buffers(chunk: Any) -> list[Any]:

@@ -119,16 +119,16 @@ def test_any_gradient_comes_in_one_layout(played: Played) -> None:
 
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = (torch.empty(256, 1, heads, 64, device="meta") for heads in (8, 2))
-    assert cudnn_kernel.knows(q, k, k, CAUSAL)
-    assert cudnn_kernel.knows(q, torch.cat((k, k)), torch.cat((k, k)), FULL)
-    assert not cudnn_kernel.knows(q, torch.cat((k, k)), torch.cat((k, k)), CAUSAL)
-    assert not cudnn_kernel.knows(q[:255], k, k, FULL)
+    assert cudnn_kernel.supports(q, k, k, CAUSAL)
+    assert cudnn_kernel.supports(q, torch.cat((k, k)), torch.cat((k, k)), FULL)
+    assert not cudnn_kernel.supports(q, torch.cat((k, k)), torch.cat((k, k)), CAUSAL)
+    assert not cudnn_kernel.supports(q[:255], k, k, FULL)
 
 
 @pytest.mark.parametrize(("tokens", "heads", "taken"), [(2**22, 4, False), (2**22 - 256, 4, True), (2**20, 32, False)])
 def test_2_to_the_31_elements_are_left_to_flash(tokens: int, heads: int, taken: bool) -> None:
     q, k = (torch.empty(tokens, 1, h, 128, dtype=torch.bfloat16, device="meta") for h in (heads, 1))
-    assert cudnn_kernel.knows(q, k, k, CAUSAL) == taken
+    assert cudnn_kernel.supports(q, k, k, CAUSAL) == taken
 
 
 def test_strides_count_too() -> None:

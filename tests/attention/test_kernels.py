@@ -121,9 +121,13 @@ def test_the_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         choice = kernel_of(OnCuda(dtype, head_dim))  # type: ignore[arg-type]
         return f"{choice.kernel.name}: {choice.reason}"
 
-    assert reason(torch.bfloat16, 128).startswith("cudnn: it agrees with flash here; whole and causal blocks of a mult")
-    assert reason(torch.bfloat16, 256) == "flash: cuDNN's attention takes heads of up to 128 channels, these have 256"
-    assert reason(torch.float32, 128) == "tiled: in plain torch, slowly: fused kernels take bf16 and fp16, not float32"
+    assert reason(torch.bfloat16, 128).startswith("cudnn: checked against flash; it computes whole and causal blocks")
+    assert reason(torch.bfloat16, 256) == (
+        "flash: cuDNN's attention supports heads of up to 128 channels, these have 256"
+    )
+    assert reason(torch.float32, 128) == (
+        "tiled: in plain torch, slowly: fused kernels support bf16 and fp16, not float32"
+    )
     assert "heads of 8, 16, ... 256 channels, not 20" in reason(torch.bfloat16, 20)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert reason(torch.bfloat16, 128) == "flash: cuDNN's attention is the faster one from Hopper on only"
+    assert reason(torch.bfloat16, 128) == "flash: cuDNN's attention is faster only from Hopper on"

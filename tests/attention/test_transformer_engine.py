@@ -180,7 +180,7 @@ def test_documents_lie_as_it_wants_them() -> None:
 
 def test_what_it_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(TokenLayout(2, "per_document_zigzag"), 12, [np.array([0, 7])])
-    with pytest.raises(UserError, match=r"documents of a multiple of 4 tokens, and one has 7; write backend: torch"):
+    with pytest.raises(UserError, match=r"documents of a multiple of 4 tokens, but one has 7; write backend: torch"):
         document_arguments(plan, 1, 2, torch.device("cpu"))
     document_arguments(plan, 1, 1, torch.device("cpu"))
     monkeypatch.setattr(dist, "get_world_size", lambda group: 4)

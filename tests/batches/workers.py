@@ -58,7 +58,7 @@ def against_whole_samples(settings: dict[str, Any], steps: int) -> dict[str, Any
         right(self, starts, lengths, out)
 
     with _batches(settings) as batches:
-        config, order, share = batches._config, batches._order, batches._share
+        config, order, share = batches._config, batches._order, batches._shard
         size = config.training.global_batch_size
         different = []
         with patch.object(IndexedDataset, "gather", counting):
@@ -70,7 +70,7 @@ def against_whole_samples(settings: dict[str, Any], steps: int) -> dict[str, Any
                 numbers = order.from_sample(step * size).samples(index)
                 rows = [batches.samples.read(k) for k in numbers]
                 expected = cut(rows, share.layout, share.context_rank, share.masked, share.multiple)
-                for name in NAMES if batches._reads else NAMES[2:]:
+                for name in NAMES if batches._needs_tokens else NAMES[2:]:
                     found = getattr(batch, name)
                     wanted = expected[name]
                     if name == "positions" and len(found) == 1:
@@ -82,7 +82,7 @@ def against_whole_samples(settings: dict[str, Any], steps: int) -> dict[str, Any
             "read": batches.bytes_read,
             "whole": batches.bytes_whole,
             "gathered": gathered,
-            "reads": batches._reads,
+            "reads": batches._needs_tokens,
         }
 
 
@@ -119,7 +119,7 @@ def tokens_seen(settings: dict[str, Any], consumed: int, steps: int) -> list[tup
                 for row, k in enumerate(order.samples(index)):
                     four = (positions, batch.tokens, batch.labels, batch.loss_mask)
                     rows = torch.stack([values[row].double() for values in four], 1)
-                    found.append((k, batches._share.context_rank, rows.tolist()))
+                    found.append((k, batches._shard.context_rank, rows.tolist()))
     return found
 
 

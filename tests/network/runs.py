@@ -138,7 +138,7 @@ def enter_and_meet() -> None:
     distributed.start(torch.device("cpu"), timeout_minutes=1.0)
     total = torch.tensor([dist.get_rank() + 1])
     dist.all_reduce(total)
-    found = {"sum": int(total), "said": peers.way(), "host": socket.gethostname()}
+    found = {"sum": int(total), "said": peers.network_line(), "host": socket.gethostname()}
     found |= {name: os.environ.get(name) for name in (network.GLOO, network.NCCL)}
     (Path(os.environ["TEST_FOLDER"]) / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
     distributed.stop()
@@ -160,7 +160,7 @@ def pause_where_asked() -> None:
     from megalong.training import loop
     from megalong.training.step import TrainStep
 
-    loop.Watchdog = partial(Watchdog, moment_seconds=6.0)  # type: ignore[misc,assignment]
+    loop.Watchdog = partial(Watchdog, grace_seconds=6.0)  # type: ignore[misc,assignment]
     what, _, number = os.environ.get("TEST_PAUSE", "").partition(" ")
     if what == "step":
         # Its gradients are there, and not yet added up over both ranks.

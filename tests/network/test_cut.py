@@ -66,8 +66,8 @@ def test_a_link_cut_in_a_save(hosts: Hosts, sources: tuple[Path, Path], unbroken
     finally:
         end_ranks(ranks)
         hosts.mend("b")
-    assert f"error: {B_IS_GONE}; this run ends here, run the same command to resume" in run.told()
-    assert f"error: [rank 1] {A_IS_GONE}; this run ends here, run the same command to resume" in run.told()
+    assert f"error: {B_IS_GONE}; this run ends here; run the same command to resume" in run.told()
+    assert f"error: [rank 1] {A_IS_GONE}; this run ends here; run the same command to resume" in run.told()
     resumes(run, hosts, 2, unbroken)
 
 
@@ -83,7 +83,7 @@ def test_a_process_that_is_killed(hosts: Hosts, sources: tuple[Path, Path], unbr
         assert finish(ranks, 60) == [1, -9], run.told()
     finally:
         end_ranks(ranks)
-    assert "error: ended before this rank: rank 1 on host b: why is in their logs; this run ends here" in run.told()
+    assert "error: ended before this rank: rank 1 on host b: see their logs; this run ends here" in run.told()
     resumes(run, hosts, 2, unbroken)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megalong.runtime.network import GLOO, NCCL, tell_backends
+from megalong.runtime.network import GLOO, NCCL, set_interface_variables
 from tests.network.hosts import DECOY, LINK, Hosts
 from tests.network.runs import meet
 
-WAY = f"network: the way to the other hosts is {LINK} on a, b"
+WAY = f"network: interface to the other hosts: {LINK} on a, b"
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_it_is_the_one_towards_the_master(named: Hosts, own: str, master: str, t
 def test_the_users_choice_stays(hosts: Hosts, tmp_path: Path) -> None:
     found = meet(hosts, tmp_path, "ab", "a", **{NCCL: f"^{DECOY}"})
     assert [(one["sum"], one[GLOO], one[NCCL]) for one in found] == [(3, LINK, f"^{DECOY}")] * 2
-    assert found[0]["said"] == f"{WAY}; {NCCL}=^{DECOY} is kept"
+    assert found[0]["said"] == f"{WAY}; keeping {NCCL}=^{DECOY}"
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_the_users_choice_stays(hosts: Hosts, tmp_path: Path) -> None:
 def test_what_is_set_already_stays(interface: str | None, users: dict[str, str], expected: dict[str, str]) -> None:
     """`""`: other hosts, over an interface that could not be found; `None`: no other host."""
     environment = dict(users)
-    tell_backends(interface, environment)
+    set_interface_variables(interface, environment)
     assert environment == expected
 
 

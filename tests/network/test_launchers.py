@@ -44,7 +44,7 @@ def torchrun(hosts: Hosts, run: Run, *options: str) -> list[int]:
 
 def is_as_on_one_host(run: Run, unbroken: Run, alone: Run) -> None:
     """It went to its end over the link, and learnt what the others learnt."""
-    assert f"network: the way to the other hosts is {LINK} on a, b\n" in run.told()
+    assert f"network: interface to the other hosts: {LINK} on a, b\n" in run.told()
     curves = run.curves()
     assert [step for step, _ in curves["loss/train"]] == list(range(1, STEPS + 1))
     assert curves == unbroken.curves()

@@ -47,7 +47,7 @@ def test_no_life_reads_what_another_wrote() -> None:
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
-    with pytest.raises(TimeoutError, match=r"ranks \[1\] did not come"):
+    with pytest.raises(TimeoutError, match=r"ranks \[1\] did not take part"):
         store_of_this_life(dist.HashStore(), 0, 2, datetime.timedelta(seconds=0.1))
 
 
@@ -75,7 +75,7 @@ def test_a_first_rank_that_is_not_there_is_told_in_one_line(
     taken.close()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"^rank 1 does not reach 127\.0\.0\.1:\d+ \(MASTER_ADDR") as error:
+    with pytest.raises(UserError, match=r"^rank 1 cannot reach rank 0 at 127\.0\.0\.1:\d+ \(MASTER_ADDR") as error:
         _rendezvous(datetime.timedelta(seconds=1))
     assert error.value.speaker == "node"
     assert "\n" not in str(error.value)

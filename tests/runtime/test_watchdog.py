@@ -19,7 +19,7 @@ from megalong.runtime.watchdog import Watchdog
 def stuck():
     {how}
 
-with Watchdog(Path(sys.argv[1]), 3, 0.3 / 60, lambda: print("told", flush=True), moment_seconds=0.3):
+with Watchdog(Path(sys.argv[1]), 3, 0.3 / 60, lambda: print("told", flush=True), grace_seconds=0.3):
     stuck()
 """
 

@@ -46,7 +46,7 @@ def test_healthy_nodes_are_not_named():
 
 def test_a_silent_node_is_named():
     found = {report.rank: report for report in reports() if report.node != "n2"}
-    assert judge.silent_nodes(found, 8, NODES, 60) == ["node n2: no answer of rank 4-5 within 60 s"]
+    assert judge.silent_nodes(found, 8, NODES, 60) == ["node n2: no answer from rank 4-5 within 60 s"]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_silent_node_is_named():
     [
         ({"faults": ("GPU 1 is taken",)}, "GPU 1 is taken"),
         ({"versions": {**VERSIONS, "nccl": "2.21.5"}}, "nccl 2.21.5, on other nodes 2.27.3"),
-        ({"probe_seconds": 2.5e-3}, "rank 2's GPU takes 2.5 x the others' time"),
+        ({"probe_seconds": 2.5e-3}, "rank 2's GPU takes 2.5 x the median time of a product"),
     ],
 )
 def test_one_bad_node_is_named_in_one_line(change, told):
@@ -72,12 +72,12 @@ def test_of_two_nodes_that_differ_both_are_named():
 def test_a_slow_node_is_named_by_its_better_neighbour():
     fast, slow = Bandwidth(300.0, 45.0, 40.0), Bandwidth(300.0, 4.0, 4.0)
     measured = {"n0": fast, "n1": fast, "n2": slow, "n3": fast}
-    assert judge.slow_nodes(measured, None) == ["node n2: with its neighbours it exchanges 4.00 GB/s, the others 45.00"]
+    assert judge.slow_nodes(measured, None) == ["node n2: 4.00 GB/s to its neighbours, the median is 45.00"]
     broken = {**measured, "n2": dataclasses.replace(fast, inside=20.0)}
-    assert judge.slow_nodes(broken, None) == ["node n2: its own GPUs exchange 20.00 GB/s, the others 300.00"]
+    assert judge.slow_nodes(broken, None) == ["node n2: 20.00 GB/s between its GPUs, the median is 300.00"]
     assert judge.slow_nodes({"n0": fast, "n1": slow}, None) == []
     (line,) = judge.slow_nodes({"n0": fast, "n1": slow}, 10.0)
-    assert line == "node n1: with its neighbours it exchanges 4.00 GB/s, below slurm.min_gb_per_s 10"
+    assert line == "node n1: 4.00 GB/s to its neighbours, below slurm.min_gb_per_s 10"
 
 
 @pytest.mark.parametrize("nodes", range(2, 9))
@@ -114,8 +114,8 @@ def test_a_full_disk_is_told_with_what_is_needed(tmp_path, monkeypatch):
     line = judge.disk_fault(settings, architecture, "n0")
     # 8.03 billion weights, each 2 bytes in bf16 and 12 in fp32 (master and both moments).
     assert line == (
-        f"node n0: 200.0 GiB free in {tmp_path}, but 3 more checkpoints of 104.7 GiB are to be kept or written: make "
-        "room, or lower checkpoint.keep_last 2"
+        f"node n0: 200.0 GiB free in {tmp_path}, but the run will write 3 more checkpoints of 104.7 GiB: free some "
+        "space, or lower checkpoint.keep_last 2"
     )
     usage.free = 315 * GIB
     assert judge.disk_fault(settings, architecture, "n0") is None

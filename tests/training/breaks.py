@@ -74,8 +74,8 @@ def zigzag_of_another_rank() -> Iterator[None]:
     """Every context-parallel rank reads rank 0's chunks."""
     from megalong.batches import loader
 
-    right = loader.share_of
-    with patch.object(loader, "share_of", lambda config, context_rank, window: right(config, 0, window)):
+    right = loader.shard_of
+    with patch.object(loader, "shard_of", lambda config, context_rank, window: right(config, 0, window)):
         yield
 
 

@@ -41,7 +41,7 @@ def test_parameters_rope_temperature_and_positions(tied: bool, tmp_path: Path) -
         f"{temperature:.5g}; samples use 128 (data.seq_length)"
     )
     beyond = model_line(config(tmp_path, 512, YARN), scaled)
-    assert beyond.endswith("samples use 512 (data.seq_length), more than that by model.allow_extrapolation")
+    assert beyond.endswith("samples use 512 (data.seq_length), beyond the model's length (model.allow_extrapolation)")
 
 
 def test_a_slip_of_the_pen_is_told_before_anything_is_allocated(tmp_path: Path) -> None:

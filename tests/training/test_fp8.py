@@ -118,7 +118,7 @@ def test_layouts_stay_near_one_process(
     [
         (HYBRID, ["qkv, proj, fc1 and fc2 to e4m3", "reach them to e5m2", "by delayed scaling; not attention, norms"]),
         ({**TENSORWISE, "fp8": "e4m3"}, ["reach them to e4m3", "by tensorwise scaling"]),
-        (ATTENTION, ["Q, K, V and P to e4m3", "dO and dS to e5m2", "; not norms, embedding, head and no sum"]),
+        (ATTENTION, ["Q, K, V and P to e4m3", "dO and dS to e5m2", "; not norms, embedding, head, nor any sum"]),
         ({"params_dtype": "bf16"}, []),
     ],
 )

@@ -128,7 +128,7 @@ def test_going_back_equals_a_run_that_never_had_the_batch(
 def test_stop_saves_nothing_of_the_step(sources: tuple[Path, Path], pool: WorkerPool, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = single_sample_settings(run, *sources, checkpoint={"save_interval": 1}, guard={"non_finite": "stop"})
-    with pytest.raises(RankError, match=r"step 3: loss nan; rank 0, .*: nothing of this step is saved"):
+    with pytest.raises(RankError, match=r"step 3: loss nan; rank 0, .*: this step is not saved"):
         pool.run(1, RUN, settings, [Fault("loss", 9, rank=0)])
     assert [path.name for path in whole_checkpoints(run)] == ["step-00000001", "step-00000002"]
     assert told(run, "stop")

@@ -183,7 +183,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Interrupt]:
     def make(done: int, count: int, each: float, into: float, last: float | None = None, may_drop: bool = True) -> Any:
         """`done` of `count` micro-batches took `each`, the present one `into` so far, the last step `last` seconds."""
         interrupt = Interrupt({"SIGTERM": 20.0, "SIGINT": 20.0, "SIGUSR1": 600.0}, may_drop)
-        monkeypatch.setattr(interrupt, "_agreed", lambda mine: mine)
+        monkeypatch.setattr(interrupt, "_any", lambda mine: mine)
         now[0] = 1000.0 - into - done * each
         if last is not None:
             interrupt.step_took(last)
@@ -197,8 +197,8 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Interrupt]:
     return make
 
 
-DROPPED = "over the 20s it has: it is dropped when this one is done, in about 40s, and step 6 is saved"
-LATE, LONG = (f"the step would take {seconds} more, {DROPPED}" for seconds in ("4m40s", "7m40s"))
+DROPPED = "but has only 20s: it is dropped after this micro-batch, in about 40s, and step 6 is saved"
+LATE, LONG = (f"the step needs {seconds} more {DROPPED}" for seconds in ("4m40s", "7m40s"))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ LATE, LONG = (f"the step would take {seconds} more, {DROPPED}" for seconds in ("
         ("SIGTERM", (3, 8, 60.0, 20.0), f"is in micro-batch 4 of 8, 1m00s each; {LATE}"),
         ("SIGUSR1", (3, 8, 60.0, 20.0), "is in micro-batch 4 of 8, 1m00s each; the step is finished in about 4m40s"),
         ("SIGTERM", (7, 8, 60.0, 50.0), "is in micro-batch 8 of 8, 1m00s each; the step is finished in about 10s"),
-        ("SIGTERM", (0, 8, 0.0, 20.0), "is in micro-batch 1 of 8, the first since the start: nobody knows how long"),
+        ("SIGTERM", (0, 8, 0.0, 20.0), "is in micro-batch 1 of 8, and its duration is unknown; the step is dropped"),
         ("SIGTERM", (0, 8, 0.0, 20.0, 480.0), f"is in micro-batch 1 of 8, 1m00s each; {LONG}"),
         ("SIGTERM", (3, 8, 1.0, 0.5, 8.0), "is in micro-batch 4 of 8; the step is finished in about 4s and saved"),
         ("SIGTERM", (3, 8, 60.0, 20.0, 480.0, False), "is in micro-batch 4 of 8; the step is finished in about 4m40s"),
@@ -227,7 +227,7 @@ def test_what_the_line_says_is_what_is_decided(at: Callable[..., Interrupt], mon
         interrupted = at(3, 8, each, 0.0)
         first = signals.Received(name, 1000.0)
         monkeypatch.setattr(signals, "received", lambda first=first: first)
-        assert ("dropped" in interrupted.outlook(first)) == dropped == interrupted._late(3, 8)
+        assert ("dropped" in interrupted.outlook(first)) == dropped == interrupted._too_late(3, 8)
 
 
 def test_a_save_is_told_with_its_usual_time(at: Callable[..., Interrupt]) -> None:
@@ -235,4 +235,4 @@ def test_a_save_is_told_with_its_usual_time(at: Callable[..., Interrupt]) -> Non
     running.save_took(75.0)
     running.begins("the validation")
     told = running.outlook(signals.Received("SIGINT", 1000.0))
-    assert told == "the run is in the validation, leaves it as soon as it can, and saves, which takes about 1m15s"
+    assert told == "the run is in the validation; it stops as soon as it can and saves, which takes about 1m15s"

@@ -101,8 +101,8 @@ def test_every_promised_curve_is_there(opened, tmp_path):
 def test_rates_are_of_all_tokens_and_what_is_learnt_is_told_apart(opened, tmp_path, megalong_log):
     """256 tokens in half a second, 64 learnt, 128 padding: 512 tok/s and the FLOPs of them all."""
     recorder = opened()
-    recorder.step(record(1, learnt_tokens=64, padding_tokens=128))
-    recorder.step(record(2, learnt_tokens=255))
+    recorder.step(record(1, trained_tokens=64, padding_tokens=128))
+    recorder.step(record(2, trained_tokens=255))
     recorder.close()
     lines = [one.getMessage() for one in megalong_log.records]
     assert " | 512 tok/s (128 learnt, 50 % padding) | MFU " in lines[0]
@@ -149,7 +149,7 @@ MORE = {"validation_loss", "gradient_norm", "loss_by_position", "validation_loss
 def test_the_file_of_steps_has_every_number_once(opened, tmp_path):
     """Its keys are those that docs/training.md lists; the numbers are those of the curves."""
     recorder = opened()
-    recorder.step(record(1, learnt_tokens=64, padding_tokens=128))
+    recorder.step(record(1, trained_tokens=64, padding_tokens=128))
     by_position = {"position_losses": {"0-64": 2.5, "64-128": None}, "validation_position_losses": {"0-64": 1.5}}
     recorder.step(record(2, steps=2, gradient_norm=float("inf"), validation_loss=1.9, **by_position))
     recorder.close()

@@ -40,7 +40,7 @@ def hang_at_step_1() -> None:
     from megalong.training import loop
     from megalong.training.step import TrainStep
 
-    loop.Watchdog = partial(Watchdog, moment_seconds=3.0)  # type: ignore[misc,assignment]
+    loop.Watchdog = partial(Watchdog, grace_seconds=3.0)  # type: ignore[misc,assignment]
     finalize = TrainStep._finalize
 
     def stuck(self: TrainStep, *arguments: object, **options: object) -> None:

@@ -1,1 +1,1 @@
-"""What a run records of each step: one record (record.py), and the sinks that it goes to."""
+"""What a run records of each step: one record (record.py), which goes to every sink (sinks.py)."""

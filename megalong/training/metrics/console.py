@@ -1,10 +1,10 @@
-"""One line a step for people: where the run is, whether it learns, how fast, and when it will be done.
+"""The console line of a logged step: progress, loss, speed and remaining time.
 
     step 120/400 (30 %) | loss 3.2141 | lr 2.9e-03 | norm 0.81 | 12.3K tok/s | MFU 31 % | 1.2 GiB | ETA 2m10s
-    step 120/400 (30 %) | … | 12.3K tok/s (3.10K learnt, 4 % padding) | …      where not all tokens are learnt
+    step 120/400 (30 %) | … | 12.3K tok/s (3.10K learnt, 4 % padding) | …      if not all tokens count in the loss
 
-The remaining time comes from the wall clock between the last lines, not from the step's own timers, so evaluation and
-checkpoints are in it. The first interval after a start is left out (it pays for warming up).
+The remaining time comes from the wall clock between the last lines, not from the step's own timers, so it includes
+evaluation and checkpoints. The first interval after a start is left out, because it includes warm-up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megalong.runtime.amounts import amount, duration
 from megalong.training.metrics.record import StepRecord
 
 REMEMBERED = 20
-ALL = 0.99  # a share of tokens that is as good as all: where documents are masked their last tokens predict nothing
+ALL = 0.99  # a share that counts as all tokens: the last token of a masked document has no target
 
 
 class RemainingTime:
@@ -30,7 +30,7 @@ class RemainingTime:
         self._seen: deque[tuple[int, float]] = deque(maxlen=REMEMBERED)
 
     def after(self, step: int) -> float | None:
-        """Seconds until `total_steps` are done, told that `step` just ended; None before the pace is known."""
+        """Seconds until `total_steps`, now that `step` has just ended; None before the pace is known."""
         self._seen.append((step, self._clock()))
         first_step, first_time = self._seen[0]
         last_step, last_time = self._seen[-1]
@@ -40,10 +40,10 @@ class RemainingTime:
 
 
 def step_line(record: StepRecord, total_steps: int, peak: Peak, seconds_left: float | None) -> str:
-    """The line in the module's docstring, MFU against `peak`; what is not known is left out."""
+    """The line above, with MFU against `peak`; unknown values are left out."""
     rate = f"{amount(record.tokens_per_second)} tok/s"
-    if record.learnt_per_second < ALL * record.tokens_per_second:
-        rate += f" ({amount(record.learnt_per_second)} learnt, {100 * record.padding:.0f} % padding)"
+    if record.trained_per_second < ALL * record.tokens_per_second:
+        rate += f" ({amount(record.trained_per_second)} learnt, {100 * record.padding:.0f} % padding)"
     parts = [
         f"step {record.step}/{total_steps} ({100 * record.step // total_steps} %)",
         f"loss {record.loss:.4f}",

@@ -1,4 +1,4 @@
-"""Records a run: every record goes to each sink that the configuration asks for. Only one rank of a run writes."""
+"""The recorder of a run: it sends every record to each configured sink. Only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megalong.training.metrics.sinks import Console, MetricsFile, Sink, TensorBo
 
 
 class Recorder(Sink):
-    """A sink that passes everything on to others; without any it does nothing, as on all ranks but one."""
+    """A sink that passes everything on to others; without any, as on all ranks but 0, it does nothing."""
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self.sinks = sinks
@@ -30,10 +30,10 @@ class Recorder(Sink):
         for sink in self.sinks:
             sink.health(step, health)
 
-    def event(self, step: int, kind: str, told: str) -> None:
+    def event(self, step: int, kind: str, text: str) -> None:
         """See `Sink`."""
         for sink in self.sinks:
-            sink.event(step, kind, told)
+            sink.event(step, kind, text)
 
     def flush(self) -> None:
         """See `Sink`; called with each checkpoint, so that no step before it can be lost."""
@@ -47,7 +47,7 @@ class Recorder(Sink):
 
 
 def open_recorder(config: Config, run: Path, start_step: int, world_size: int, peak: Peak) -> Recorder:
-    """The sinks of a run that goes on from `start_step` (0 at a fresh start); `peak` is what MFU is against."""
+    """The sinks of a run that continues from `start_step` (0 for a new run); MFU is measured against `peak`."""
     remaining = RemainingTime(config.training.train_iters)
     sinks: list[Sink] = [Console(remaining, peak), MetricsFile(run, start_step, peak)]
     if config.logging.tensorboard:
@@ -58,7 +58,7 @@ def open_recorder(config: Config, run: Path, start_step: int, world_size: int, p
 
 
 def _config_text(config: Config, peak: Peak, world_size: int) -> str:
-    """The resolved configuration as a Markdown code block, headed by what MFU is measured against."""
+    """The resolved configuration as a Markdown code block, below a line that names the peak for MFU."""
     indented = "".join(f"    {line}\n" for line in config_text(config).splitlines())
     against = f"{peak.flops_per_second / 1e12:.3g} TFLOP/s ({peak.source})"
     return f"{world_size} processes; MFU is against {against} each.\n\n{indented}"

@@ -1,9 +1,9 @@
 """Where records go: the console, `RUN/metrics.jsonl`, `RUN/tensorboard`.
 
-A run that dies at step 170 and resumes from the checkpoint of step 150 does steps 151-170 again, so what the first life
-recorded from step 151 on is removed: every step is there once, and no curve runs back and forth.
+A run that dies at step 170 and resumes from the checkpoint of step 150 repeats steps 151-170, so what the first life
+recorded from step 151 on is removed: every step is recorded once, and no curve runs back and forth.
 
-Recording must never end a run: what the disk does not take is a warning in the log, once.
+Recording must never end a run: a failed write is logged as a warning, once.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ HEALTH = "z_health"
 
 
 class Sink:
-    """Takes what rank 0 records of a run; what a sink has no use for it ignores."""
+    """Receives what rank 0 records of a run; a sink ignores what it has no use for."""
 
     def step(self, record: StepRecord) -> None:
         """Record a logged step."""
 
     def health(self, step: int, health: Health) -> None:
-        """Record how the run was at a logged step."""
+        """Record the run's health at a logged step."""
 
-    def event(self, step: int, kind: str, told: str) -> None:
-        """Record a step that the guard reacts to."""
+    def event(self, step: int, kind: str, text: str) -> None:
+        """Record a guard event; `text` describes it."""
 
     def flush(self) -> None:
-        """Put everything on disk."""
+        """Write everything to disk."""
 
     def close(self) -> None:
-        """Flush, and release what is open; nothing is recorded afterwards."""
+        """Flush, and close open files; nothing is recorded afterwards."""
 
 
 class Console(Sink):
-    """A line a step (console.py)."""
+    """One line per logged step (console.py)."""
 
     def __init__(self, remaining: RemainingTime, peak: Peak) -> None:
         self._remaining, self._peak = remaining, peak
@@ -58,12 +58,12 @@ class Console(Sink):
 
 
 class MetricsFile(Sink):
-    """`RUN/metrics.jsonl`: one JSON object a logged step (docs/training.md lists its keys)."""
+    """`RUN/metrics.jsonl`: one JSON object per logged step (docs/training.md lists its keys)."""
 
     NAME = "metrics.jsonl"
 
     def __init__(self, run: Path, start_step: int, peak: Peak) -> None:
-        """Later steps than `start_step` are cut off."""
+        """Cuts off steps after `start_step`."""
         self._file, self._peak, self._failed = run / self.NAME, peak, False
         try:
             json_lines.cut(self._file, lambda values: values.get("step", 0) <= start_step)
@@ -85,14 +85,14 @@ class MetricsFile(Sink):
 
 
 class TensorBoard(Sink):
-    """Curves named `group/name`, so that TensorBoard shows one panel a subject.
+    """Curves named `group/name`, so that TensorBoard shows one panel per subject.
 
-    It orders groups by name: loss comes first, and what is looked at only when something is wrong, z_health, last (a
-    run that skipped steps has its few events, guard, before the loss).
+    It sorts groups by name: loss comes first, and z_health, which one reads only when something is wrong, comes last.
+    (The few events of a run that skipped steps, guard, come before the loss.)
     """
 
     def __init__(self, run: Path, start_step: int, peak: Peak) -> None:
-        """Later steps than `start_step` are forgotten."""
+        """Purges steps after `start_step`."""
         self._peak = peak
         # Imported here: it costs a second, and only one rank of hundreds needs it.
         from torch.utils.tensorboard import SummaryWriter
@@ -100,7 +100,7 @@ class TensorBoard(Sink):
         self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1, flush_secs=FLUSH_SECONDS)
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Markdown under the tab Text."""
+        """Add Markdown to the tab Text."""
         self._writer.add_text(name, text, step)
 
     def step(self, record: StepRecord) -> None:
@@ -112,7 +112,7 @@ class TensorBoard(Sink):
             "schedule/gradient_norm": record.gradient_norm,
             "speed/tokens_per_s": record.tokens_per_second,
             "speed/tokens_per_s_per_gpu": record.tokens_per_second_per_gpu,
-            "speed/learnt_tokens_per_s": record.learnt_per_second,
+            "speed/learnt_tokens_per_s": record.trained_per_second,
             "speed/padding_share": record.padding,
             "speed/mfu": record.utilization(self._peak),
             "memory/peak_gib": record.peak_memory / 2**30,
@@ -134,10 +134,10 @@ class TensorBoard(Sink):
             self._writer.add_scalar(f"{HEALTH}/{name}", value, step)
         self._writer.add_histogram(f"{HEALTH}/own_step_s_by_rank", torch.tensor(health.own_seconds), step)
 
-    def event(self, step: int, kind: str, told: str) -> None:
-        """A spike in the curve of its kind, and the words."""
+    def event(self, step: int, kind: str, text: str) -> None:
+        """A point in the curve of its kind, and the text."""
         self._writer.add_scalar(f"guard/{kind}", 1, step)
-        self._writer.add_text("guard/events", told, step)
+        self._writer.add_text("guard/events", text, step)
         self._writer.flush()
 
     def flush(self) -> None:
