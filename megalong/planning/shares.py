@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megalong.attention.layout import Kind, Runs, TokenLayout, attended_pairs
-from megalong.config.resolved import layout_multiple, padded
+from megalong.config.resolved import padded_length
 from megalong.config.schema import Config
 from megalong.data.samples.sampler import PackedSamples
 
@@ -46,7 +46,7 @@ def shares(config: Config, samples: int) -> tuple[list[Shared], list[np.ndarray]
     """
     ranks = config.parallel.context_parallel_size
     rows = _documents(config, samples)
-    length = padded(config.data.seq_length, layout_multiple(ranks))
+    length = padded_length(config)
     return [_shared(TokenLayout(ranks, kind, window(config)), length, rows) for kind in KINDS], rows, length
 
 

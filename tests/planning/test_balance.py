@@ -7,10 +7,12 @@ import pytest
 from PIL import Image
 
 from megalong.attention.layout import TokenLayout, tokens_of
+from megalong.config.load import load_config
+from megalong.config.resolved import padded_length
 from megalong.data.samples.sampler import PackedSamples
 from megalong.errors import UserError
 from megalong.planning.balance import balance
-from megalong.planning.shares import KINDS
+from megalong.planning.shares import KINDS, shares
 from tests.attention.reference import visible
 from tests.llama import make_dataset, make_llama
 
@@ -60,6 +62,12 @@ def test_figures_are_those_of_the_mask(run: Path, window: int | None, capsys: py
     for kind in KINDS:
         assert lines[kind].split()[1] == f"{counted(run, kind, window):.3f}"
     assert [kind for kind in KINDS if "this run's" in lines[kind]] == ["balanced"]
+
+
+def test_samples_are_as_long_as_the_run_pads_them(run: Path) -> None:
+    """Sequence parallelism needs more than two chunks a rank: 192 tokens on 4 x 7 ranks become 224."""
+    (config,) = load_config(str(run), ["parallel.tensor_model_parallel_size=7", "parallel.sequence_parallel=true"])
+    assert shares(config, 1)[2] == padded_length(config) == 224
 
 
 def test_the_picture_shows_every_rank(run: Path, tmp_path: Path) -> None:
