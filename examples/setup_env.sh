@@ -1,10 +1,10 @@
-# Sourced by examples/quickstart.sh and tests/run.sh: leaves `python` and `megalong` ready on PATH.
+# Sourced by examples/quickstart.sh and tests/run.sh: puts `python` and `megalong` on PATH.
 #
-# Uses the active virtual environment, else .venv in the checkout (made with Python 3.11 or newer). An active one that
-# has another checkout's megalong installed is left as it is, and .venv used instead: whoever works there would find
-# other code under their commands. Installs the set of constraints.txt, with a CPU build of torch where there is no
-# NVIDIA GPU. A stamp in the environment remembers what was installed for which checkout, so that the next start costs
-# nothing. Ends the sourcing script on failure.
+# Uses the active virtual environment, else .venv in the checkout (made with Python 3.11 or newer). If the active
+# environment has megalong of another checkout, it is not changed and .venv is used instead: otherwise its users would
+# run other code. Installs the versions of constraints.txt, with a CPU build of torch if there is no NVIDIA GPU. A stamp
+# in the environment records what was installed for which checkout, so the next start takes no time. Ends the sourcing
+# script on failure.
 
 setup_root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -21,10 +21,10 @@ setup_find_python() {
             return
         fi
     done
-    setup_fail "needs Python 3.11 or newer, and none of python3.11, python3.12, python3 is one; install it"
+    setup_fail "needs Python 3.11 or newer, and none of python3.11, python3.12, python3 is; install it"
 }
 
-# The folder of the megalong that an environment has installed: a checkout where it is editable; nothing where none is.
+# The folder of the megalong installed in an environment: the checkout if it is editable; empty if there is none.
 setup_installed() {
     "$1" -I -c '
 import importlib.metadata, json, sys, urllib.parse
@@ -36,8 +36,8 @@ url = json.loads(found.read_text("direct_url.json") or "{}").get("url", "")
 print(urllib.parse.unquote(url.removeprefix("file://")) if url.startswith("file://") else found.locate_file(""))'
 }
 
-# Whether an environment has a megalong installed that is not this checkout and is still there; `setup_other` is where.
-setup_holds_another() {
+# Whether an environment has megalong of another checkout that still exists; sets `setup_other` to its folder.
+setup_has_another() {
     setup_other=$(setup_installed "$1")
     [ -n "$setup_other" ] && [ -d "$setup_other" ] && ! [ "$setup_other" -ef "$setup_root" ]
 }
@@ -47,8 +47,8 @@ setup_is_active() {
     [ "$VIRTUAL_ENV" -ef "$setup_root/.venv" ] && return 0
     setup_is_recent "$VIRTUAL_ENV/bin/python" \
         || setup_fail "the active environment $VIRTUAL_ENV has a Python older than 3.11; deactivate it and start again"
-    setup_holds_another "$VIRTUAL_ENV/bin/python" || return 0
-    setup_say "the active environment $VIRTUAL_ENV has megalong of $setup_other and is left as it is; using" \
+    setup_has_another "$VIRTUAL_ENV/bin/python" || return 0
+    setup_say "the active environment $VIRTUAL_ENV has megalong of $setup_other and is not changed; using" \
         "$setup_root/.venv (to use the active one for this checkout: pip install -e $setup_root)"
     return 1
 }
@@ -72,8 +72,8 @@ setup_has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2
 
 setup_pip() { python -m pip install -qq --disable-pip-version-check --no-input "$@"; }
 
-# PyPI's torch for Linux brings gigabytes of CUDA libraries, so PyTorch's own index of CPU builds is asked first.
-# Where it cannot be reached, pip's configured sources are asked for the same version.
+# PyPI's torch for Linux needs gigabytes of CUDA libraries, so PyTorch's own index of CPU builds is tried first. If it
+# cannot be reached, the same version is installed from pip's configured sources.
 setup_cpu_torch() {
     local version
     version=$(sed -n 's/^torch==//p' "$setup_root/constraints.txt")
@@ -94,8 +94,8 @@ setup_main() {
     setup_has_gpu && accelerator=gpu
     stamp="$VIRTUAL_ENV/.megalong-installed"
     wanted="$accelerator $(cd -- "$setup_root" && cksum setup.py constraints.txt) $setup_root"
-    if setup_holds_another "$VIRTUAL_ENV/bin/python"; then
-        setup_say "$VIRTUAL_ENV has megalong of $setup_other; it is this checkout's own, which takes its place there"
+    if setup_has_another "$VIRTUAL_ENV/bin/python"; then
+        setup_say "$VIRTUAL_ENV has megalong of $setup_other; replacing it by this checkout, which owns the environment"
     elif [ "$setup_other" -ef "$setup_root" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
         return
     fi
@@ -104,7 +104,7 @@ setup_main() {
     if [ "$accelerator" = cpu ] && [ "$(uname -s)" = Linux ]; then
         setup_cpu_torch
     fi
-    setup_say "installing megalong and what it needs into $VIRTUAL_ENV"
+    setup_say "installing megalong and its dependencies into $VIRTUAL_ENV"
     setup_pip -e "$setup_root[test]" -c "$setup_root/constraints.txt" \
         || setup_fail "could not install megalong; see pip's message above"
     printf '%s\n' "$wanted" >"$stamp"

@@ -1,14 +1,14 @@
-# What the jobs of this folder share; sourced, after `set -euo pipefail`, from the folder that paths are relative to.
+# Common part of this folder's jobs; sourced after `set -euo pipefail`, in the folder that paths are relative to.
 # shellcheck shell=bash
 #
 #   sbatch ─▶ this shell ─ srun ─▶ node.sh on each node ─ torchrun ─▶ rank.sh for each rank ─▶ megalong train
 #                 ▲ USR1 before the time limit (--signal=B:USR1@…), TERM from preemption, requeue and cancel
 #
-# The shell passes a signal on to the ranks, which save, write RUN/REQUEUE and exit 0; then, and only then, the job is
-# requeued. Restarting needs nothing else: the same command resumes.
+# The shell passes a signal on to the ranks, which save, write RUN/REQUEUE and exit 0. Only then is the job requeued.
+# Nothing else is needed to restart: the same command resumes.
 
 slurm_folder=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-# The virtual environment is this machine's: a container has a Python of its own.
+# The virtual environment belongs to this machine; a container has its own Python.
 if [ -n "${MEGALONG_PYTHON:-}" ]; then
     python=$MEGALONG_PYTHON
 elif [ -n "${CONTAINER:-}" ]; then
@@ -16,13 +16,13 @@ elif [ -n "${CONTAINER:-}" ]; then
 else
     python="${VIRTUAL_ENV:-$SLURM_SUBMIT_DIR/.venv}/bin/python"
 fi
-# The code that runs is that of this file's checkout, neither another one that the environment has installed nor one
-# that the job happens to run in (which `python -m` would look into first).
+# Always run the code of this file's checkout: not another one that is installed in the environment, and not one in the
+# working folder (where `python -m` would look first).
 checkout=$(dirname -- "$slurm_folder")
 if [ -f "$checkout/megalong/__init__.py" ]; then export PYTHONPATH="$checkout${PYTHONPATH:+:$PYTHONPATH}"; fi
 export PYTHONSAFEPATH=1
 
-# GPUS_PER_NODE=0 trains on CPUs: PROCESSES_PER_NODE then says how many processes torchrun starts on a node.
+# GPUS_PER_NODE=0 trains on CPUs; torchrun then starts PROCESSES_PER_NODE processes on a node.
 gpus_per_node="${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}"
 if [ "$gpus_per_node" -gt 0 ]; then
     processes_per_node="$gpus_per_node"
@@ -30,12 +30,12 @@ else
     processes_per_node="${PROCESSES_PER_NODE:-1}"
 fi
 
-# Empty without CONTAINER: an image that srun's container plugin (pyxis) starts the tasks in.
+# Arguments of srun's container plugin (pyxis), which starts the tasks in an image; empty without CONTAINER.
 container=()
 if [ -n "${CONTAINER:-}" ]; then
     container=(--container-image="$CONTAINER")
     if [ -n "${CONTAINER_MOUNTS:-}" ]; then container+=(--container-mounts="$CONTAINER_MOUNTS"); fi
-    # An image has a working folder of its own, and paths of a configuration are relative to this one.
+    # An image has its own working folder, but paths of a configuration are relative to this folder.
     IFS=, read -r -a mounts <<<"${CONTAINER_MOUNTS:-}"
     for mount in "${mounts[@]}"; do
         IFS=: read -r outside inside _ <<<"$mount"
@@ -43,44 +43,44 @@ if [ -n "${CONTAINER:-}" ]; then
     done
 fi
 
-# Problems only: at INFO, 256 processes write more than anyone reads.
+# Only problems: at INFO, 256 processes write more than anyone reads.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-# 4 us * 2^22 = 17 s before InfiniBand gives a packet up: a rerouting switch must not end a run of hours.
+# 4 us * 2^22 = 17 s before InfiniBand gives up on a packet: a rerouting switch must not end a run of hours.
 export NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-22}"
-# NVLink SHARP keeps buffers for every communicator; tensor, context, pipeline and data parallelism make many, and at a
+# NVLink SHARP needs buffers for every communicator; tensor, context, pipeline and data parallelism have many, and at a
 # million tokens the memory is worth more than a faster all-reduce.
 export NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}"
-# A rank that is lost must end the others within the process group's time-out, and dump what each was waiting for.
+# If a rank is lost, the others must end within the process group's time-out and dump what they were waiting for.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
-# Tensors used by a collective are freed when it is waited for; the allocator's own bookkeeping would hold them longer.
+# Free a collective's tensors when it has been waited for; the allocator's own bookkeeping would keep them longer.
 export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"
-# One hardware queue keeps kernels in launch order, so that tensor-parallel communication starts before the matrix
-# product that should hide it. Each process would set this itself, as it does the allocator's settings, whose name
-# depends on the version of torch (megalong/runtime/gpus.py).
+# One hardware queue keeps kernels in launch order, so tensor-parallel communication starts before the matrix product
+# that overlaps it. Each process would also set this itself, like the allocator's settings, whose name depends on the
+# version of torch (megalong/runtime/gpus.py).
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-# Transformer Engine says why it takes which attention kernel only when asked; 0 keeps 256 ranks quiet.
+# Transformer Engine logs the reason for its attention kernel only on request; 0 keeps 256 ranks quiet.
 export NVTE_DEBUG="${NVTE_DEBUG:-0}"
-# 0 would give the same bits in every run, but on Hopper it disables Transformer Engine's fused attention for documents.
+# 0 would make runs bit-exact, but on Hopper it disables Transformer Engine's fused attention for documents.
 export NVTE_ALLOW_NONDETERMINISTIC_ALGO="${NVTE_ALLOW_NONDETERMINISTIC_ALGO:-1}"
-# Every process would otherwise start a thread for each core of the node; never none, if processes outnumber cores.
+# By default every process starts a thread for each core of the node. At least one, if processes outnumber cores.
 threads=$((${SLURM_CPUS_PER_TASK:-64} / processes_per_node))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
-# Python holds back what it prints to a file; a killed rank would take its last lines along.
+# Python buffers output to a file; the last lines of a killed rank would be lost.
 export PYTHONUNBUFFERED=1
-# torchrun leaves the signals a job is ended by to the ranks, which save: it would kill them after 30 s. (Older versions
-# of torch do not read this.)
+# Let torchrun ignore the signals that end a job, because the ranks save then and torchrun would kill them after 30 s.
+# (Older versions of torch do not read this.)
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGQUIT}"
 
 say() { printf '%s %s\n' "$(date '+%F %T')" "$*"; }
 
-# Every stage of a configuration checked for this job's number of processes, preflight, training, requeue.
+# Check every stage of a configuration for this job's number of processes; then preflight, training, requeue.
 #   train_on_nodes CONFIG.yaml [section.key=value ...]
 train_on_nodes() {
-    local answer run_dir
+    local assignments run_dir
     local -a run_dirs
-    # Assignments of run_dir, run_dirs and preflight, quoted; a mistake ends the job here with its one line.
-    answer=$(on_first_node "$python" -m megalong.slurm.job "$((SLURM_JOB_NUM_NODES * processes_per_node))" "$@")
-    eval "$answer"
+    # Quoted assignments of run_dir, run_dirs and preflight; a mistake ends the job here with one line.
+    assignments=$(on_first_node "$python" -m megalong.slurm.job "$((SLURM_JOB_NUM_NODES * processes_per_node))" "$@")
+    eval "$assignments"
     logs="$run_dir/logs/$SLURM_JOB_ID"
     mkdir -p -- "$logs"
     find_nodes
@@ -95,8 +95,8 @@ train_on_nodes() {
     requeue_where_asked
 }
 
-# Here, which is the first node; in the container where there is one, whose Python and paths they are. There is no
-# other check that it shows this checkout.
+# Run a command on this node, which is the first one; in the container if there is one, because Python and paths are
+# those of the container. This is also the only check that the container shows this checkout.
 on_first_node() {
     if [ ${#container[@]} -eq 0 ]; then
         "$@"
@@ -115,7 +115,7 @@ find_nodes() {
     local first
     MEGALONG_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
     first=${MEGALONG_NODES%% *}
-    # The first node answers the others: by its name, or where that resolves to nothing as SLURM itself reaches it.
+    # The others connect to the first node by its name or, if that does not resolve, by the address that SLURM uses.
     if [ -z "${MASTER_ADDR:-}" ]; then
         MASTER_ADDR=$first
         if ! getent hosts "$first" >/dev/null; then
@@ -123,17 +123,17 @@ find_nodes() {
         fi
         MASTER_ADDR=${MASTER_ADDR:-$first}
     fi
-    # Jobs that share a node differ in their port.
+    # Different ports for jobs that share a node.
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
     export MEGALONG_NODES MASTER_ADDR MASTER_PORT
 }
 
-# srun no longer takes --cpus-per-task from the job by itself, and one lost node must end the others.
+# srun no longer inherits --cpus-per-task from the job, and one lost node must end the others.
 srun_on_nodes() {
     srun --nodes="$SLURM_JOB_NUM_NODES" --kill-on-bad-exit=1 "${container[@]}" "$@"
 }
 
-# One task a rank, without torchrun: it needs no rendezvous, so a node that does not answer can be named.
+# One task per rank, without torchrun: without a rendezvous, a node that does not answer can be named.
 preflight_step() {
     local cpus=$((${SLURM_CPUS_PER_TASK:-64} / processes_per_node))
     MASTER_PORT=$((MASTER_PORT + 1)) srun_on_nodes --ntasks-per-node="$processes_per_node" --overcommit \
@@ -141,39 +141,39 @@ preflight_step() {
         "$python" -m megalong preflight "$@"
 }
 
-# Ranks follow SLURM's node order, which follows the network's topology. A requeued job keeps its number, so its logs
-# are appended to. A % in the path would be one of srun's placeholders.
+# Ranks follow SLURM's node order, which follows the network's topology. A requeued job keeps its number and appends to
+# its logs. srun would read a % in the path as a placeholder.
 training_step() {
     srun_on_nodes --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-64}" \
         --output="${logs//%/%%}/node-%n.log" --open-mode=append \
         bash "$slurm_folder/node.sh" "$processes_per_node" "$logs" "$python" "$slurm_folder/rank.sh" "$@"
 }
 
-# Run a step beside this shell, which a signal could not reach otherwise, until it has ended; leaves `status`.
+# Run a step in the background, so that this shell can handle signals, and wait for its end; sets `status`.
 run_step() {
-    local step answer
+    local step result
     "$@" &
     step=$!
     status=0
     while :; do
         interrupted=""
-        answer=0
-        wait "$step" || answer=$?
-        # 127: the answer was had the last time, and a signal came in between.
-        if [ "$answer" -ne 127 ]; then status=$answer; fi
-        if [ -z "$interrupted" ] || [ "$answer" -eq 127 ]; then break; fi
+        result=0
+        wait "$step" || result=$?
+        # 127: the last wait already returned the status, and a signal came in between.
+        if [ "$result" -ne 127 ]; then status=$result; fi
+        if [ -z "$interrupted" ] || [ "$result" -eq 127 ]; then break; fi
     done
     if [ -n "${reminder:-}" ]; then kill "$reminder" 2>/dev/null || true; fi
     return "$status"
 }
 
-# Told by SLURM: tell the ranks. Again and again, because one that is still starting cannot listen yet.
+# Pass SLURM's signal on to the ranks. Repeatedly, because a rank that is still starting has no handler yet.
 pass_on() {
     interrupted=1
-    say "SIG$1: the ranks save and leave"
+    say "SIG$1: the ranks save and exit"
     if [ -n "${reminder:-}" ]; then return; fi
     (
-        # A job that SLURM is ending already has had its signal from SLURM.
+        # If SLURM is ending the job already, the ranks got the signal from SLURM.
         while scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null; do sleep 10; done
     ) &
     reminder=$!
@@ -194,12 +194,12 @@ requeue_where_asked() {
         say "done"
         return
     fi
-    # Cancelled, or requeued by SLURM or by hand: only a job that still runs is ours to put back.
+    # The job may have been cancelled, or requeued by SLURM or by hand; requeue it only if it still runs.
     if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
         say "saved; SLURM is ending this job itself"
         return
     fi
-    # Less time than one step and a save would otherwise go round for ever.
+    # Otherwise a job with too little time for one step and a save would be requeued for ever.
     if [ -e "$logs/requeued-at" ] && same_step "$marker" "$logs/requeued-at"; then
         say "no step was done since the last requeue, so this job is not requeued: give it more --time, or a shorter" \
             "slurm.lead_minutes"
@@ -208,7 +208,7 @@ requeue_where_asked() {
     cp -- "$marker" "$logs/requeued-at"
     say "saved; requeued"
     if ! scontrol requeue "$SLURM_JOB_ID"; then
-        say "this cluster requeues no jobs: submit the same again, it goes on from the last save"
+        say "this cluster does not requeue jobs: submit the same job again, it resumes from the last save"
         exit 1
     fi
 }

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One node's torchrun, started by srun on every node:
+# torchrun of one node; srun starts it on every node:
 #   node.sh PROCESSES LOGS PYTHON RANK.SH CONFIG.yaml [section.key=value ...]
 set -euo pipefail
-# Signals are for the ranks, which replace this deafness by their own handlers; torchrun would die of USR1 and, of TERM,
-# kill the ranks while they save.
+# Ignore signals here; the ranks install their own handlers. USR1 would kill torchrun, and on TERM torchrun would kill
+# the ranks while they save.
 trap '' USR1 TERM
 processes=$1 logs=$2 python=$3 rank=$4
 shift 4

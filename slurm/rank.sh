@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One rank, its output appended to a log of its own over all starts of the job: rank.sh LOGS COMMAND ...
+# One rank; its output is appended to its own log in every start of the job: rank.sh LOGS COMMAND ...
 logs=$1
 shift
 exec "$@" >>"$logs/rank-$RANK.log" 2>&1

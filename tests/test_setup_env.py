@@ -80,7 +80,7 @@ def test_an_environment_of_another_checkout_is_left_as_it_is(clones: tuple[Clone
     (line,) = done.stderr.splitlines()
     where = first.folder if how == "editable" else first.venv
     assert line.startswith(f"set-up: the active environment {first.venv} has megalong of {where}")
-    assert "is left as it is; using" in line
+    assert "is not changed; using" in line
     assert f"pip install -e {second.folder}" in line
     assert state(first.venv) == before
 
@@ -107,6 +107,6 @@ def test_what_is_changed_is_told(clones: tuple[Clone, Clone], bare: Path, case: 
     done = second.source(active)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(active / "bin" / "python")
-    assert f"set-up: installing megalong and what it needs into {active}" in done.stderr
+    assert f"set-up: installing megalong and its dependencies into {active}" in done.stderr
     assert f"-e {second.folder}[test]" in done.stderr
     assert (f"{active} has megalong of {first.folder}" in done.stderr) == case.startswith("its own")

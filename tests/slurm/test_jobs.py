@@ -118,7 +118,7 @@ def test_a_run_goes_on_after_its_time_limit(jobs: Jobs, unbroken: Path) -> None:
     limit_to(30)
     jobs.finish(job, seconds=240)
     told = "".join(file.read_text() for file in jobs.sources.glob(f"pretrain-{job}-*.out"))
-    assert told.count("SIGUSR1: the ranks save and leave") >= 1, (
+    assert told.count("SIGUSR1: the ranks save and exit") >= 1, (
         f"the run ended before its signal: raise SECONDS\n{told}"
     )
     assert told.count("saved; requeued") == jobs.cluster.restarts(job) >= 1

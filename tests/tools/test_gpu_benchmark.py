@@ -63,14 +63,14 @@ def test_both_sides_begin_at_the_loss_of_a_guess(pool: WorkerPool) -> None:
 
 def test_figures_have_the_names_that_are_documented() -> None:
     results = Results("cuda", 0.0)
-    results._take({"device": "a GPU", "matmul": 790e12})
+    results._add({"device": "a GPU", "matmul": 790e12})
     step = {"tflops": 300.0, "mfu": 0.3, "peak_gib": 50.0, "step_s": 2.0}
-    results._take({"row": "1b/8k/ours/bf16", "figures": {**step, "tokens_per_s": 3000.0}})
-    results._take({"row": "1b/8k/ours/fp8", "figures": {**step, "tokens_per_s": 4000.0}})
-    results._take({"row": "1b/8k/transformers/bf16", "figures": {**step, "tokens_per_s": 2000.0}})
-    results._take({"row": "1b/128k/ours/bf16", "failed": "out of memory", "out_of_memory": True})
-    results._take({"row": "1b/256k/ours/bf16", "skipped": "a shorter one ran out of memory"})
-    results._take({"row": "attention/32k/te_fp8", "figures": {"tflops": 800.0}})
+    results._add({"row": "1b/8k/ours/bf16", "figures": {**step, "tokens_per_s": 3000.0}})
+    results._add({"row": "1b/8k/ours/fp8", "figures": {**step, "tokens_per_s": 4000.0}})
+    results._add({"row": "1b/8k/transformers/bf16", "figures": {**step, "tokens_per_s": 2000.0}})
+    results._add({"row": "1b/128k/ours/bf16", "failed": "out of memory", "out_of_memory": True})
+    results._add({"row": "1b/256k/ours/bf16", "skipped": "a shorter one ran out of memory"})
+    results._add({"row": "attention/32k/te_fp8", "figures": {"tflops": 800.0}})
     figures = results.figures()
     assert figures["matmul_tflops"] == 790
     assert figures["1b_8k_bf16_ratio_vs_transformers"] == 1.5

@@ -1,4 +1,4 @@
-"""One module a benchmark; each has `run() -> Report`."""
+"""One module per benchmark; each has `run() -> Report`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Report:
-    """What a benchmark found: figures for tools, a table for people."""
+    """The result of a benchmark: figures for tools, a table for people."""
 
     figures: dict[str, float]
     table: str

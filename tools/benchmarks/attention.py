@@ -1,18 +1,18 @@
-"""Context-parallel attention, forward and backward: what sharing costs, and what a document mask saves.
+"""Context-parallel attention, forward and backward: the cost of the exchange, and the saving of a document mask.
 
-The same tokens, heads and cores twice: one process that has the whole sequence and two threads, and two processes of
-one thread that hold half of it each and exchange keys or heads over gloo. They take turns, so that a machine whose
-speed drifts slows both, and a figure is the best time of the one over the best time of the other: 1.0 would be an
-exchange that costs nothing.
+The same tokens, heads and cores twice: one process with the whole sequence and two threads, and two processes with one
+thread and half of the sequence each, which exchange keys or heads over gloo. They run in turn, so a drift of the
+machine's speed slows both. A figure is the best time of the one over the best time of the other: 1.0 would be an
+exchange without cost.
 
-    document_mask_efficiency   (pairs attended / causal pairs) / (time masked / time causal), in two processes, for
-                               log-normal documents with a median of 4,000 tokens, by the exchange that
-                               `attention.exchange: auto` takes here; the table has shorter ones and the ring too
-    rope_share_32k             rotary embedding of queries and keys, forward and backward, over attention, in one
+    document_mask_efficiency   (attended pairs / causal pairs) / (masked time / causal time), in two processes, for
+                               log-normal documents with a median of 4,000 tokens, with the exchange that
+                               `attention.exchange: auto` chooses here; the table has shorter ones and the ring too
+    rope_share_32k             rotary embedding of queries and keys, forward and backward, over attention, one process
 
-The physical limit of all of them is 1 (0 for the share). Below it are the messages, the merging of blocks, and that
-two processes wait for the slower one. Short documents are bounded by the CPU kernel itself, with tiles of 256 x 512:
-a causal block of 1,000 tokens takes half as long again for each pair as one of 16,000.
+The ideal value of all of them is 1 (0 for the share). They stay below it because of messages, the merging of blocks,
+and waiting for the slower process. Short documents are limited by the CPU kernel itself, with tiles of 256 x 512: a
+causal block of 1,000 tokens takes half as long again per pair as one of 16,000.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _mask_efficiency(best: dict[Job, float], exchange: str, median: int) -> floa
 
 
 def _starts(length: int, median: int) -> np.ndarray:
-    """Documents as they lie in a corpus: log-normal."""
+    """First tokens of documents with the lengths of a corpus: log-normal."""
     lengths = np.random.default_rng(0).lognormal(np.log(median), 1.0, size=length).astype(np.int64) + 1
     starts = np.cumsum(lengths) - lengths
     return starts[starts < length]
@@ -121,7 +121,7 @@ class _Team:
             self._pipes.append(pipe)
 
     def seconds(self, job: Job) -> float:
-        """Until the slowest of them was done."""
+        """Time until the slowest process is done."""
         for pipe in self._pipes:
             pipe.send(job)
         return max(float(pipe.recv()) for pipe in self._pipes)
@@ -176,8 +176,8 @@ def _rotary_work(job: Job) -> Callable[[], Any]:
 
     def work() -> None:
         cos, sin = cos_sin(frequencies, torch.arange(job.length))
-        turned = [apply_rotary(t, cos, sin) for t in (q, k)]
-        torch.autograd.grad(turned, (q, k), [torch.ones_like(t) for t in turned])
+        rotated = [apply_rotary(t, cos, sin) for t in (q, k)]
+        torch.autograd.grad(rotated, (q, k), [torch.ones_like(t) for t in rotated])
 
     return work
 
@@ -202,6 +202,6 @@ def _table(best: dict[Job, float], figures: dict[str, float]) -> str:
     lines.append("")
     for exchange in ("ring", _auto()):
         shares = ", ".join(f"{median:,}: {_mask_efficiency(best, exchange, median):.3f}" for median in MEDIANS)
-        lines.append(f"share of the ideal with documents of a median of … tokens, 16k, {exchange}: {shares}")
+        lines.append(f"share of the ideal, by median length of documents, 16k tokens, {exchange}: {shares}")
     lines += ["", *(f"{name:28} {value:.3f}" for name, value in figures.items())]
     return "\n".join(lines)

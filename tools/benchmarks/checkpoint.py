@@ -1,14 +1,14 @@
-"""Saving and loading beside the disk's own rate, and what a step waits for an asynchronous save.
+"""Saving and loading against the disk's own rate, and how long a step waits for an asynchronous save.
 
-Two data-parallel ranks hold a small Llama in bf16 with its optimizer's state, and save it as a run does by default.
-Turn by turn they save it while they wait, save it in the background, and write as many bytes to plain files, a half
-each, synced; then load it (checksums included) beside reading the same files, none of them in the page cache. Seconds
-are those of the slower rank. The first asynchronous save gets its memory from the system, which later ones keep: the
-table tells it apart, and how much memory that is. Beside it stands what Megatron-Core's own code takes for a state that
-any layout can load: it gathers the optimizer's state before anything is copied or written.
+Two data-parallel ranks hold a small Llama in bf16 with its optimizer's state, and save it as a run does by default. In
+each turn they save it synchronously, save it in the background, and write as many bytes to plain files, half each,
+synced. Then they load it (with checksums) and read the same files, neither from the page cache. Seconds are those of
+the slower rank. The first asynchronous save allocates memory that later ones reuse: the table shows it separately, with
+the amount of memory. For comparison the table shows Megatron-Core's own code for a state that any layout can load; it
+gathers the optimizer's state before it copies or writes anything.
 
-Then the run is started again from its last checkpoint by `megalong train --nproc 2`, from the command to the end of its
-first step, from which the length of the second is taken; the loading is told apart.
+Finally `megalong train --nproc 2` restarts the run from its last checkpoint. The time is measured from the command to
+the end of the first step, minus the duration of the second step; loading is shown separately.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchmarks import Report
 
 RANKS, TURNS = 2, 5
 BLOCK = 1 << 24
-SEQUENCE = 8  # a step is to take no time: bf16 is slow on CPUs
+SEQUENCE = 8  # so that a step takes little time: bf16 is slow on CPUs
 HIDDEN, LAYERS, VOCABULARY = 1024, 10, 16384
 
 
@@ -53,18 +53,18 @@ def run() -> Report:
             raise RuntimeError("a rank failed")
         size, seconds, memory = results.get()
         restart, loading = _restart(Path(name))
-    middle = {what: statistics.median(many) for what, many in seconds.items()}
+    median = {what: statistics.median(many) for what, many in seconds.items()}
     figures = {
-        "async_pause_share": round(middle["pause"] / middle["save"], 4),
-        "save_share_of_disk": round(middle["write"] / middle["save"], 3),
-        "load_share_of_disk": round(middle["read"] / middle["load"], 3),
+        "async_pause_share": round(median["pause"] / median["save"], 4),
+        "save_share_of_disk": round(median["write"] / median["save"], 3),
+        "load_share_of_disk": round(median["read"] / median["load"], 3),
         "restart_s": round(restart - loading, 1),
-        "pause_share_of_gather": round(middle["pause"] / middle["gather"], 4),
+        "pause_share_of_gather": round(median["pause"] / median["gather"], 4),
         "save_memory_share": round(memory["first pause"] / size, 3),
         "gather_memory_share": round(memory["gather"] / size, 3),
     }
-    told = f"started again: {restart:.1f} s to the beginning of the first step, {loading:.1f} s of it loading"
-    return Report(figures, f"{_table(size, seconds)}\n\n{told}\n\n{_lines(figures)}")
+    line = f"restart: {restart:.1f} s to the beginning of the first step, {loading:.1f} s of it loading"
+    return Report(figures, f"{_table(size, seconds)}\n\n{line}\n\n{_lines(figures)}")
 
 
 def _lines(figures: dict[str, float]) -> str:
@@ -73,11 +73,11 @@ def _lines(figures: dict[str, float]) -> str:
 
 def _table(size: int, seconds: dict[str, list[float]]) -> str:
     names = {
-        "save": "save, waited for",
-        "pause": "save in the background: pause",
-        "first pause": "the first of them: pause",
-        "whole": "save in the background: in all",
-        "gather": "Megatron-Core gathers: pause",
+        "save": "synchronous save",
+        "pause": "background save: pause",
+        "first pause": "first background save: pause",
+        "whole": "background save: in total",
+        "gather": "Megatron-Core's gather: pause",
         "write": "plain write and fsync",
         "load": "load and check",
         "read": "plain read",
@@ -131,7 +131,7 @@ def _rank(rank: int, port: int, name: str, results: Any) -> None:
 
 
 def _measure(folder: Path) -> tuple[int, dict[str, list[float]], dict[str, int]]:
-    """Bytes of the checkpoint; seconds, and bytes of memory of all ranks, by what took them."""
+    """Bytes of the checkpoint; then, by action, the seconds and the bytes of memory on all ranks."""
     import torch
 
     from megalong.checkpoint import store
@@ -192,11 +192,11 @@ def _measure(folder: Path) -> tuple[int, dict[str, list[float]], dict[str, int]]
 
 
 def _memory(work: Callable[[], Any]) -> int:
-    """By how many bytes the memory of all ranks rises at the highest while they do `work`."""
+    """The peak increase in bytes of the memory of all ranks during `work`."""
     import torch
     import torch.distributed as dist
 
-    Path("/proc/self/clear_refs").write_text("5")  # the highest begins again
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _resident("VmRSS")
     work()
     risen = torch.tensor([_resident("VmHWM") - before])
@@ -205,7 +205,7 @@ def _memory(work: Callable[[], Any]) -> int:
 
 
 def _resident(what: str) -> int:
-    """Bytes of this process in memory: now (VmRSS), or at the highest (VmHWM)."""
+    """Bytes of this process in memory: now (VmRSS), or at the peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
 
@@ -224,7 +224,7 @@ def _slowest(work: Callable[[], Any]) -> float:
 
 
 def _write(folder: Path, size: int) -> None:
-    """`size` bytes of this rank into a file, put on disk."""
+    """Write `size` bytes of this rank to a file and sync it."""
     path, block = folder / f"plain-{os.environ['RANK']}", os.urandom(BLOCK)
     with path.open("wb", buffering=0) as file:
         for begin in range(0, size, BLOCK):
@@ -234,7 +234,7 @@ def _write(folder: Path, size: int) -> None:
 
 
 def _read(files: list[Path]) -> None:
-    """This rank's share of `files`, by size."""
+    """Read this rank's share of `files`."""
     mine: list[Path] = []
     for place, path in enumerate(sorted(files, key=lambda one: -one.stat().st_size)):
         if place % RANKS == int(os.environ["RANK"]):

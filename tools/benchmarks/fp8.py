@@ -1,9 +1,9 @@
-"""What FP8 does to a training curve, before a GPU is booked: bf16 against emulated FP8, 200 steps of a small Llama.
+"""The effect of FP8 on a training curve, without a GPU: bf16 against emulated FP8, 200 steps of a small Llama.
 
-The runs differ in `precision` only: the same random weights see the same bytes of this Python's own library sources in
-the same order, through `megalong train`. Noise of a single batch is the same in all of them, so the ratio of losses,
-averaged over the last 20 steps, tells what rounding did. The picture has the curves, and below them how far each is
-from bf16's, step by step.
+The runs differ only in `precision`: `megalong train` trains the same random weights on the same bytes of this Python's
+library sources in the same order. The noise of a batch is the same in all runs, so the ratio of losses, averaged over
+the last 20 steps, shows the effect of rounding. The plot shows the curves, and below them the difference of each from
+bf16 at every step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run() -> Report:
     """Train; write `fp8-loss.png` in the current folder. The figures are losses of FP8 over those of bf16."""
     with tempfile.TemporaryDirectory() as folder:
         data = _write_bytes(Path(folder) / "sources")
-        # One thread each and all at once, so that no core waits while another goes through what is not parallel.
+        # One thread each and all at once, so that no core is idle during serial parts.
         with ThreadPoolExecutor(len(PRECISION)) as runs:
             curves = dict(
                 zip(PRECISION, runs.map(lambda name: _train(Path(folder), data, name), PRECISION), strict=True)
@@ -106,7 +106,7 @@ def _settings(run: Path, data: Path, precision: dict[str, Any]) -> dict[str, Any
         },
         "data": {"seq_length": SEQUENCE, "mixture": [{"name": "python", "path": str(data), "weight": 1.0}]},
         "precision": {"params_dtype": "bf16", **precision},
-        # A rate at which bf16 is steady. At 1e-3 its curve jumps, and FP8, whose noise damps that, ends 2 % lower.
+        # bf16 is stable at this rate. At 1e-3 its curve jumps, and FP8, whose noise damps that, ends 2 % lower.
         "optimizer": {"lr": 4e-4, "min_lr": 4e-5, "warmup_iters": 20},
         "training": {"train_iters": STEPS, "micro_batch_size": BATCH, "global_batch_size": BATCH},
         "checkpoint": {"save_interval": STEPS},

@@ -1,13 +1,13 @@
-"""The sample index of ten million documents: built, and opened when another rank has built it.
+"""The sample index of ten million documents: building it, and opening it after another rank has built it.
 
-An index is what a rank needs to find sample k: the order of an epoch's documents, the running sum of their tokens, the
-order of its samples. Naive and masked packing share it. Built is from opening the dataset to the index on disk; opened
-is from opening the dataset to the documents of one sample. Beside it in the table: length rules, and the steps of
+A rank needs the index to find sample k: the order of an epoch's documents, the running sum of their tokens, the order
+of its samples. Naive and masked packing share it. Building is measured from opening the dataset to the index on disk,
+opening from opening the dataset to the documents of one sample. The table also has length rules, and the steps of
 Megatron-Core's GPTDataset on the same lengths: shuffle documents, walk them sample by sample (its C++ helper), shuffle
 samples, save.
 
-Each turn is a process of its own, so that peak memory is that of one side; imports are not counted. Lengths are
-log-normal (mean 300 tokens); the .bin is a hole in the file system, as no token is read.
+Each turn is its own process, so peak memory is that of one side; imports are not counted. Lengths are log-normal (mean
+300 tokens); the .bin is a sparse file, because no token is read.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def run() -> Report:
 
 
 def _write(prefix: Path) -> int:
-    """A dataset of DOCUMENTS documents without tokens in it; returns how many tokens it tells of."""
+    """Write a dataset of DOCUMENTS documents without their tokens; returns the number of tokens in its index."""
     from megalong.data.indexed import HEADER, MAGIC, TYPE_CODES, VERSION, data_path, index_path
 
     lengths = np.maximum(1, np.random.default_rng(0).lognormal(5, 1.2, DOCUMENTS)).astype(np.int32)
@@ -76,7 +76,7 @@ def _write(prefix: Path) -> int:
 
 
 def _measure(side: str, prefix: Path, folder: Path) -> tuple[float, float]:
-    """(seconds, MB at the peak) of one side in a process of its own: builds where `folder` is missing, else opens."""
+    """(seconds, peak MB) of one side in its own process, which builds if `folder` is missing, else opens."""
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parents[2]}:{HERE.parents[1]}"}
     command = [sys.executable, "-W", "ignore", str(HERE), side, str(prefix), str(folder)]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
@@ -96,14 +96,16 @@ def _table(
     ]
     for side, name in SIDES.items():
         seconds = sorted(one for one, _ in built[side])
-        middle = statistics.median(seconds)
+        median = statistics.median(seconds)
         lines.append(
-            f"{name:28}{middle:9.2f}{f'{seconds[0]:.2f}-{seconds[-1]:.2f}':>14}"
-            f"{max(peak for _, peak in built[side]):9.0f}{theirs / middle:7.2f}"
+            f"{name:28}{median:9.2f}{f'{seconds[0]:.2f}-{seconds[-1]:.2f}':>14}"
+            f"{max(peak for _, peak in built[side]):9.0f}{theirs / median:7.2f}"
             f"{1000 * statistics.median(one for one, _ in opened[side]):16.1f}"
             f"{max(peak for _, peak in opened[side]):9.0f}"
         )
-    return "\n".join([*lines, "", "ratio: Megatron-Core's seconds over those of the row; peaks hold the mapped .idx"])
+    return "\n".join(
+        [*lines, "", "ratio: Megatron-Core's seconds over those of the row; peaks include the mapped .idx"]
+    )
 
 
 def _ours(prefix: Path, folder: Path, rules: bool) -> Callable[[], None]:

@@ -1,12 +1,13 @@
 """Reading samples of a million tokens against memcpy, and how long training waits for its batches.
 
-Reading: one context-parallel rank's own tokens (zigzag) of naive samples, as they are stored, from a dataset in the
-page cache; beside it a copy of as many bytes from the same mapped file, in one piece, sample by sample in turn. Both
-end in a new array. Shorter documents are more pieces, each at another place of the file, and finding a sample costs
-the same for a fourth of it as for all: the rows show both. The figure is that of the longest documents, whole samples.
+Reading: one context-parallel rank's tokens (zigzag) of naive samples, in their stored type, from a dataset in the page
+cache, against a contiguous copy of as many bytes from the same mapped file. The two alternate for each sample, and both
+end in a new array. Shorter documents mean more pieces at different places of the file, and finding a sample costs the
+same for a quarter of it as for all of it: the rows show both. The figure is for the longest documents and whole
+samples.
 
-Waiting: steps of a small Llama on one process, from the same data; the share of a step's time that is waited for its
-batch, the first step left out.
+Waiting: steps of a small Llama in one process on the same data; the share of a step's time spent waiting for its batch,
+without the first step.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def _waiting(folder: Path, prefix: Path) -> float:
-    """Share of the time of a training step, over STEPS of them, that is spent waiting for the batch."""
+    """The share of STEPS training steps' time that is spent waiting for batches."""
     import torch
 
     from megalong.config.schema import Config

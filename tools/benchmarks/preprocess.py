@@ -1,13 +1,13 @@
-"""Tokenizing 125 MB and 2 GB of JSON lines: `megalong data preprocess` against one `tokenizers` process a worker.
+"""Tokenizing 125 MB and 2 GB of JSON lines: `megalong data preprocess` against one `tokenizers` process per worker.
 
-The corpus is the sources of the standard library and of the installed packages, the tokenizer a byte-level BPE of
-128,000 entries that splits text as Llama 3's does, trained on a part of them. Times are from the start of the process
-to its end, files on disk. The other side is the design of Megatron-LM's tool: a pool whose processes decode and
-tokenize one line each and hand lists of ids back to the parent, which writes them.
+The corpus is the sources of the standard library and of the installed packages. The tokenizer is a byte-level BPE of
+128,000 entries that splits text like Llama 3's and is trained on a part of the corpus. Times are from the start of the
+process to its end, with the files on disk. The other side has the design of Megatron-LM's tool: processes of a pool
+decode and tokenize one line each and return lists of ids to the parent, which writes them.
 
-Peak memory is the sum of the resident sizes of all processes of a run, pages they share counted as often as they are
-shared. The 2 GB are copies of the corpus in which letters have changed places, so that no word comes twice and a cache
-of words has to grow if it can.
+Peak memory is the sum of the resident sizes of all processes of a run; shared pages are counted in each process. The 2
+GB are copies of the corpus with permuted letters, so no word occurs in two copies and a cache of words must grow if it
+can.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run() -> Report:
 
 
 def _write_corpus(path: Path) -> int:
-    """JSON lines of source files, BYTES of them; returns how many lines. Rounds repeat where there is too little."""
+    """Write BYTES of JSON lines of source files; returns the number of lines. Files repeat if there are too few."""
     written = lines = 0
     with path.open("wb") as out:
         while written < BYTES:
@@ -92,7 +92,7 @@ def _sources() -> Iterator[str]:
 
 
 def _write_copies(folder: Path) -> None:
-    """COPIES times the corpus, the letters of each copy permuted in another way."""
+    """Write COPIES copies of the corpus, each with another permutation of the letters."""
     with (folder / "large.jsonl").open("wb") as out:
         for copy in range(COPIES):
             letters = string.ascii_lowercase[copy:] + string.ascii_lowercase[:copy]
@@ -141,7 +141,7 @@ def _theirs(folder: Path) -> list[str]:
 
 
 def _measure(command: list[str]) -> tuple[float, float]:
-    """(seconds, MB at the peak) of a command and all its processes."""
+    """(seconds, peak MB) of a command and all its processes."""
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parents[2]}:{HERE.parents[1]}"}
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
@@ -156,7 +156,7 @@ def _measure(command: list[str]) -> tuple[float, float]:
 
 
 def _watch(process: psutil.Process, peak: list[int]) -> None:
-    """Keep the highest sum of resident sizes until the process ends."""
+    """Record the peak of the sum of resident sizes until the process ends."""
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         total = 0
         try:
@@ -169,7 +169,7 @@ def _watch(process: psutil.Process, peak: list[int]) -> None:
 
 
 def _parts_of_the_time(folder: Path) -> list[tuple[str, float]]:
-    """What one core needs for each step of the work on the corpus, and what the start costs."""
+    """Seconds of one core for each part of the work on the corpus, and for the start."""
     import gigatoken
     import orjson
 
@@ -214,20 +214,20 @@ def _table(
         f"{os.cpu_count()} cores, {load}",
         "",
         "                                seconds      MB/s   peak MB",
-        f"tokenizers, a process a worker {theirs[0]:8.2f} {BYTES / 1e6 / theirs[0]:9.1f} {theirs[1]:9.0f}",
+        f"tokenizers, process per worker {theirs[0]:8.2f} {BYTES / 1e6 / theirs[0]:9.1f} {theirs[1]:9.0f}",
         f"megalong                       {figures['wall_s_125mb']:8.2f} {BYTES / 1e6 / figures['wall_s_125mb']:9.1f} "
         f"{figures['peak_rss_mb_125mb']:9.0f}   (median of {len(ours)}; {walls[0]:.2f} to {walls[-1]:.2f})",
         f"megalong, {COPIES} times as much     {large[0]:8.2f} {COPIES * BYTES / 1e6 / large[0]:9.1f} {large[1]:9.0f}",
         f"ratio_vs_tokenizers_workers {figures['ratio_vs_tokenizers_workers']}",
         "",
-        "what bounds it, seconds of one core:",
+        "parts of the work, seconds of one core:",
         *(f"  {seconds:6.2f}  {name}" for name, seconds in parts),
     ]
     return "\n".join(rows)
 
 
 class _Encoder:
-    """What a process of the other side does with a line; the tokenizer is loaded once a process."""
+    """The work of a process of the other side; the tokenizer is loaded once per process."""
 
     tokenizer: Tokenizer
 

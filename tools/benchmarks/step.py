@@ -1,9 +1,9 @@
 """One training step (forward, backward, clipping, AdamW) of a small Llama: megalong against transformers.
 
-Both train the same weights on the same tokens in fp32 with torch's fused AdamW, each in a process of its own with all
-cores. They take turns, a few steps each, and the ratio is taken turn by turn, so that a machine whose speed drifts
-slows both. Ours goes through everything a cluster run goes through: Megatron-Core's layers and schedule, its gradient
-buffers and distributed optimizer, the CPU adapter, and rotary positions made for each micro-batch.
+Both train the same weights on the same tokens in fp32 with torch's fused AdamW, each in its own process with all cores.
+They run in turn, a few steps each, and the ratio is computed for each turn, so a drift of the machine's speed slows
+both. Our step is that of a cluster run: Megatron-Core's layers and schedule, its gradient buffers and distributed
+optimizer, the CPU adapter, and rotary embeddings computed for each micro-batch.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _megalong_step(folder: str) -> Step:
 
 
 class _Side:
-    """A process that steps when told to."""
+    """A process that runs steps on request."""
 
     def __init__(self, make: Callable[[str], Step], folder: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -143,7 +143,7 @@ class _Side:
         self._process.start()
 
     def measure(self) -> float:
-        """Seconds a step takes, over STEPS steps."""
+        """Seconds per step, averaged over STEPS steps."""
         return float(self.ask("steps"))
 
     def ask(self, what: str) -> Any:
@@ -173,7 +173,7 @@ def _serve(make: Callable[[str], Step], folder: str, pipe: Connection) -> None:
 
 
 def _profile(step: Step) -> list[tuple[str, float]]:
-    """The operations that take the most time of a step, as shares of it."""
+    """The operations that take the most time of a step, with their shares."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
     events = profiler.key_averages()

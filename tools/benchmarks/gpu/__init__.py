@@ -1,4 +1,4 @@
-"""What a GPU does with this product: whole training steps beside `transformers`, and attention beside the chip's rate.
+"""Speed on a GPU: whole training steps against `transformers`, and attention against the chip's matmul rate.
 
     python tools/benchmark.py gpu [--quick] [--rows PATTERN…] [--skip PATTERN…] [--seconds N] [--list] [--json] [--tiny]
 
@@ -7,31 +7,31 @@ Rows, by the names that patterns match (`1b/*`, `*/256k/*`, `*/fp8`):
     SIZE/LENGTH/SIDE/PRECISION   training steps: 1b (Llama 3.2 1B) and 8b_eighth (an eighth of Llama 3.1 8B: 4 layers,
                                  16,032 tokens of the vocabulary) at 8k, 32k, 128k and 256k, by ours in bf16 and fp8
                                  (linear layers, by Transformer Engine) and by transformers in bf16, all with
-                                 activations recomputed layer by layer; a step has 32K tokens at least
+                                 activations recomputed layer by layer; a step has at least 32K tokens
     attention/LENGTH/SIDE        forward and backward in bf16 at 32k, 128k and 512k: 32 query and 8 key heads of 128
-                                 channels; from 256k on 4 and 1, a TP 8 rank's
+                                 channels; from 256k on 4 and 1, as on a TP 8 rank
 
-    ours          attention: the kernel `attention.backend: auto` takes
-    flash         FlashAttention-2 as built into torch, through our blocks
-    sdpa          torch.nn.functional.scaled_dot_product_attention, torch's own choice
+    ours          attention: the kernel that `attention.backend: auto` chooses
+    flash         torch's FlashAttention-2, through our blocks
+    sdpa          torch.nn.functional.scaled_dot_product_attention, with torch's choice of kernel
     te, te_fp8    Transformer Engine in bf16, and in FP8 with delayed scaling
-    documents     ours over log-normal documents of about 4,000 tokens, counted by the pairs they attend
+    documents     ours with log-normal documents of about 4,000 tokens; only attended pairs are counted
 
 Figures:
 
     matmul_tflops                                the chip's rate, measured with products of 8192 x 8192 bf16 matrices
     SIZE_LENGTH_SIDE_PRECISION_tokens_per_s
-    SIZE_LENGTH_SIDE_PRECISION_tflops            model FLOPs (training/flops.py): the causal half, nothing recomputed
-    SIZE_LENGTH_SIDE_PRECISION_mfu               over the data sheet's dense bf16 rate (training/hardware.py), FP8's too
-    SIZE_LENGTH_SIDE_PRECISION_peak_gib          what the allocator had handed out at most
+    SIZE_LENGTH_SIDE_PRECISION_tflops            model FLOPs (costs/flops.py): the causal half, without recomputation
+    SIZE_LENGTH_SIDE_PRECISION_mfu               over the data sheet's dense bf16 rate (training/hardware.py), FP8 too
+    SIZE_LENGTH_SIDE_PRECISION_peak_gib          peak memory of the allocator
     SIZE_LENGTH_SIDE_PRECISION_step_s
-    SIZE_LENGTH_SIDE_PRECISION_out_of_memory     1, in place of the others
+    SIZE_LENGTH_SIDE_PRECISION_out_of_memory     1, instead of the others
     SIZE_LENGTH_PRECISION_ratio_vs_transformers  tokens/s of ours, in bf16 or fp8, over those of transformers in bf16
     SIDE_tflops_LENGTH                           of attention
 
-Rows of one model share a process of their own, shortest first. A row that no longer fits into the budget by its
-estimate is left out by name, and one that fails says why; steps of over ten seconds are timed the first time. `--quick`
-leaves out the longest rows and takes eight minutes at most. `--tiny` tries the code on a CPU; its figures say nothing.
+Rows of one model share a process, shortest first. A row whose estimate no longer fits into the budget is skipped and
+named, and a row that fails reports why. Steps of over ten seconds are timed without a warm-up. `--quick` skips the
+longest rows and takes at most eight minutes. `--tiny` tries the code on a CPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -52,18 +52,19 @@ from benchmarks.gpu.rows import QUICK_SECONDS, START_SECONDS, Choice, Row, chose
 from megalong.runtime.gpus import missing_settings
 
 ROOT = Path(__file__).resolve().parents[3]
-PATIENCE = 3.0  # times its estimate that a group may take before it is killed
+PATIENCE = 3.0  # a group is killed after this many times its estimate
 
 
 def run(options: Namespace) -> Report:
-    """Measure the rows that are asked for; their progress goes to stderr."""
+    """Measure the requested rows; progress goes to stderr."""
     choice = Choice(options.quick, options.rows or ["*"], options.skip or (), options.tiny)
     rows = chosen(choice)
     if not rows:
         raise SystemExit("benchmark gpu: no row has such a name; --list shows them")
     if options.list:
         lines = [f"{row.seconds():6.0f} s  {row.name}" for row in rows]
-        return Report({}, "\n".join([*lines, f"{estimate(rows):6.0f} s  in all, with {START_SECONDS:.0f} a process"]))
+        total = f"{estimate(rows):6.0f} s  in total, with {START_SECONDS:.0f} per process"
+        return Report({}, "\n".join([*lines, total]))
     if not options.tiny:
         _check_gpu()
     budget = options.seconds or (QUICK_SECONDS if options.quick else float("inf"))
@@ -81,7 +82,7 @@ def _check_gpu() -> None:
 
 
 class Results:
-    """What the groups' processes have reported."""
+    """The reports of the groups' processes."""
 
     def __init__(self, device: str, deadline: float) -> None:
         self.device, self.deadline = device, deadline
@@ -89,34 +90,34 @@ class Results:
         self.lines: dict[str, Line] = {}
 
     def measure(self, rows: list[Row]) -> None:
-        """Run a group's process; rows that it left unsaid get a line that says what became of it."""
+        """Run a group's process; rows that it did not report get a line with the reason."""
         left = self.deadline - time.monotonic()
         if left < START_SECONDS:
-            self._unsaid(rows, {"skipped": "the budget is spent"})
+            self._add_missing(rows, {"skipped": "the budget is spent"})
             return
         limit = min(left, PATIENCE * estimate(rows))
         task = {"rows": [astuple(row) for row in rows], "seconds": limit - START_SECONDS / 2, "device": self.device}
         command = python(["-m", "benchmarks.gpu.worker", json.dumps(task)])
         output: IO[Any] = sys.stderr
-        status = run_child(command, limit, self._take, output, _environment())
+        status = run_child(command, limit, self._add, output, _environment())
         if status == TIMED_OUT:
-            self._unsaid(rows, {"failed": f"no answer within {limit:.0f} s"})
-        self._unsaid(rows, {"failed": f"its process ended with status {status}"})
+            self._add_missing(rows, {"failed": f"no answer within {limit:.0f} s"})
+        self._add_missing(rows, {"failed": f"its process ended with status {status}"})
 
-    def _take(self, line: Line) -> None:
+    def _add(self, line: Line) -> None:
         if "matmul" in line:
             self.name, self.matmul = line["device"], self.matmul or line["matmul"]
             return
         self.lines[line["row"]] = line
         print(f"{line['row']:32}{_outcome(line, self.matmul)}", file=sys.stderr, flush=True)
 
-    def _unsaid(self, rows: list[Row], what: Line) -> None:
+    def _add_missing(self, rows: list[Row], what: Line) -> None:
         for row in rows:
             if row.name not in self.lines:
-                self._take({"row": row.name, **what})
+                self._add({"row": row.name, **what})
 
     def figures(self) -> dict[str, float]:
-        """By the names that the package documents."""
+        """Figures by their names, which the package documents."""
         found: dict[str, float] = {"matmul_tflops": _rounded(self.matmul / 1e12)}
         for name, line in self.lines.items():
             row = Row(*name.split("/"))
@@ -127,7 +128,7 @@ class Results:
         return found | _ratios(found)
 
     def table(self, rows: list[Row]) -> str:
-        """A line for each row, in the order of `rows`."""
+        """One line per row, in the order of `rows`."""
         head = f"{self.name}, matrix product {self.matmul / 1e12:.0f} TFLOP/s"
         lines = [f"{row.name:32}{_outcome(self.lines[row.name], self.matmul)}" for row in rows]
         return "\n".join([head, f"{'':32}{_HEAD}", *lines])

@@ -1,4 +1,4 @@
-"""Rates of attention, forward and backward, by whom it is computed; see the package for what they are."""
+"""Rates of attention, forward and backward, by implementation; the package documents them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def attention_rate(row: Row, device: torch.device) -> float:
-    """FLOP/s; of documents only the pairs they attend are counted."""
+    """FLOP/s; with documents, only attended pairs are counted."""
     heads, groups = attention_heads(row.tokens)
     q, k, v = (
         torch.randn(row.tokens, 1, h, HEAD_DIM, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -33,7 +33,7 @@ def attention_rate(row: Row, device: torch.device) -> float:
 
 
 def _attend(side: str, q: torch.Tensor, k: torch.Tensor) -> tuple[Attend, float]:
-    """What attends, and the share of the causal pairs that it computes."""
+    """The attention function, and the share of the causal pairs that it computes."""
     from megalong.attention.kernels import FLASH, choose_kernel
 
     if side == "sdpa":

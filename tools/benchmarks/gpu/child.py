@@ -1,7 +1,7 @@
-"""A process with a time limit that reports as it goes: a line of JSON at a time, through a pipe of its own.
+"""A process with a time limit that reports while it runs: lines of JSON through a separate pipe.
 
-What hangs or breaks its CUDA context so takes down itself alone, and what it had found until then is kept. Its standard
-output is left for what libraries print.
+A process that hangs or breaks its CUDA context affects only itself, and its earlier reports are kept. Its standard
+output stays free for the output of libraries.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ TIMED_OUT = -signal.SIGKILL
 def run_child(
     command: Sequence[str], limit: float, on_line: Callable[[Line], None], output: IO[Any], env: Mapping[str, str]
 ) -> int:
-    """Run `command`, to whose arguments the descriptor to report to is added.
+    """Run `command` with one more argument: the file descriptor for reports.
 
     Args:
-        limit: seconds after which it and all processes it has started are killed.
-        on_line: gets every report while the child runs, in a thread of this process.
-        output: where its standard output and error go.
+        limit: seconds after which it and all processes that it started are killed.
+        on_line: called with every report while the child runs, in a thread of this process.
+        output: gets its standard output and error.
 
     Returns:
-        Its exit status, TIMED_OUT where it was killed.
+        Its exit status; TIMED_OUT if it was killed.
     """
     read, write = os.pipe()
     child = subprocess.Popen(
@@ -56,7 +56,7 @@ def run_child(
 
 
 def _end_session(child: subprocess.Popen[Any]) -> None:
-    """The child and whatever it left behind; the pipe is closed when none of them lives."""
+    """Kill the child and all processes that it started; the pipe is closed when all have ended."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -65,12 +65,12 @@ def _end_session(child: subprocess.Popen[Any]) -> None:
 def _read(descriptor: int, on_line: Callable[[Line], None]) -> None:
     with os.fdopen(descriptor) as lines:
         for line in lines:
-            if line.endswith("\n"):  # a killed child may have got half a line out
+            if line.endswith("\n"):  # a killed child may have written half a line
                 on_line(json.loads(line))
 
 
 def reporter(descriptor: int) -> Callable[[Line], None]:
-    """In the child: what sends a report at once."""
+    """In the child: a function that sends a report at once."""
     os.set_inheritable(descriptor, False)
     pipe = os.fdopen(descriptor, "w")
 
@@ -81,5 +81,5 @@ def reporter(descriptor: int) -> Callable[[Line], None]:
 
 
 def python(module_or_file: Sequence[str]) -> list[str]:
-    """This interpreter with output that is not held back."""
+    """The command to run this interpreter with unbuffered output."""
     return [sys.executable, "-u", *module_or_file]

@@ -1,7 +1,7 @@
 """Time and memory of work on a device, by the device's own clock.
 
-Work on a GPU is asynchronous, so each repetition stands between two events of its own, and the median of them counts.
-On a CPU, where this code can be tried at tiny sizes, the wall clock takes their place.
+Work on a GPU is asynchronous, so each repetition is timed between two events, and the result is the median. On a CPU,
+where this code can be tried at tiny sizes, the wall clock is used.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def one_time(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def median_time(work: Callable[[], Any], device: torch.device, seconds: float = 2.0, warm_up: bool = True) -> float:
-    """Median seconds of a call of `work`, repeated for about `seconds` and once at least.
+    """Median seconds of a call of `work`, repeated for about `seconds` and at least once.
 
     Args:
-        warm_up: call it once before, which loads modules, compiles, and allocates.
+        warm_up: call it once before, to load modules, compile and allocate.
     """
     if warm_up:
         work()
@@ -51,14 +51,14 @@ def median_time(work: Callable[[], Any], device: torch.device, seconds: float = 
 
 
 def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a product of square bf16 matrices: what this chip reaches, where a data sheet says what it could."""
+    """FLOP/s of a product of square bf16 matrices: the rate that this chip reaches, unlike that of a data sheet."""
     size = 8192 if device.type == "cuda" else 256
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / median_time(lambda: a @ b, device, 0.5)
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes/s of a copy within the device's memory, bytes read and bytes written counted."""
+    """Bytes/s of a copy within the device's memory; bytes read and bytes written are counted."""
     size = 1 << (32 if device.type == "cuda" else 20)
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
@@ -66,12 +66,12 @@ def copy_rate(device: torch.device) -> float:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Count the peak of memory from here on."""
+    """Reset the peak of memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device's memory did not suffice; cuBLAS and cuDNN say so in their own words."""
-    told = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in told or "alloc_failed" in told
+    """Whether the device ran out of memory; cuBLAS and cuDNN have their own messages for it."""
+    message = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in message or "alloc_failed" in message

@@ -1,8 +1,8 @@
-"""Whole training steps of ours on random weights and random tokens: what a run does between two log lines.
+"""Our whole training steps on random weights and random tokens: all that a run does between two log lines.
 
-    batches read ahead → Megatron-Core's schedule and layers → gradients in float32 → norm, guard, clip → AdamW
+    prefetched batches → Megatron-Core's schedule and layers → gradients in float32 → norm, guard, clip → AdamW
 
-Built from the parts a run is built from, in its order; weights are drawn on the device, where a run reads them.
+Built from the same parts as a run, in the same order; weights are initialized on the device instead of loaded.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ Documents = Callable[[int], np.ndarray]
 
 
 class OurTraining:
-    """Training steps of one model in this process, which is a rank of its own or of a world that was joined before.
+    """Training steps of one model in this process, which is the only rank or a rank of a world joined before.
 
     Args:
-        documents: the first tokens of the documents of sample k, which are kept apart; None: one document a sample.
-        sections: of the configuration, over `precision.params_dtype: bf16` and `memory.recompute: full`.
+        documents: gives the first tokens of the documents of sample k, which are masked from each other; None: one
+            document per sample.
+        sections: of the configuration; they override `precision.params_dtype: bf16` and `memory.recompute: full`.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class OurTraining:
         self.train, self.optimizer = self._built()
 
     def step(self, length: int, sequences: int = 1) -> float:
-        """Train on `sequences` sequences of `length` tokens, one a micro-batch; their loss."""
+        """Train on `sequences` sequences of `length` tokens, one per micro-batch; returns their loss."""
         key = length, sequences
         if key not in self._batches:
             self.close()
@@ -49,7 +50,7 @@ class OurTraining:
         return float(result.loss)
 
     def close(self) -> None:
-        """Read no further."""
+        """Stop prefetching."""
         for batches in self._batches.values():
             batches.close()
         self._batches.clear()
@@ -103,7 +104,7 @@ class OurTraining:
 
 
 class RandomSamples:
-    """Samples in memory: a handful, over and over, so that making them costs nothing."""
+    """A few samples in memory, repeated, so that reading them costs nothing."""
 
     def __init__(self, length: int, vocabulary: int, documents: Documents | None, kept: int = 4) -> None:
         self.seq_length = length
@@ -118,8 +119,8 @@ class RandomSamples:
         return Sample(self._rows[k % len(self._rows)], starts, self.seq_length + 1)
 
     def describe(self, samples: int) -> list[object]:
-        """Nothing to say."""
+        """Nothing to describe."""
         return []
 
     def prepare(self, first: int, last: int) -> None:
-        """Nothing."""
+        """Nothing to prepare."""

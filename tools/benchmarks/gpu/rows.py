@@ -1,4 +1,4 @@
-"""What is measured: a row each, with an estimate of its seconds, so that a budget can be kept by leaving rows out."""
+"""The rows of the benchmark, each with an estimate of its seconds, so that rows can be skipped to keep a budget."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megalong.config.architecture import Architecture
 from megalong.costs.flops import flops_per_token
 
 LENGTHS = {"256": 256, "8k": 1 << 13, "32k": 1 << 15, "128k": 1 << 17, "256k": 1 << 18, "512k": 1 << 19}
-STEP_TOKENS = 1 << 15  # of a step at least: shorter sequences come several to a step, one a micro-batch
-LONG_STEP = 10.0  # seconds from which a step is timed the first time: the group's shorter ones were its warm-up
+STEP_TOKENS = 1 << 15  # at least, per step: a step has several shorter sequences, one per micro-batch
+LONG_STEP = 10.0  # seconds; longer steps have no warm-up, because the group's shorter ones were the warm-up
 ROW_SECONDS, ATTENTION_SECONDS = 5.0, 1.0  # of repetitions
 HEAD_DIM = 128
 START_SECONDS = 20.0  # of a group's process: imports, weights, the first step
-MATMUL = 790e12  # of an H100 or H200, for estimates before one is measured
+MATMUL = 790e12  # FLOP/s of an H100 or H200, for estimates before the measurement
 # Model FLOPs over the matmul rate, for estimates only; activations are recomputed, which is not counted as work.
 GUESSED_UTILISATION = {"ours": 0.40, "transformers": 0.30, "attention": 0.55}
 ATTENTION = ("ours", "flash", "sdpa", "te", "te_fp8", "documents")
@@ -31,8 +31,8 @@ SIZES: dict[str, dict[str, Any]] = {
         **_LLAMA_8B, "hidden_size": 2048, "ffn_hidden_size": 8192, "num_layers": 16, "kv_channels": 64,
         "vocab_size": 128256, "tie_word_embeddings": True,
     },
-    # Llama 3.1 8B, of which this is an eighth: 4 of 32 layers and 16,032 of 128,256 tokens of the vocabulary, so that
-    # layers and head take the shares of a step that they take in the whole model.
+    # An eighth of Llama 3.1 8B: 4 of 32 layers and 16,032 of 128,256 tokens of the vocabulary, so that layers and head
+    # have the same shares of a step as in the whole model.
     "8b_eighth": _LLAMA_8B,
     "tiny": {
         **_LLAMA_8B, "hidden_size": 64, "ffn_hidden_size": 128, "num_layers": 2, "num_attention_heads": 4,
@@ -43,7 +43,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One point: training steps of a `size` by a `side` in a `precision`, or attention by a `side`."""
+    """One measurement: training steps of a `size` by a `side` in a `precision`, or attention by a `side`."""
 
     size: str
     length: str
@@ -52,12 +52,12 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What `--rows` and `--skip` match."""
+        """The name that `--rows` and `--skip` match."""
         return "/".join([self.size, self.length, self.side, *([] if self.is_attention else [self.precision])])
 
     @property
     def figure(self) -> str:
-        """What its figures' names begin with."""
+        """The prefix of its figures' names."""
         return f"{self.size}_{self.length}_{self.side}_{self.precision}"
 
     @property
@@ -71,12 +71,12 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """Of a sequence."""
+        """Tokens per sequence."""
         return LENGTHS[self.length]
 
     @property
     def sequences(self) -> int:
-        """Of a step."""
+        """Sequences per step."""
         return 2 if self.size == "tiny" else max(1, STEP_TOKENS // self.tokens)
 
     @property
@@ -88,11 +88,11 @@ class Row:
         return self.sequences * self.tokens * flops_per_token(architecture(self.size), self.tokens)
 
     def once(self, matmul: float = MATMUL) -> float:
-        """An estimate of a repetition's seconds, from the chip's matmul rate in FLOP/s."""
+        """Estimated seconds of a repetition, from the chip's matmul rate in FLOP/s."""
         return self.flops / (matmul * GUESSED_UTILISATION["attention" if self.is_attention else self.side])
 
     def seconds(self, matmul: float = MATMUL) -> float:
-        """An estimate of all its repetitions, the warm-up included."""
+        """Estimated seconds of all repetitions, the warm-up included."""
         once = self.once(matmul)
         if self.is_attention:
             return once + max(once, ATTENTION_SECONDS)
@@ -102,13 +102,13 @@ class Row:
 def attention_heads(length: int) -> tuple[int, int]:
     """(query, key heads): those of Llama 3.1 8B, and from 256K tokens on those of one of its TP 8 ranks.
 
-    A rate does not depend on their number once a head alone fills the chip, and a repetition stays within seconds.
+    If one head fills the chip, the rate does not depend on their number, and a repetition takes only seconds.
     """
     return (32, 8) if length < LENGTHS["256k"] else (4, 1)
 
 
 def attention_flops(length: int, heads: int) -> float:
-    """Forward and backward of the causal half: 2 products and 5, 2 operations, length² / 2 pairs."""
+    """FLOPs of the causal half: 2 products forward and 5 backward, 2 FLOPs each, length² / 2 pairs."""
     return 3.5 * 2 * float(length) ** 2 * heads * HEAD_DIM
 
 
@@ -119,7 +119,7 @@ def architecture(size: str) -> Architecture:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user asks for; patterns are those of a shell, on names of rows."""
+    """The rows to measure; patterns are shell patterns of row names."""
 
     quick: bool = False
     rows: Sequence[str] = field(default_factory=lambda: ["*"])
@@ -160,5 +160,5 @@ def _tiny() -> list[Row]:
 
 
 def estimate(rows: Sequence[Row]) -> float:
-    """Seconds of all of them, with their processes."""
+    """Estimated seconds of all `rows`, with the start of their processes."""
     return START_SECONDS * len({row.group for row in rows}) + sum(row.seconds() for row in rows)

@@ -1,8 +1,8 @@
-"""The same training steps in `transformers`, as its Trainer makes them with `bf16=True, gradient_checkpointing=True`.
+"""The same training steps in `transformers`, like its Trainer with `bf16=True, gradient_checkpointing=True`.
 
-Weights and AdamW (torch's fused one) in float32, matrix products in bf16 by autocast, attention by torch's cuDNN or
-flash kernel, no mask being made because every sample is one whole sequence. Weights, gradients and moments take 16
-bytes a parameter, as ours take 18.
+Weights and AdamW (torch's fused one) are float32, matrix products are bf16 by autocast, attention is torch's cuDNN or
+flash kernel, without a mask because every sample is one whole sequence. Weights, gradients and moments take 16 bytes
+per parameter; ours take 18.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TheirTraining:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
 
     def step(self, length: int, sequences: int = 1) -> float:
-        """Train on `sequences` sequences of `length` tokens, one a micro-batch; their loss."""
+        """Train on `sequences` sequences of `length` tokens, one per micro-batch; returns their loss."""
         losses = [self._gradients(length) / sequences for _ in range(sequences)]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -48,7 +48,7 @@ class TheirTraining:
         return loss.detach()
 
     def close(self) -> None:
-        """Nothing reads ahead here."""
+        """Nothing to close: there is no prefetching."""
 
 
 def _llama(architecture: Architecture) -> Any:

@@ -1,4 +1,4 @@
-"""The process of one group of rows: one model, or attention alone. Started by the package, which reads its reports.
+"""The process of one group of rows: one model, or attention. The package starts it and reads its reports.
 
 python -m benchmarks.gpu.worker '{"rows": [[size, length, side, precision], …], "seconds": N, "device": "cuda"}' FD
 """
@@ -24,10 +24,10 @@ from megalong.training.hardware import device_peak, peak_memory
 
 
 def main(task: str, descriptor: str) -> None:
-    """Measure rows in turn and report each at once."""
-    told = json.loads(task)
-    device = torch.device(told["device"], 0) if told["device"] == "cuda" else torch.device("cpu")
-    group = Group([Row(*row) for row in told["rows"]], device, told["seconds"], reporter(int(descriptor)))
+    """Measure one row after another and report each at once."""
+    settings = json.loads(task)
+    device = torch.device(settings["device"], 0) if settings["device"] == "cuda" else torch.device("cpu")
+    group = Group([Row(*row) for row in settings["rows"]], device, settings["seconds"], reporter(int(descriptor)))
     group.run()
 
 
@@ -41,10 +41,10 @@ class Group:
         self.training: Any = None
 
     def run(self) -> None:
-        """Measure what there is time for; a row that fails says why, and the next one has its turn."""
+        """Measure the rows that there is time for; a row that fails reports why, and the next one follows."""
         matmul = matmul_rate(self.device)
         self.report({"device": _name(self.device), "matmul": matmul})
-        matmul = matmul if self.device.type == "cuda" else MATMUL  # tiny rows are not measured for their rate
+        matmul = matmul if self.device.type == "cuda" else MATMUL  # the rate of tiny rows does not matter
         full = False
         for row in self.rows:
             seconds = row.seconds(matmul)
@@ -71,17 +71,17 @@ class Group:
         shape, device = architecture(row.size), self.device
         if self.training is None:
             self.training = _training(row, device)
-            self.training.step(self.rows[0].tokens)  # loads and compiles what all of them need
+            self.training.step(self.rows[0].tokens)  # loads and compiles what all rows need
         forget_peak(device)
-        took = median_time(lambda: self.training.step(row.tokens, row.sequences), device, self.seconds, warm_up)
-        rate = row.sequences * row.tokens / took
+        seconds = median_time(lambda: self.training.step(row.tokens, row.sequences), device, self.seconds, warm_up)
+        rate = row.sequences * row.tokens / seconds
         flops = rate * flops_per_token(shape, row.tokens)
         return {
             "tokens_per_s": rate,
             "tflops": flops / 1e12,
             "mfu": flops / device_peak(device).flops_per_second,
             "peak_gib": peak_memory(device) / GIB,
-            "step_s": took,
+            "step_s": seconds,
         }
 
 
