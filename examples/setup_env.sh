@@ -24,7 +24,7 @@ setup_find_python() {
     setup_fail "needs Python 3.11 or newer, and none of python3.11, python3.12, python3 is; install it"
 }
 
-# The folder of the megalong installed in an environment: the checkout if it is editable; empty if there is none.
+# The folder of the megalong installed in an environment: the checkout if it is editable; empty without megalong.
 setup_installed() {
     "$1" -I -c '
 import importlib.metadata, json, sys, urllib.parse

@@ -61,7 +61,7 @@ class Meta(BaseModel):
 
     `optimizer` is the format of the optimizer's state, None if there are only weights.
     `consumed_samples` is the position in the data: samples 0 … consumed_samples - 1 have been trained on.
-    `lora` describes the adapters, None if there are none; the checkpoint contains the base weights in any case.
+    `lora` describes the adapters, None without adapters; the checkpoint contains the base weights in any case.
     `base` is the absolute path of the folder that the frozen base weights came from; None if all weights were trained.
     `files` are the bytes of each tensor file, which show a truncated or half-copied checkpoint before it is read.
     `checksums` are those of every file but `megalong.json`.

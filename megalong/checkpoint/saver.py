@@ -114,7 +114,7 @@ class Saver:
         return None if flag.item() else self.finish()
 
     def finish(self) -> Saved | None:
-        """Wait for the running save and return its result; None if there is none.
+        """Wait for the running save and return its result; None if no save is running.
 
         Raises:
             UserError: it failed and `checkpoint.on_save_failure` is stop.

@@ -6,7 +6,7 @@ sidecar to a temporary file too, and publishes in the one order that is safe at 
 
     delete the old P.idx → rename P.bin → rename P.json → rename P.idx
 
-A dataset without .idx does not open. During these steps there is none, so an old index never describes new tokens. A
+A dataset without .idx does not open. It has no .idx during these steps, so an old index never describes new tokens. A
 killed run leaves `.tmp-` files, which nothing reads and which may be deleted at any time. In a `folder` the files have
 permanent names, and a new writer continues from the state that `flush` returned.
 """

@@ -63,7 +63,7 @@ def check_tokenizers(
 
 
 def _open(folder: Path | None) -> TextTokenizer | None:
-    """The tokenizer in `folder`; None if there is none or it cannot be read, which the code that needs it reports."""
+    """The tokenizer in `folder`; None if it is missing or cannot be read, which the code that needs it reports."""
     if folder is None or not (folder / FILE).is_file():
         return None
     from megalong.data.tokenizer import TextTokenizer  # imports `tokenizers`, which opening a dataset does not need

@@ -38,7 +38,7 @@ class ModelSource:
 
     Attributes:
         architecture: with the RoPE scaling to measure; its `torch_dtype` is the type to compute in.
-        lora: the checkpoint's adapters, None if there are none.
+        lora: the checkpoint's adapters; None without adapters.
         why: the reason for that type.
         rope: short description of the RoPE scaling if it is not the model's own, else empty.
         trained_on: digests of the datasets of the run that wrote the checkpoint, by domain.

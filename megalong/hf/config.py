@@ -60,7 +60,7 @@ _DROPPED = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError if there is none."""
+    """The object in a JSON file; UserError if the file contains something else or is missing."""
     if not path.is_file() and not path.is_symlink():
         raise UserError(f"{path}: no such file; give the folder of a whole Hugging Face checkpoint")
     try:

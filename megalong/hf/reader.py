@@ -63,7 +63,7 @@ class HFReader:
         return list(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of tensor `name`; UserError if there is none."""
+        """Shape of tensor `name`; UserError if the files do not contain it."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:

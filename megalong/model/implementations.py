@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choice:
-    """The name of an implementation, and why the next faster one is not used (empty if there is none)."""
+    """The name of an implementation, and why the next faster one is not used (empty for the fastest)."""
 
     name: str
     why: str = ""

@@ -55,7 +55,7 @@ def _arguments(function: _Function) -> list[str]:
 
 
 def _first_paragraph(node: ast.Module | ast.ClassDef | _Function) -> str:
-    """A docstring up to its first empty line, as one line; empty if there is none."""
+    """A docstring up to its first empty line, as one line; empty without a docstring."""
     text = ast.get_docstring(node) or ""
     return " ".join(text.split("\n\n")[0].split())
 

@@ -90,7 +90,7 @@ def master() -> str:
 
 
 def route_to(host: str) -> Route:
-    """The route to `host`, a name or an address; the route to this host itself if there is none."""
+    """The route to `host`, a name or an address; the route to this host itself if `host` has no route."""
     try:
         candidates = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)
     except OSError:
@@ -161,7 +161,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _owner(address: str) -> str:
-    """The interface with `address`; empty if there is none."""
+    """The interface with `address`; empty if no interface has it."""
     import psutil
 
     for name, entries in psutil.net_if_addrs().items():

@@ -33,7 +33,7 @@ KEPT = (None, "truncated", "unmarked")  # reasons of conversations that are trai
 
 @dataclass(frozen=True)
 class Read:
-    """One record: `tokens`, or why there are none.
+    """One record: `tokens`, or why it has no tokens.
 
     Attributes:
         file: the record's file.

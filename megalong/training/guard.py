@@ -62,7 +62,7 @@ class Event:
         action: skip, rollback, stop or log.
         ranks: where it came from: all ranks with a non-finite value of their own, or the rank with the largest value.
         samples: positions, in the sample order, of what these ranks read.
-        replay: what a second computation of the step showed; None if there was none.
+        replay: what a second computation of the step showed; None if the step was computed once.
     """
 
     step: int

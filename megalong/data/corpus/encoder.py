@@ -190,7 +190,7 @@ def _decomposition_parts() -> frozenset[str]:
 
 
 def _loaded(tokenizer: TextTokenizer) -> tuple[Any, str | None]:
-    """(gigatoken's tokenizer without any added token, None), or (None, why there is none)."""
+    """(gigatoken's tokenizer without any added token, None), or (None, why gigatoken cannot be used)."""
     if tokenizer.matched and tokenizer.normalizes:
         return None, "its added tokens are matched in normalized text"
     try:

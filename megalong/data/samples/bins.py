@@ -23,7 +23,7 @@ class _OpenBins:
         self._bins: dict[int, np.ndarray] = {}
 
     def tightest(self, length: int) -> tuple[int, np.ndarray] | None:
-        """Remove and return (room, bins) of the fullest bins with room for `length`; None if there are none."""
+        """Remove and return (room, bins) of the fullest bins with room for `length`; None if no bin has room."""
         place = bisect_left(self._rooms, length)
         if place == len(self._rooms):
             return None

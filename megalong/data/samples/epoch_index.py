@@ -35,7 +35,7 @@ class EpochIndex:
         self._base = _identity(prefix, what) if folder is not None else b""
 
     def load(self, *what: object) -> Arrays | None:
-        """The arrays stored under `what`, memory-mapped; None if there are none or a file is damaged."""
+        """The arrays stored under `what`, memory-mapped; None if nothing is stored or a file is damaged."""
         if self._folder is None:
             return None
         folder = self._folder / self._key(what)

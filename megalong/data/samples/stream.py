@@ -145,7 +145,7 @@ class DomainStream:
 
     @property
     def made_with(self) -> dict[str, str] | None:
-        """The sidecar's record of the tokenizer (`name`, `sha256`, …); None if there is none."""
+        """The sidecar's record of the tokenizer (`name`, `sha256`, …); None if it has no record."""
         return (self.dataset.sidecar or {}).get("tokenizer")
 
     @property

@@ -1,8 +1,8 @@
 """Inserts sentences into a text of tokens without breaking the text.
 
-A place is given as a share of the text. The sentence goes to the nearest token boundary within WINDOW tokens at which a
-line or a sentence ends; if there is none, to the nearest boundary between whole characters (a byte-level vocabulary may
-split a character). The sentence is on a line of its own.
+A place is given as a share of the text. The sentence goes to the nearest token boundary at which a line or a sentence
+ends. If WINDOW tokens contain no such boundary, it goes to the nearest one between whole characters (a byte-level
+vocabulary may split a character). The sentence is on a line of its own.
 """
 
 from __future__ import annotations
