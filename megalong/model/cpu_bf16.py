@@ -70,17 +70,15 @@ class _Widened(torch.autograd.Function):
         return grad_input, grad_weight
 
 
-class WidenedColumnParallelLinear(OwnProduct, ColumnParallelLinear):
-    """Computes its product in float32."""
-
+class _WidenedProduct(OwnProduct):
     def product(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See `linear`."""
         return linear(input, weight)
 
 
-class WidenedRowParallelLinear(OwnProduct, RowParallelLinear):
+class WidenedColumnParallelLinear(_WidenedProduct, ColumnParallelLinear):
     """Computes its product in float32."""
 
-    def product(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See `linear`."""
-        return linear(input, weight)
+
+class WidenedRowParallelLinear(_WidenedProduct, RowParallelLinear):
+    """Computes its product in float32."""
