@@ -72,11 +72,11 @@ def check_machine(config: Sections, machine: Machine) -> None:
     if precision.fp8 is None or machine.capability is None:
         return
     _check_fp8_on_gpu(config, machine, machine.capability)
-    if backend_of(config, machine) == ENGINE:
+    if attention_backend(config, machine) == ENGINE:
         _check_engine(config)
 
 
-def backend_of(config: Sections, machine: Machine) -> str:
+def attention_backend(config: Sections, machine: Machine) -> str:
     """`attention.backend` with `auto` decided: Transformer Engine for FP8 attention on a GPU, else torch."""
     if config.attention.backend != "auto":
         return config.attention.backend

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megalong.config.architecture import Architecture
-from megalong.config.attention_checks import ENGINE, Machine, backend_of
+from megalong.config.attention_checks import ENGINE, Machine, attention_backend
 from megalong.config.exchange import Exchange, choose_exchange
 from megalong.config.schema import Config
 from megalong.runtime.folders import file_aside
@@ -63,7 +63,7 @@ def resolve(config: Config, architecture: Architecture, machine: Machine, world:
         world=world,
         grid=replace(config.grid, heads=exchange.heads_size),
         exchange=exchange,
-        backend=backend_of(config, machine),
+        backend=attention_backend(config, machine),
         token_layout=config.token_layout,
         padded_length=padded_length(config),
         replicas=replicas,

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from megalong.config.architecture import Architecture
-from megalong.config.attention_checks import Machine, backend_of, check_fp8_model, check_machine
+from megalong.config.attention_checks import Machine, attention_backend, check_fp8_model, check_machine
 from megalong.config.rope import RopeSettings
 from megalong.errors import UserError
 
@@ -83,11 +83,11 @@ def test_what_is_fine(load):
 
 
 def test_auto_is_transformer_engine_where_only_it_can(load):
-    assert backend_of(load(), HOPPER) == "torch"
-    assert backend_of(load(HYBRID), HOPPER) == "torch"
-    assert backend_of(load(HYBRID, FP8_ATTENTION), HOPPER) == "transformer_engine"
-    assert backend_of(load(HYBRID, FP8_ATTENTION), CPU) == "torch"
-    assert backend_of(load(ENGINE), HOPPER) == "transformer_engine"
+    assert attention_backend(load(), HOPPER) == "torch"
+    assert attention_backend(load(HYBRID), HOPPER) == "torch"
+    assert attention_backend(load(HYBRID, FP8_ATTENTION), HOPPER) == "transformer_engine"
+    assert attention_backend(load(HYBRID, FP8_ATTENTION), CPU) == "torch"
+    assert attention_backend(load(ENGINE), HOPPER) == "transformer_engine"
 
 
 @pytest.mark.parametrize(
