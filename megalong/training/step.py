@@ -163,9 +163,8 @@ class TrainStep:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         event = self.guard.judge(reports.report(number))
         if event is not None:
-            event = replace(event, samples=batches.places(consumed_samples, map(replica_of, event.ranks)))
-            if self.guard.settings.replay:
-                event = replace(event, replay=self._replay(reports, micro_batches, states))
+            samples = batches.places(consumed_samples, map(replica_of, event.ranks))
+            event = replace(event, samples=samples, replay=self._replay(reports, micro_batches, states))
         if event is None or event.applied:
             self.apply(reports.norms[0])
             if positions is not None and found is not None:
@@ -264,7 +263,10 @@ class TrainStep:
         self._own_norm = torch.linalg.vector_norm(torch.stack(own).float())
         finalize_model_grads(*arguments, **options)
 
-    def _replay(self, first: RankReports, micro_batches: list[MicroBatch], states: dict[str, Any]) -> str:
+    def _replay(self, first: RankReports, micro_batches: list[MicroBatch], states: dict[str, Any]) -> str | None:
+        """Compute the step a second time, if `guard.replay` asks for it."""
+        if not self.guard.settings.replay:
+            return None
         after = random_states()
         restore(states)
         again = self.report(self.gradients(micro_batches))
